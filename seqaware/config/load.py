@@ -1,0 +1,127 @@
+"""Reads a run's YAML, applies `--set` overrides, and checks it against the schema."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from seqaware.config.messages import config_error, nearest, show
+from seqaware.config.schema import Config
+from seqaware.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DEFAULT_CONFIG = REPOSITORY / "train_configs" / "default.yaml"
+_PATH = re.compile(r"\w+(\.\w+)*")
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run.
+
+    Args:
+        path: the YAML file; None takes `train_configs/default.yaml` of the repository.
+        overrides: `dotted.key=value`, the value read as YAML; later ones win over earlier ones, all over the file.
+
+    Raises:
+        ConfigError: the file cannot be read or is no mapping; a key is unknown, doubled or contradicted; a value has the
+            wrong type or lies out of bounds. All problems of the values are in one message.
+    """
+    file = DEFAULT_CONFIG if path is None else path
+    written = read_yaml(file)
+    for override in overrides:
+        written = _overridden(written, override)
+    origin = f"{file}{' with --set' if overrides else ''}"
+    try:
+        return Config.model_validate(written)
+    except ValidationError as error:
+        raise config_error(error, origin=origin) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        ConfigError: missing, unreadable, no YAML, empty, no mapping, or a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError("the config file does not exist", got=path, do=_files_beside(path)) from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError("the config file cannot be read", got=f"{path} ({reason})") from error
+    content = _parse(text, origin=str(path))
+    if content is None:
+        raise ConfigError("the config file is empty", got=path, do="see train_configs/default.yaml for the keys")
+    if not isinstance(content, dict):
+        raise ConfigError("the config file must be a mapping of sections", got=f"{show(content)} in {path}")
+    return content
+
+
+def _files_beside(path: Path) -> str | None:
+    try:
+        names = sorted(file.name for file in path.parent.glob("*.y*ml"))
+    except OSError:
+        return None
+    return nearest(path.name, names) or (f"in that folder are {', '.join(names)}" if names else None)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader keeps the last of two equal keys; we refuse them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in lines:
+                raise _DuplicateKey(key.value, lines[key.value], line)
+            lines[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+class _DuplicateKey(Exception):
+    def __init__(self, key: str, first: int, second: int) -> None:
+        super().__init__(key)
+        self.key, self.first, self.second = key, first, second
+
+
+def _parse(text: str, *, origin: str) -> Any:
+    try:
+        # A subclass of SafeLoader: it builds nothing but plain values.
+        return yaml.load(text, Loader=_Loader)
+    except _DuplicateKey as error:
+        where = f"line {error.second}; it was already written in line {error.first}"
+        raise ConfigError(f"{origin}: duplicate key {error.key}", got=where, do="keep one of them") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{origin} is not valid YAML", got=f"{place}{problem}") from error
+
+
+def _overridden(written: dict[str, Any], override: str) -> dict[str, Any]:
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    if not equals or not _PATH.fullmatch(key):
+        example = "--set training.sft.gamma=0.99"
+        raise ConfigError("--set needs key=value with a dotted key", got=repr(override), do=f"as in {example}")
+    value = _parse(text, origin=f"--set {key}")
+    result = copy.deepcopy(written)
+    section = result
+    *parents, last = key.split(".")
+    for depth, name in enumerate(parents):
+        inner = section.get(name)
+        if inner is not None and not isinstance(inner, dict):
+            outer = ".".join(parents[: depth + 1])
+            raise ConfigError(f"--set {key}: {outer} is not a section", got=show(inner))
+        section[name] = {} if inner is None else inner
+        section = section[name]
+    section[last] = value
+    return result

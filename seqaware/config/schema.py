@@ -1,0 +1,295 @@
+"""What a person writes: every key of the YAML, its type, its default and what it means.
+
+A `Config` is exactly what was written plus the defaults. Whatever follows from it (steps, micro-batches, DeepSpeed's
+settings) is the Plan's. The models are frozen and refuse unknown keys. Importing this module needs no torch.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from seqaware.config.data import DatasetConfig, EvaluationConfig, FormatConfig, MixturePart, Source
+from seqaware.config.values import (
+    Count,
+    DType,
+    Flag,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Real,
+    Section,
+    Share,
+    ShareBelowOne,
+    Text,
+    Whole,
+)
+
+__all__ = [
+    "Config",
+    "ControlConfig",
+    "DatasetConfig",
+    "EvaluationConfig",
+    "FormatConfig",
+    "LoggingConfig",
+    "MixturePart",
+    "ModelConfig",
+    "OptimizerConfig",
+    "OutputConfig",
+    "PackingConfig",
+    "ParametersConfig",
+    "ScheduleConfig",
+    "Section",
+    "SftConfig",
+    "Source",
+    "TrainingConfig",
+    "config_json_schema",
+]
+
+DEFAULT_GAMMA = 0.98
+DEFAULT_BATCH_SIZE = 4
+DEFAULT_ACCUMULATION_STEPS = 4
+SCHEMES = ("log_suffix", "linear", "uniform")
+
+
+def _nothing_is_default(value: Any) -> Any:
+    # A section whose keys are all commented out reads as null: nothing was written, so the defaults hold.
+    return {} if value is None else value
+
+
+_OrDefaults = BeforeValidator(_nothing_is_default)
+
+
+class ModelConfig(Section):
+    """The model: pretrained (`base_name`) or with fresh weights drawn from the seed (`from_scratch`)."""
+
+    base_name: Text | None = None
+    """Hub id or folder of a pretrained causal LM; exactly one of base_name and from_scratch."""
+    from_scratch: dict[str, Any] | None = None
+    """A transformers configuration with its model_type; weights are drawn from training.control.seed."""
+    tokenizer: Text | None = None
+    """Hub id or folder of the tokenizer; default: base_name. Required with from_scratch."""
+    output_name: Text = "seqaware-model"
+    """Name of the trained model: in its model card, and of the run's folder if output.dir is not written."""
+    dtype: DType = "auto"
+    """Weights while computing: auto (bfloat16 on GPUs that have it, else float32), float32, bfloat16 or float16."""
+    attention: Literal["auto", "sdpa_per_document", "varlen", "flash_attention_2", "flash_attention_3", "eager"] = (
+        "auto"
+    )
+    """How attention is computed; packed documents never see each other whichever it is."""
+    loss_kernel: Literal["fused", "plain"] = "fused"
+    """fused never holds the logits of all tokens at once; plain is the reference."""
+    activation_checkpointing: Flag = False
+    """Recompute activations in the backward: less memory, about a third more time."""
+    dropout: ShareBelowOne | None = None
+    """Overrides every dropout of the model's configuration; null keeps them."""
+    revision: Text | None = None
+    """Branch, tag or commit of base_name on the hub."""
+    trust_remote_code: Flag = False
+    """Run code that comes with the model."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        origins = self.written("base_name", "from_scratch")
+        if len(origins) != 1:
+            found = "both are written" if origins else "neither is written"
+            raise ValueError(f"exactly one of base_name and from_scratch is needed; {found}")
+        if self.from_scratch is None:
+            return self
+        if not self.from_scratch.get("model_type"):
+            raise ValueError("from_scratch needs a model_type, such as llama or gpt2")
+        if self.tokenizer is None:
+            raise ValueError("from_scratch needs a tokenizer: write model.tokenizer (hub id or folder)")
+        return self
+
+
+class ParametersConfig(Section):
+    """Sizes of the training."""
+
+    max_seq_length: Annotated[Whole, Field(ge=2)] | None = None
+    """Tokens a document may have; null: the model's maximum, at most 2048."""
+
+
+class OptimizerConfig(Section):
+    """The optimizer. The learning rate follows training.schedule."""
+
+    type: Literal["adamw", "adamw_fused", "cpu_adam", "fused_adam", "adamw_8bit", "lion", "muon"] = "adamw"
+    """adamw, adamw_fused: torch; cpu_adam (for offload), fused_adam (GPU), lion, muon: DeepSpeed; adamw_8bit: bitsandbytes."""
+    lr: Positive = 2e-5
+    """The highest learning rate of the schedule."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled weight decay of matrices; biases and norms are not decayed."""
+    betas: tuple[ShareBelowOne, ShareBelowOne] = (0.9, 0.999)
+    """Decay rates of the moments (AdamW, Lion, and Muon's AdamW half)."""
+    eps: Positive = 1e-8
+    """AdamW's ε."""
+    momentum: ShareBelowOne = 0.95
+    """Muon's momentum."""
+    max_grad_norm: NonNegative = 1.0
+    """Clip the global gradient to this L2 norm; 0: no clipping."""
+
+
+class ScheduleConfig(Section):
+    """How long, how large a step, and how the learning rate moves."""
+
+    num_epochs: Positive = 1.0
+    """Passes over the data; fractions are allowed."""
+    max_steps: Count | None = None
+    """Stop after this many optimizer steps if the epochs are not over before."""
+    scheduler_type: Literal["constant", "linear", "cosine", "polynomial", "wsd"] = "cosine"
+    """Course of the learning rate after the warm-up; wsd: stable, then a linear decay over the last decay_ratio."""
+    warmup_steps: Annotated[Whole, Field(ge=0)] | None = None
+    """Steps of linear warm-up; at most one of warmup_steps and warmup_ratio."""
+    warmup_ratio: ShareBelowOne | None = None
+    """Warm-up as a share of all steps."""
+    min_lr_ratio: Share = 0.0
+    """The last learning rate as a share of lr (not for constant)."""
+    power: Positive = 1.0
+    """Exponent of the polynomial schedule."""
+    decay_ratio: PositiveShare = 0.1
+    """Share of all steps that the wsd schedule decays over."""
+    batch_size: Count | None = None
+    """With grad_accumulation_steps: their product is the sequences of an optimizer step, on any number of ranks."""
+    grad_accumulation_steps: Count | None = None
+    """See batch_size. Both default to 4 when no other size of a step is written."""
+    global_batch_size: Count | None = None
+    """Sequences of an optimizer step, over all ranks."""
+    global_batch_tokens: Count | None = None
+    """Tokens an optimizer step holds at most, over all ranks."""
+    micro_batch_tokens: Count | None = None
+    """Tokens one rank holds at once; changes memory and speed only. null: (batch_size, if written, ×) max_seq_length."""
+
+    @model_validator(mode="after")
+    def _one_spelling(self) -> Self:
+        if len(self.written("warmup_steps", "warmup_ratio")) == 2:
+            raise ValueError("warmup_steps and warmup_ratio are both written; keep one")
+        product = self.written("batch_size", "grad_accumulation_steps")
+        ways = [" × ".join(product)] if product else []
+        ways += self.written("global_batch_size", "global_batch_tokens")
+        if len(ways) > 1:
+            raise ValueError(f"the size of a step is written in {len(ways)} ways ({', '.join(ways)}); keep one")
+        return self
+
+
+class SftConfig(Section):
+    """The objective: Σ w_k · l_k with w_k = (1 − γ^k) / (1 − γ). γ as gamma, half_life or horizon, one of them."""
+
+    gamma: Share | None = None
+    """Discount γ in [0, 1]; 0 is plain cross-entropy. Default 0.98 when neither half_life nor horizon is written."""
+    half_life: Positive | None = None
+    """γ as the number of tokens after which the discount has halved: ln ½ / ln γ."""
+    horizon: Annotated[Real, Field(ge=1)] | None = None
+    """γ as 1 / (1 − γ), in tokens."""
+    positions: Literal["supervised", "sequence", "turn"] = "supervised"
+    """What k counts: tokens with loss, every predicted token, or tokens since the assistant's turn began."""
+    scale: Literal["raw", "horizon", "mean_one"] = "raw"
+    """raw: the formula; horizon: × (1 − γ); mean_one: each sequence's weights average 1."""
+    normalize_by: Literal["tokens", "weight", "sequences"] = "tokens"
+    """What the step's Σ w·l is divided by: supervised tokens, Σ w, or sequences of the whole step."""
+    weighting: Text = "log_suffix"
+    """log_suffix, linear, uniform, or a function of your own as module:function."""
+    on_split: Literal["continue", "restart"] = "continue"
+    """Whether k goes on in the next piece of a document that on_overlong: split cut."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_gamma(cls, values: Any) -> Any:
+        if isinstance(values, dict) and all(values.get(key) is None for key in ("gamma", "half_life", "horizon")):
+            return {**values, "gamma": DEFAULT_GAMMA}
+        return values
+
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        spellings = self.written("gamma", "half_life", "horizon")
+        if len(spellings) != 1:
+            raise ValueError(
+                f"the discount is written in {len(spellings)} ways ({', '.join(spellings)}); keep one "
+                f"(an override replaces no other key: --set training.sft.{spellings[0]}=null removes it)"
+            )
+        if self.weighting not in SCHEMES and not re.fullmatch(r"[\w.]+:\w+", self.weighting):
+            raise ValueError(f"weighting must be {', '.join(SCHEMES)} or module:function; got {self.weighting!r}")
+        return self
+
+    @property
+    def discount(self) -> float:
+        """γ, from whichever spelling was written."""
+        if self.half_life is not None:
+            return math.exp(-math.log(2.0) / self.half_life)
+        if self.horizon is not None:
+            return 1.0 - 1.0 / self.horizon
+        assert self.gamma is not None
+        return self.gamma
+
+
+class ControlConfig(Section):
+    """Seed and reports."""
+
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 42
+    """Decides the order of the data, fresh weights and dropout."""
+    log_every: Count = 1
+    """Optimizer steps between two lines of metrics.jsonl."""
+
+
+class TrainingConfig(Section):
+    """How the model is trained."""
+
+    parameters: Annotated[ParametersConfig, _OrDefaults] = ParametersConfig()
+    optimizer: Annotated[OptimizerConfig, _OrDefaults] = OptimizerConfig()
+    schedule: Annotated[ScheduleConfig, _OrDefaults] = ScheduleConfig()
+    sft: Annotated[SftConfig, _OrDefaults] = SftConfig(gamma=DEFAULT_GAMMA)
+    control: Annotated[ControlConfig, _OrDefaults] = ControlConfig()
+
+
+class PackingConfig(Section):
+    """Several documents in one row."""
+
+    enabled: Flag = True
+    """Fill rows with several documents, which never see each other; changes speed and memory only."""
+
+
+class OutputConfig(Section):
+    """What a run leaves, and where."""
+
+    dir: Text | None = None
+    """Folder of the run; null: runs/<model.output_name>."""
+    save_every: Count | None = None
+    """Optimizer steps between checkpoints; null: only at the end."""
+    keep_last: Count = 2
+    """Checkpoints that are kept."""
+    save_model: Flag = True
+    """Write the trained model as a Hugging Face folder at the end."""
+
+
+class LoggingConfig(Section):
+    """What the terminal shows."""
+
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    """auto: a bar on a terminal, lines in a file."""
+
+
+class Config(Section):
+    """A run of seqaware."""
+
+    model: ModelConfig
+    dataset: DatasetConfig
+    format: Annotated[FormatConfig, _OrDefaults] = FormatConfig()
+    training: Annotated[TrainingConfig, _OrDefaults] = TrainingConfig()
+    packing: Annotated[PackingConfig, _OrDefaults] = PackingConfig()
+    evaluation: Annotated[EvaluationConfig, _OrDefaults] = EvaluationConfig()
+    output: Annotated[OutputConfig, _OrDefaults] = OutputConfig()
+    logging: Annotated[LoggingConfig, _OrDefaults] = LoggingConfig()
+    deepspeed: Text | None = None
+    """DeepSpeed JSON with ZeRO and communication keys only; --deepspeed wins; null: ds_configs/zero2.json."""
+
+    @property
+    def output_dir(self) -> str:
+        """The run's folder."""
+        return self.output.dir or f"runs/{self.model.output_name}"
+
+
+def config_json_schema() -> dict[str, Any]:
+    """The JSON Schema of the YAML, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}

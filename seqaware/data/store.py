@@ -1,0 +1,184 @@
+"""The token store: tokenised documents in flat files, memory-mapped, read at random.
+
+A store is a folder:
+
+    store.json       the manifest: counts, facts, and size and SHA-256 of every file below; written last
+    tokens.bin       uint16 or uint32 [T]   token ids, documents one behind the other
+    supervised.bin   bool    [T]            carries loss when it is predicted
+    turn_start.bin   bool    [T]            is the first token of an assistant's turn
+    weights.bin      float32 [T]            only when a weight differs from 1
+    offsets.bin      int64   [D+1]          where a document begins
+    lengths.bin      int32   [D]
+    totals.bin       int32   [D]            supervised tokens of the document that are predicted in it
+    counted.bin      int32   [D, 7]         only when a document was split: `Counted`, zeros for a whole document
+    rows.bin         int64   [D]            the record a document was made of, for its name; -1: the prefix is the name
+
+T tokens, D documents. `store_writer.py` writes what this module reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from seqaware.data.store_format import (
+    COUNTED_FIELDS,
+    Counted,
+    Document,
+    Documents,
+    Part,
+    StoreFacts,
+    facts_of,
+    read_manifest,
+)
+from seqaware.data.store_writer import StoreWriter
+from seqaware.errors import DataError
+
+__all__ = ["Counted", "Document", "Documents", "Part", "StoreFacts", "StoreWriter", "TokenStore"]
+
+_INT32 = np.dtype(np.int32)
+
+
+class TokenStore:
+    """Documents by number, read from memory-mapped files. Open one with `TokenStore.open`."""
+
+    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+        self.path = path
+        self.fingerprint: str = manifest["fingerprint"]
+        self._manifest = manifest
+        self._facts = facts_of(manifest)
+        self._count = self._facts.documents
+        self._check_sizes()
+        self._tokens = self._map("tokens.bin", np.dtype(manifest["token_dtype"]))
+        self._supervised = self._map("supervised.bin", np.dtype(np.bool_))
+        self._turn_start = self._map("turn_start.bin", np.dtype(np.bool_))
+        self._weights = self._map_optional("weights.bin", np.dtype(np.float32))
+        self._offsets: NDArray[np.int64] = self._map("offsets.bin", np.dtype(np.int64))
+        self._counted = self._map_optional("counted.bin", np.dtype(np.int32))
+        if self._counted is not None:
+            self._counted = self._counted.reshape(self._count, COUNTED_FIELDS)
+        self._rows = self._map("rows.bin", np.dtype(np.int64))
+        self._totals = self._map("totals.bin", np.dtype(np.int32))
+        # Python integers straight from the buffer: half the time of indexing an array.
+        self._begin = self._offsets.data
+        self._row = self._rows.data
+        self._total = self._totals.data
+        self._name_firsts = [first for first, _ in manifest["names"]]
+        self._name_prefixes = [prefix for _, prefix in manifest["names"]]
+        self.lengths: NDArray[np.int32] = self._map("lengths.bin", np.dtype(np.int32))
+        if self._begin[0] != 0 or self._begin[self._count] != self._facts.tokens:
+            raise self._corrupt("offsets.bin does not span the tokens")
+
+    @classmethod
+    def open(cls, path: Path | str) -> TokenStore:
+        """Open the store at `path`: manifest and file sizes are checked, contents by `verify()`.
+
+        Raises:
+            DataError: it is not a store, or damaged, or of another version.
+        """
+        return cls(Path(path), read_manifest(Path(path)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (TokenStore.open, (self.path,))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def facts(self) -> StoreFacts:
+        """Counts of the whole store, from the manifest."""
+        return self._facts
+
+    def document(self, index: int) -> Document:
+        """Document `index`, from 0. The flags are read-only views of the file, the other arrays copies."""
+        if not 0 <= index < self._count:
+            raise IndexError(f"document {index} of {self._count}")
+        begin, end = self._begin[index], self._begin[index + 1]
+        if self._counted is None or self._counted[index, 4] == 0:
+            counted = Counted(0, 0, 0, self._total[index], end - begin - 1)
+        else:
+            counted = Counted(*self._counted[index].tolist())
+        return Document(
+            self._tokens[begin:end].astype(_INT32),
+            self._supervised[begin:end],
+            self._turn_start[begin:end],
+            None if self._weights is None else self._weights[begin:end].copy(),
+            counted,
+            self.name(index),
+        )
+
+    def documents(self, indices: Sequence[int] | NDArray[np.integer[Any]]) -> Documents:
+        """Several documents at once, in the order asked for: the way of the hot path."""
+        ids = np.asarray(indices, dtype=np.int64)
+        begins = self._offsets[ids]
+        lengths = self._offsets[ids + 1] - begins
+        offsets = np.zeros(len(ids) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        places = np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])
+        return Documents(
+            self._tokens[places].astype(_INT32),
+            self._supervised[places],
+            self._turn_start[places],
+            None if self._weights is None else self._weights[places],
+            offsets,
+            self._counted_rows(ids, lengths),
+        )
+
+    def name(self, index: int) -> str:
+        """Where the record of document `index` lies; pieces of a split record bear their number from 1."""
+        prefix = self._name_prefixes[bisect_right(self._name_firsts, index) - 1]
+        row = self._row[index]
+        name = prefix if row < 0 else f"{prefix}:{row}"
+        if self._counted is None or self._counted[index, 4] == 0:
+            return name
+        if self._facts.max_seq_length is None:
+            return name
+        # Every piece but the last predicts max_seq_length - 1 tokens, so its number follows from the count before it.
+        return f"{name}#{self._counted[index, 1] // (self._facts.max_seq_length - 1) + 1}"
+
+    def verify(self) -> None:
+        """Read every file and compare its checksum.
+
+        Raises:
+            DataError: a file's content is not what was written.
+        """
+        for name, written in self._manifest["files"].items():
+            with (self.path / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != written["sha256"]:
+                    raise self._corrupt(f"{name} is not what was written (SHA-256 differs)")
+
+    def _counted_rows(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int32] | None:
+        if self._counted is None:
+            return None
+        counted: NDArray[np.int32] = self._counted[ids]
+        whole = counted[:, 4] == 0
+        counted[whole, 3] = self._totals[ids[whole]]
+        counted[whole, 4] = lengths[whole] - 1
+        return counted
+
+    def _check_sizes(self) -> None:
+        for name, written in self._manifest["files"].items():
+            file = self.path / name
+            size = file.stat().st_size if file.is_file() else None
+            if size != written["bytes"]:
+                got = "no such file" if size is None else f"{size} bytes instead of {written['bytes']}"
+                raise self._corrupt(f"{name} is not as it was written: {got}")
+
+    def _corrupt(self, why: str) -> DataError:
+        return DataError(
+            f"the token store {self.path} is corrupt: {why}", do="delete the folder and prepare the data again"
+        )
+
+    def _map(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
+        with (self.path / name).open("rb") as file:
+            buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(buffer, dtype=dtype)
+
+    def _map_optional(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any] | None:
+        return self._map(name, dtype) if name in self._manifest["files"] else None

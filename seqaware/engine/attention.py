@@ -1,0 +1,273 @@
+"""Attention that keeps the documents of a row apart, whatever the backend.
+
+The batch says where documents begin (`Documents`); every backend gets that and nothing else: no mask is ever built,
+nothing is inferred from position ids. Registered with transformers under NAME, so that every model that follows
+its attention interface uses it.
+
+Letters: R rows, T columns, N = R·T tokens, A query heads, G key/value heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from seqaware.errors import ConfigError
+
+NAME = "seqaware"
+_VARLEN_MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Where the documents of a batch lie in its flattened R·T tokens.
+
+    Attributes:
+        cu_seqlens: int32 [S + 1] on the device, from 0 to R·T; padding is a segment of its own.
+        lengths: the S lengths on the host, so that no backend has to ask the device.
+        backend: one of BACKENDS.
+    """
+
+    cu_seqlens: Tensor
+    lengths: tuple[int, ...]
+    backend: str
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The backend of a run and why it was taken."""
+
+    backend: str
+    reason: str
+
+
+def choose_backend(asked: str, *, device: str, dtype: torch.dtype, head_dim: int) -> AttentionChoice:
+    """Pick the fastest backend that is exact here, or check the one that was asked for.
+
+    Raises:
+        ConfigError: the backend that was asked for cannot run on this device, dtype or head size.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    obstacles = {
+        "sdpa_per_document": None,
+        "eager": None,
+        "varlen": _varlen_obstacle(device, half=half, head_dim=head_dim),
+        "flash_attention_2": _flash_obstacle("flash_attn", device, half=half),
+        "flash_attention_3": _flash_obstacle("flash_attn_interface", device, half=half),
+    }
+    if asked != "auto":
+        if obstacles[asked] is not None:
+            raise ConfigError(f"model.attention: {asked} cannot run here: {obstacles[asked]}", do="write auto")
+        return AttentionChoice(asked, "asked for by model.attention")
+    for backend in ("flash_attention_3", "flash_attention_2", "varlen"):
+        if obstacles[backend] is None:
+            return AttentionChoice(backend, "fastest exact backend installed for this GPU and dtype")
+    why = obstacles["varlen"] if device == "cuda" else "on a CPU a loop over the documents beats any mask"
+    return AttentionChoice("sdpa_per_document", str(why))
+
+
+def _varlen_obstacle(device: str, *, half: bool, head_dim: int) -> str | None:
+    if device != "cuda":
+        return "varlen_attn needs a GPU"
+    if not half:
+        return "varlen_attn needs bfloat16 or float16"
+    if head_dim > _VARLEN_MAX_HEAD_DIM:
+        return f"varlen_attn takes heads of up to {_VARLEN_MAX_HEAD_DIM}, this model has {head_dim}"
+    return None
+
+
+def _flash_obstacle(package: str, device: str, *, half: bool) -> str | None:
+    if device != "cuda":
+        return f"{package} needs a GPU"
+    if not half:
+        return f"{package} needs bfloat16 or float16"
+    return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention inside each document: the function transformers calls in every layer.
+
+    Args:
+        query: [R, A, T, D]; key, value: [R, G, T, D].
+        attention_mask: must be None: what may see what is told by `documents` alone.
+        options: transformers' (scaling, dropout, sliding_window, softcap, …) and our `documents`.
+
+    Returns:
+        [R, T, A, D] and no attention weights.
+    """
+    documents: Documents | None = options.get("documents")
+    if documents is None:
+        raise ConfigError(
+            "this model does not hand the batch's document borders to its attention layers",
+            got=type(module).__name__,
+            do="use a model of transformers that passes keyword arguments on to its attention",
+        )
+    assert attention_mask is None, "a mask reached the document attention"
+    if options.get("s_aux") is not None:
+        raise ConfigError("attention sinks are not supported", got=type(module).__name__)
+    rows, heads, columns, head_dim = query.shape
+    call = AttentionCall(
+        scale=options.get("scaling") or head_dim**-0.5,
+        dropout=options.get("dropout", 0.0) if module.training else 0.0,
+        window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+    )
+    # [R, A, T, D] -> [N, A, D]: one flat run of tokens, cut by cu_seqlens.
+    flat = [tensor.transpose(1, 2).reshape(rows * columns, -1, head_dim) for tensor in (query, key, value)]
+    backend = documents.backend
+    if call.softcap is not None and backend in ("sdpa_per_document", "varlen"):
+        backend = "eager"  # neither kernel caps its scores
+    output_NAD = BACKENDS[backend](flat[0], flat[1], flat[2], documents, call)
+    return output_NAD.view(rows, columns, heads, -1), None
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """What one layer asks of the kernel: score scale, dropout, sliding window (tokens), score soft-cap."""
+
+    scale: float
+    dropout: float
+    window: int | None
+    softcap: float | None
+
+
+def _sdpa_per_document(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
+    grouped = q_NAD.shape[1] != k_NGD.shape[1]
+    outputs = []
+    lengths = list(documents.lengths)
+    parts = zip(q_NAD.split(lengths), k_NGD.split(lengths), v_NGD.split(lengths), strict=True)
+    for q, k, v in parts:
+        length = q.shape[0]
+        band = _band_mask(length, call.window, q.device) if call.window is not None and length > call.window else None
+        out = F.scaled_dot_product_attention(
+            q.transpose(0, 1).unsqueeze(0),
+            k.transpose(0, 1).unsqueeze(0),
+            v.transpose(0, 1).unsqueeze(0),
+            attn_mask=band,
+            dropout_p=call.dropout,
+            is_causal=band is None,
+            scale=call.scale,
+            enable_gqa=grouped,
+        )
+        outputs.append(out.squeeze(0).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def _eager(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
+    """Softmax written out, document by document, in the inputs' dtype with a float32 softmax or better."""
+    groups = q_NAD.shape[1] // k_NGD.shape[1]
+    outputs = []
+    lengths = list(documents.lengths)
+    parts = zip(q_NAD.split(lengths), k_NGD.split(lengths), v_NGD.split(lengths), strict=True)
+    for q, k, v in parts:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        scores = torch.einsum("qad,kad->aqk", q, k) * call.scale
+        if call.softcap is not None:
+            scores = torch.tanh(scores / call.softcap) * call.softcap
+        visible = _band_mask(q.shape[0], call.window, q.device)
+        scores = scores.masked_fill(~visible, -torch.inf)
+        softmax_dtype = torch.promote_types(scores.dtype, torch.float32)
+        probabilities = torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(v.dtype)
+        probabilities = F.dropout(probabilities, p=call.dropout)
+        outputs.append(torch.einsum("aqk,kad->qad", probabilities, v))
+    return torch.cat(outputs)
+
+
+def _band_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [length, length]: True where query i may see key j, that is i − window < j ≤ i."""
+    query = torch.arange(length, device=device).unsqueeze(1)
+    key = torch.arange(length, device=device).unsqueeze(0)
+    visible = key <= query
+    return visible if window is None else visible & (key > query - window)
+
+
+def _varlen(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
+    if call.dropout > 0:
+        raise ConfigError("varlen attention has no dropout", do="set model.dropout: 0 or model.attention: eager")
+    varlen_attn, options = _varlen_function()
+    if q_NAD.shape[1] != k_NGD.shape[1] and "enable_gqa" not in options:
+        groups = q_NAD.shape[1] // k_NGD.shape[1]
+        k_NGD, v_NGD = k_NGD.repeat_interleave(groups, dim=1), v_NGD.repeat_interleave(groups, dim=1)
+    borders, longest = documents.cu_seqlens, documents.longest
+    arguments: dict[str, Any] = {"scale": call.scale}
+    if "enable_gqa" in options:
+        arguments["enable_gqa"] = True
+    if "window_size" in options:
+        arguments["window_size"] = (-1 if call.window is None else call.window - 1, 0)
+    elif call.window is not None and longest > call.window:
+        raise ConfigError("this torch's varlen attention has no sliding window", do="write model.attention: eager")
+    else:
+        arguments["is_causal"] = True
+    output: Tensor = varlen_attn(q_NAD, k_NGD, v_NGD, borders, borders, longest, longest, **arguments)
+    return output
+
+
+@lru_cache(maxsize=1)
+def _varlen_function() -> tuple[Callable[..., Any], frozenset[str]]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+def _flash(package: str) -> Callable[..., Tensor]:
+    def flash(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
+        function = importlib.import_module(package).flash_attn_varlen_func
+        known = inspect.signature(function).parameters
+        arguments: dict[str, Any] = {
+            "causal": True,
+            "softmax_scale": call.scale,
+            "window_size": (-1 if call.window is None else call.window - 1, 0 if call.window is not None else -1),
+        }
+        if "dropout_p" in known:
+            arguments["dropout_p"] = call.dropout
+        if call.softcap is not None:
+            arguments["softcap"] = call.softcap
+        borders, longest = documents.cu_seqlens, documents.longest
+        output = function(q_NAD, k_NGD, v_NGD, borders, borders, longest, longest, **arguments)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first
+
+    return flash
+
+
+BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Documents, AttentionCall], Tensor]] = {
+    "sdpa_per_document": _sdpa_per_document,
+    "eager": _eager,
+    "varlen": _varlen,
+    "flash_attention_2": _flash("flash_attn"),
+    "flash_attention_3": _flash("flash_attn_interface"),
+}
+
+# No mask function is registered beside it: transformers then builds no mask at all for this attention.
+AttentionInterface.register(NAME, attention)
+
+
+@contextmanager
+def standard_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model uses torch's SDPA with ordinary masks, as generation with a cache needs."""
+    model.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)

@@ -1,0 +1,192 @@
+"""Checkpoints: written aside, made durable, renamed, and only then called the latest.
+
+    checkpoints/step-00000120/           what DeepSpeed writes, rng-<rank>.pt, and seqaware.json, written last
+    checkpoints/latest                   the name of the newest complete one
+
+A folder without a `seqaware.json` whose sizes agree with the files is not a checkpoint, whatever its name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from seqaware.engine.engine import Engine
+from seqaware.engine.ranks import Ranks
+from seqaware.errors import CheckpointError
+
+MANIFEST = "seqaware.json"
+_LATEST = "latest"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands after an optimizer step: enough to go on, because a step's examples follow from its number."""
+
+    step: int
+    epoch: int
+    data_fingerprint: str
+    mathematics: Mapping[str, Any]
+
+
+def save_checkpoint(engine: Engine, folder: Path, *, state: RunState, keep_last: int) -> Path:
+    """Write `folder`/step-N. Collective. Returns the checkpoint's folder.
+
+    Raises:
+        CheckpointError: it could not be written, on any rank; what was there before is untouched.
+    """
+    ranks = engine.ranks
+    final = folder / f"step-{state.step:08d}"
+    partial = folder / f"{final.name}.partial"
+    if ranks.is_first:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True, exist_ok=True)
+    ranks.barrier()
+    problem = _write_shards(engine, partial)
+    problems = [text for text in ranks.gather(problem) if text]
+    if problems:
+        raise CheckpointError("the checkpoint could not be written", got=problems[0], do="free some disk space")
+    if ranks.is_first:
+        _complete(partial, final, state, ranks)
+        _forget_old(folder, keep_last)
+    ranks.barrier()
+    return final
+
+
+def _write_shards(engine: Engine, partial: Path) -> str | None:
+    try:
+        torch.save(_rng_state(), partial / f"rng-{engine.ranks.rank}.pt")
+        engine.deepspeed.save_checkpoint(str(partial.parent), tag=partial.name, client_state={}, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        return f"rank {engine.ranks.rank}: {error}"
+    return None
+
+
+def _complete(partial: Path, final: Path, state: RunState, ranks: Ranks) -> None:
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+    manifest = {
+        "step": state.step,
+        "epoch": state.epoch,
+        "data_fingerprint": state.data_fingerprint,
+        "mathematics": dict(state.mathematics),
+        "world_size": ranks.size,
+        "files": files,
+    }
+    for name in files:
+        _fsync(partial / name)
+    write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _fsync(final.parent)
+    write_durably(final.parent / _LATEST, final.name)
+
+
+def _forget_old(folder: Path, keep_last: int) -> None:
+    for old in list(complete_checkpoints(folder))[keep_last:]:
+        shutil.rmtree(old)
+
+
+def complete_checkpoints(folder: Path) -> Iterator[Path]:
+    """The complete checkpoints under `folder`, newest first."""
+    for candidate in sorted(folder.glob("step-*"), reverse=True):
+        if candidate.suffix != ".partial" and is_complete(candidate):
+            yield candidate
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether the manifest is there and every file it lists has its size."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The run's state in a complete checkpoint."""
+    if not is_complete(checkpoint):
+        raise CheckpointError("not a complete checkpoint", got=checkpoint, do="name another, or write --resume auto")
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    return RunState(manifest["step"], manifest["epoch"], manifest["data_fingerprint"], manifest["mathematics"])
+
+
+def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
+    """Put model, optimizer and random state of `checkpoint` into the engine. Collective.
+
+    Raises:
+        CheckpointError: it was written by another number of ranks.
+    """
+    saved_by = json.loads((checkpoint / MANIFEST).read_text())["world_size"]
+    if saved_by != engine.ranks.size:
+        raise CheckpointError(
+            "the checkpoint was written by another number of ranks",
+            got=f"{saved_by} ranks then, {engine.ranks.size} now",
+            do=f"resume on {saved_by} ranks",
+        )
+    path, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise CheckpointError("DeepSpeed could not read the checkpoint", got=checkpoint)
+    rng = torch.load(checkpoint / f"rng-{engine.ranks.rank}.pt", weights_only=True)
+    torch.set_rng_state(rng["cpu"])
+    if "cuda" in rng and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+def _rng_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def export_model(engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
+    """Write a Hugging Face folder of the trained model: safetensors, config, tokenizer, model card. Collective.
+
+    Under ZeRO-3 one parameter at a time is gathered; only rank 0 holds the whole, on the CPU.
+    """
+    import deepspeed
+
+    model = engine.wrapped.model
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if engine.ranks.is_first:
+                weights[name] = parameter.detach().cpu().clone()
+    if engine.ranks.is_first:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        weights.update({name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in model.state_dict()})
+        model.config.use_cache = True
+        model.save_pretrained(partial, state_dict=weights)
+        model.config.use_cache = False
+        tokenizer.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    engine.ranks.barrier()
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Replace a small file so that a crash leaves the old one or the new one, never a torn one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    _fsync(partial)
+    partial.replace(path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

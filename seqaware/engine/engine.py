@@ -1,0 +1,159 @@
+"""One optimizer step over sharded micro-batches, with one denominator for all of them.
+
+The algebra, for a step over the micro-batches b of the ranks r:
+
+    loss  =  Σ_r Σ_b Σ_t w_t · l_t  /  D            D: supervised tokens, Σ w or sequences of the whole step
+
+D is one all-reduce, known before the first backward. DeepSpeed averages gradients over the R data-parallel ranks, so
+every rank hands `R / D · Σ_b Σ_t w_t · l_t` to backward, unscaled by the accumulation: the average is then the gradient
+of the loss above, whatever the number of ranks and of micro-batches, which may differ from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from seqaware.data.batch import Batch
+from seqaware.engine.attention import Documents
+from seqaware.engine.model import ModelInput, WeightedCausalLM
+from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
+from seqaware.engine.ranks import Ranks
+from seqaware.objective.sums import StepSums
+from seqaware.objective.weighting import Weighting
+from seqaware.plan.plan import Plan
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves, still on the device: the global sums and the gradient's norm before clipping."""
+
+    sums: StepSums
+    grad_norm: Tensor | float
+
+
+class Engine:
+    """A DeepSpeed engine around a `WeightedCausalLM`, stepping over micro-batches of the Plan.
+
+    Args:
+        model: the wrapped model; its parameters may already be sharded by ZeRO-3.
+        attention_backend: what `Documents` tells the attention to use.
+    """
+
+    def __init__(
+        self, plan: Plan, *, ranks: Ranks, model: WeightedCausalLM, weighting: Weighting, attention_backend: str
+    ) -> None:
+        self.ranks = ranks
+        self.weighting = weighting
+        self.normalize_by = plan.config.training.sft.normalize_by
+        self.max_grad_norm = plan.config.training.optimizer.max_grad_norm
+        self.attention_backend = attention_backend
+        self.wrapped = model
+        self._stage = plan.zero_stage
+        self.deepspeed = _initialize(plan, model)
+        if self._stage == 0:
+            # Stage 0 has no optimizer wrapper: we reduce, measure and clip the gradient before its step.
+            self.deepspeed.enable_backward_allreduce = False
+
+    def train_step(self, batches: Sequence[Batch], *, learning_rate: float) -> StepResult:
+        """Forward and backward over this rank's micro-batches, then one optimizer step.
+
+        Every rank must bring the same number of micro-batches: ZeRO-3 communicates in every forward.
+
+        Args:
+            batches: this rank's micro-batches, on the host or the device.
+            learning_rate: for this step, in every parameter group.
+        """
+        self.deepspeed.train()
+        placed = [batch.to(self.ranks.device) for batch in batches]
+        weights = [self.weights(batch) for batch in placed]
+        denominator = self.denominator(placed, weights)
+        scale = (self.ranks.size / denominator).to(torch.float32)
+        sums = StepSums.zeros(self.ranks.device)
+        for batch, weights_RT in zip(placed, weights, strict=True):
+            loss, stats = self._forward(batch, weights_RT)
+            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            sums = sums + StepSums.of(stats, sequences=batch.sequences, tokens=batch.tokens)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        grad_norm = self._step()
+        self.ranks.sum(sums.vector)
+        return StepResult(sums, grad_norm)
+
+    @torch.no_grad()
+    def evaluate_step(self, batches: Sequence[Batch]) -> StepSums:
+        """This rank's sums over held-out micro-batches: not yet added over the ranks."""
+        self.deepspeed.eval()
+        sums = StepSums.zeros(self.ranks.device)
+        for batch in batches:
+            placed = batch.to(self.ranks.device)
+            _, stats = self._forward(placed, self.weights(placed))
+            sums = sums + StepSums.of(stats, sequences=placed.sequences, tokens=placed.tokens)
+        return sums
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Float32 weights [R, T] from the batch's integer positions, on its device; 0 where there is no loss."""
+        weights_RT = self.weighting.weights(batch.k, batch.length, batch.sequence_offsets)
+        return weights_RT if batch.token_weight is None else weights_RT * batch.token_weight
+
+    def denominator(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
+        """The step's denominator over all ranks: float64, 0-d, on the device."""
+        match self.normalize_by:
+            case "tokens":
+                local = torch.tensor(float(sum(b.supervised_tokens for b in batches)), dtype=torch.float64)
+            case "sequences":
+                local = torch.tensor(float(sum(b.sequences for b in batches)), dtype=torch.float64)
+            case _:
+                local = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
+        return self.ranks.sum(local.to(self.ranks.device))
+
+    def _forward(self, batch: Batch, weights_RT: Tensor) -> tuple[Tensor, Tensor]:
+        loss: tuple[Tensor, Tensor] = self.deepspeed(
+            model_input(batch, self.attention_backend),
+            labels_RT=batch.labels,
+            weights_RT=weights_RT,
+            loss_rows=batch.loss_rows,
+        )
+        return loss
+
+    def _step(self) -> Tensor | float:
+        if self._stage > 0:
+            self.deepspeed.step()
+            norm: float = self.deepspeed.get_global_grad_norm()
+            return norm
+        self._reduce_gradients()
+        limit = self.max_grad_norm or float("inf")
+        total = torch.nn.utils.clip_grad_norm_(self.wrapped.parameters(), limit)
+        self.deepspeed.step()
+        return total
+
+    def _reduce_gradients(self) -> None:
+        """Average the gradients over the ranks; a parameter that no token reached still takes part."""
+        for parameter in self.wrapped.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        self.deepspeed.buffered_allreduce_fallback()
+
+
+def model_input(batch: Batch, attention_backend: str) -> ModelInput:
+    """A batch as the model sees it."""
+    documents = Documents(batch.cu_seqlens, batch.lengths, attention_backend)
+    return ModelInput(batch.input_ids, batch.position_ids, documents)
+
+
+def _initialize(plan: Plan, model: WeightedCausalLM) -> Any:
+    settings = dict(plan.deepspeed)
+    optimizer_config = plan.config.training.optimizer
+    if "optimizer" in settings:
+        mark_for_muon(model.model)
+        groups = parameter_groups(model, optimizer_config.weight_decay)
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
+    else:
+        optimizer = build_optimizer(optimizer_config, model)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine

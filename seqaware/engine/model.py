@@ -1,0 +1,250 @@
+"""Models: checked before they load, initialised by the seed alone, loaded sharded where ZeRO-3 shards them.
+
+`WeightedCausalLM` is what DeepSpeed's engine wraps: tokens and weights in, the weighted loss sum and its statistics out.
+
+Letters: R rows, T columns, N = R·T tokens, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from seqaware.config.schema import ModelConfig
+from seqaware.engine.attention import NAME as OUR_ATTENTION
+from seqaware.engine.attention import Documents
+from seqaware.errors import ConfigError
+from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits
+from seqaware.objective.fused import fused_cross_entropy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
+
+
+def check_model_source(model: ModelConfig) -> None:
+    """Refuse a local model folder that cannot be loaded, before anything slow starts.
+
+    Raises:
+        ConfigError: the folder lacks its config or its weights, or the path looks local and does not exist.
+    """
+    if model.base_name is None:
+        return
+    folder = Path(model.base_name).expanduser()
+    if not folder.is_dir():
+        if model.base_name.startswith((".", "/", "~")) or model.base_name.count("/") > 1:
+            raise ConfigError("model.base_name: there is no such folder", got=model.base_name)
+        return
+    if not (folder / "config.json").is_file():
+        raise ConfigError("model.base_name: the folder has no config.json", got=folder, do="name a Hugging Face model folder")
+    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_PATTERNS):
+        raise ConfigError(
+            "model.base_name: the folder has a config.json but no weights (*.safetensors or pytorch_model*.bin)",
+            got=folder,
+            do="copy the weights into it, or train a new model from this config with model.from_scratch",
+        )
+
+
+def check_vocabulary(model_vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer whose ids the embedding does not have."""
+    if len(tokenizer) > model_vocabulary:
+        raise ConfigError(
+            "the tokenizer's vocabulary is larger than the model's embedding",
+            got=f"{len(tokenizer)} tokens for {model_vocabulary} embedding rows",
+            do="use the model's own tokenizer, or resize the embedding and save the model first",
+        )
+
+
+def build_initial_model(fields: Mapping[str, Any], *, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+    """Make the folder of a randomly initialised float32 model, once; every layout then loads the same weights.
+
+    Built whole on the CPU and loaded like a pretrained model, because a model built inside `zero.Init` does not get the
+    initial weights that the same seed gives it otherwise. Safe to call from every rank of a host.
+    """
+    with FileLock(folder.with_name(folder.name + ".lock")):
+        wanted = {"fields": dict(fields), "seed": seed, "vocabulary": len(tokenizer)}
+        mark = folder / "seqaware_initial.json"
+        if mark.is_file() and json.loads(mark.read_text()) == wanted:
+            return folder
+        partial = folder.with_name(folder.name + ".partial")
+        for stale in (partial, folder):
+            shutil.rmtree(stale, ignore_errors=True)
+        config = initial_config(fields, tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(partial)
+        (partial / mark.name).write_text(json.dumps(wanted))
+        partial.rename(folder)
+    return folder
+
+
+def initial_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A transformers config from `model.from_scratch`; vocabulary and special tokens come from the tokenizer.
+
+    Raises:
+        ConfigError: unknown model_type, or fields the model does not take.
+    """
+    rest = dict(fields)
+    model_type = rest.pop("model_type")
+    rest.setdefault("vocab_size", len(tokenizer))
+    rest.setdefault("bos_token_id", tokenizer.bos_token_id)
+    rest.setdefault("eos_token_id", tokenizer.eos_token_id)
+    try:
+        return AutoConfig.for_model(model_type, **rest)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError("model.from_scratch is not a config transformers can build", got=error) from error
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model folder or hub id becomes a module.
+
+    Attributes:
+        dtype: of the module's parameters. dropout: overrides every dropout of the model's config; None keeps them.
+        deepspeed: the complete DeepSpeed dict; with stage 3 the parameters are sharded while they load.
+    """
+
+    dtype: torch.dtype
+    dropout: float | None
+    activation_checkpointing: bool
+    revision: str | None
+    trust_remote_code: bool
+    deepspeed: Mapping[str, Any]
+
+
+def load_model(source: str, options: LoadOptions) -> PreTrainedModel:
+    """Load a causal LM with our attention and without a cache.
+
+    Raises:
+        ConfigError: it cannot be found or read, or does not follow transformers' attention interface.
+    """
+    sharded = options.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
+    where = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **where)
+        if options.dropout is not None:
+            set_dropout(config, options.dropout)
+        config.use_cache = False
+        # Kept alive while the model loads: transformers looks for it to know that ZeRO-3 shards the parameters.
+        sharding = _hf_deepspeed_config(options.deepspeed) if sharded else None
+        model = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=options.dtype, attn_implementation=OUR_ATTENTION, **where
+        )
+        del sharding
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError("the model cannot be loaded", got=f"{source}: {first_line}") from error
+    if options.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _hf_deepspeed_config(deepspeed: Mapping[str, Any]) -> Any:
+    from transformers.integrations import HfDeepSpeedConfig
+
+    return HfDeepSpeedConfig(dict(deepspeed))
+
+
+def set_dropout(config: Any, probability: float) -> None:
+    """Set every dropout of a transformers config, whatever its spelling (attention_dropout, resid_pdrop, …)."""
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, (int, float)):
+            setattr(config, name, probability)
+
+
+def output_head(model: PreTrainedModel) -> Head:
+    """The model's map from hidden states to logits, as the fused loss computes it.
+
+    Covers the conventions of transformers: weight and bias of the output embedding, `final_logit_softcapping`
+    (Gemma 2), `logit_scale` (Cohere) and `logits_scaling` (Granite). What a model does beyond these is found by the
+    start-up probe, which compares this head's logits with the model's own.
+    """
+    module = model.get_output_embeddings()
+    assert module is not None
+    scale = float(getattr(model.config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(model.config, "logits_scaling", None) or 1.0)
+    softcap = getattr(model.config, "final_logit_softcapping", None)
+    return Head(weight=module.weight, bias=getattr(module, "bias", None), scale=scale, softcap=softcap)
+
+
+class HeadLoss(nn.Module):
+    """The fused loss over the model's output head, as a module of its own.
+
+    It owns no parameter. Under ZeRO-3 it reads the head's weight inside its own forward, so DeepSpeed gathers that
+    weight for this module's forward and backward only, not for as long as the whole model runs.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self._model = (model,)  # in a tuple, so that the model is not registered a second time
+
+    def forward(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        head = output_head(self._model[0])
+        loss, stats = fused_cross_entropy(hidden_NH, head=head, labels_N=labels_N, weights_N=weights_N, rows=rows)
+        return loss, stats
+
+
+@dataclass(frozen=True)
+class ModelInput:
+    """What the model sees of a micro-batch. input_ids, position_ids: int64 [R, T]."""
+
+    input_ids: Tensor
+    position_ids: Tensor
+    documents: Documents
+
+
+class WeightedCausalLM(nn.Module):
+    """A causal LM that returns Σ w·l over a micro-batch instead of logits.
+
+    Args:
+        model: a transformers causal LM.
+        loss_kernel: "fused" never builds the [N, V] logits; "plain" takes the model's own logits (the reference).
+    """
+
+    def __init__(self, model: PreTrainedModel, *, loss_kernel: str) -> None:
+        super().__init__()
+        self.model = model
+        self.loss_kernel = loss_kernel
+        self.head_loss = HeadLoss(model)
+
+    def forward(
+        self, inputs: ModelInput, *, labels_RT: Tensor, weights_RT: Tensor, loss_rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Returns Σ w·l (float32, differentiable) and the statistics vector of `objective.sums`."""
+        labels_N, weights_N = labels_RT.flatten(), weights_RT.flatten()
+        if self.loss_kernel == "plain":
+            logits_NV = self.logits(inputs).flatten(0, 1)
+            return cross_entropy_from_logits(logits_NV, labels_N, weights_N)
+        loss: tuple[Tensor, Tensor] = self.head_loss(self.hidden(inputs).flatten(0, 1), labels_N, weights_N, loss_rows)
+        return loss
+
+    def hidden(self, inputs: ModelInput) -> Tensor:
+        """The last hidden states [R, T, H], after the final norm."""
+        body: Any = self.model.base_model
+        output: Tensor = body(
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            documents=inputs.documents,
+            use_cache=False,
+        )[0]
+        return output
+
+    def logits(self, inputs: ModelInput) -> Tensor:
+        """The model's own logits [R, T, V]."""
+        model: Any = self.model
+        output: Tensor = model(
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            documents=inputs.documents,
+            use_cache=False,
+        ).logits
+        return output

@@ -1,0 +1,260 @@
+"""Who started this process, which rank it is, and the few collectives the trainer needs.
+
+The only module that names `torch.distributed`, and the only one that reads the environment. Nothing here imports
+torch before `connect`, so that a rank can tell who it is before the slow imports.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from seqaware.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+LAUNCHERS = ("torchrun or deepspeed", "srun", "mpirun", "none")
+_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+_DEFAULT_PORT = 29500
+
+
+@dataclass(frozen=True)
+class RankAddress:
+    """One process among those of the run, and where they meet.
+
+    Attributes:
+        rank, size: global; local_rank, local_size: on this host; nodes: number of hosts.
+        launcher: which of LAUNCHERS started the process.
+        master_address, master_port: where rank 0's store listens.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    nodes: int
+    launcher: str
+    master_address: str
+    master_port: int
+
+
+def find_address(environment: Mapping[str, str] | None = None) -> RankAddress:
+    """Find out which launcher started this process and which rank it is.
+
+    Raises:
+        ConfigError: the launcher's variables contradict each other.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _from_torch_variables(env)
+    # SLURM_STEP_ID tells srun's tasks from the batch script, which carries SLURM_PROCID and SLURM_NTASKS as well.
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        return _from_slurm(env)
+    if any(int(env.get(name, "1")) > 1 for name in _MPI_SIZE_VARIABLES):
+        return _from_mpi(env)
+    return RankAddress(0, 1, 0, 1, 1, "none", "127.0.0.1", _free_port())
+
+
+def _from_torch_variables(env: Mapping[str, str]) -> RankAddress:
+    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+    local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
+    if not 0 <= rank < size:
+        raise ConfigError("RANK must lie in [0, WORLD_SIZE)", got=f"RANK={rank}, WORLD_SIZE={size}")
+    return RankAddress(
+        rank=rank,
+        size=size,
+        local_rank=int(env.get("LOCAL_RANK", rank % local_size)),
+        local_size=local_size,
+        nodes=max(1, size // local_size),
+        launcher="torchrun or deepspeed",
+        master_address=env.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(env.get("MASTER_PORT", _DEFAULT_PORT)),
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> RankAddress:
+    size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+    nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
+    hosts = expand_hostlist(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
+    # Every task derives the same port from the job, and two jobs on one host get different ones.
+    port = 20000 + (int(env.get("SLURM_JOB_ID", "0")) * 7 + int(env["SLURM_STEP_ID"])) % 20000
+    return RankAddress(
+        rank=int(env["SLURM_PROCID"]),
+        size=size,
+        local_rank=int(env.get("SLURM_LOCALID", "0")),
+        local_size=max(1, size // nodes),
+        nodes=nodes,
+        launcher="srun",
+        master_address=env.get("MASTER_ADDR", hosts[0]),
+        master_port=int(env.get("MASTER_PORT", port)),
+    )
+
+
+def expand_hostlist(hostlist: str) -> list[str]:
+    """SLURM's compressed host list as names: `n[1-3,7],gpu01` becomes n1, n2, n3, n7, gpu01."""
+    hosts: list[str] = []
+    for part in re.findall(r"[^,\[\]]+(?:\[[^\]]*\][^,\[\]]*)?", hostlist):
+        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
+        if match is None:
+            hosts.append(part)
+            continue
+        prefix, ranges, suffix = match.groups()
+        for piece in ranges.split(","):
+            first, _, last = piece.partition("-")
+            numbers = range(int(first), int(last or first) + 1)
+            hosts.extend(f"{prefix}{number:0{len(first)}d}{suffix}" for number in numbers)
+    return hosts
+
+
+def _from_mpi(env: Mapping[str, str]) -> RankAddress:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise ConfigError(
+            "mpirun started this process, but mpi4py cannot load an MPI library", got=error, do="load the MPI module"
+        ) from error
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    leader = (socket.gethostname(), _free_port()) if world.rank == 0 else None
+    host, port = world.bcast(leader, root=0)
+    nodes = world.allreduce(1 if local.rank == 0 else 0)
+    same_host = nodes == 1
+    return RankAddress(
+        rank=world.rank,
+        size=world.size,
+        local_rank=local.rank,
+        local_size=local.size,
+        nodes=nodes,
+        launcher="mpirun",
+        master_address=env.get("MASTER_ADDR", "127.0.0.1" if same_host else host),
+        master_port=int(env.get("MASTER_PORT", port)),
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def gpu_is_visible() -> bool:
+    """Whether an NVIDIA driver is here and not hidden, told without importing torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1") or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return False
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+class Ranks:
+    """The connected ranks of a run. Every method that communicates must be called by all of them."""
+
+    def __init__(self, address: RankAddress, device: torch.device) -> None:
+        self.address = address
+        self.device = device
+        self.rank = address.rank
+        self.size = address.size
+        self.is_first = address.rank == 0
+        self.is_first_on_host = address.local_rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` over all ranks, in place; returns it."""
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        import torch.distributed as dist
+
+        if self.size > 1:
+            dist.barrier()
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in the order of the ranks, on every rank. Pickled: for small things."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def disconnect() -> None:
+    """Meet once more and leave the group: gloo ranks that skip either now and then crash on the way out."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def connect(address: RankAddress, *, timeout_minutes: float = 30.0) -> Ranks:
+    """Start the process group through DeepSpeed: NCCL where there are GPUs, gloo elsewhere.
+
+    The group is made for a single rank too, because DeepSpeed's engine asks for one. A process that is already
+    connected keeps its group.
+    """
+    import torch
+
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    os.environ.update(
+        RANK=str(address.rank),
+        WORLD_SIZE=str(address.size),
+        LOCAL_RANK=str(address.local_rank),
+        LOCAL_SIZE=str(address.local_size),
+        MASTER_ADDR=address.master_address,
+        MASTER_PORT=str(address.master_port),
+    )
+    if cuda:
+        torch.cuda.set_device(address.local_rank)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    deepspeed.init_distributed(
+        dist_backend="nccl" if cuda else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=timeout_minutes),
+        verbose=False,
+    )
+    return Ranks(address, torch.device("cuda", address.local_rank) if cuda else torch.device("cpu"))
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' notices off the screen: a person reads our lines, and errors.
+
+    Called before the libraries are imported; whatever a person set themselves stays.
+    """
+    for name, value in {
+        "DS_LOG_LEVEL": "error",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)\b.*")

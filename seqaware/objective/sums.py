@@ -1,0 +1,119 @@
+"""What a step adds up: sums over micro-batches and ranks, ratios taken once, at the end.
+
+A mean of means is wrong as soon as two micro-batches hold different numbers of tokens. So everything that is reported
+travels as a sum in one float64 vector on the device: micro-batches add, ranks add (one all-reduce of `vector`), and
+`metrics` divides once. float64, because a sum over 10⁷ tokens in float32 loses the digits that are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+NormalizeBy: TypeAlias = Literal["tokens", "weight", "sequences"]
+
+LossStats: TypeAlias = Tensor
+"""Detached float64 vector [len(STATS)] of sums over the rows of one loss call, in the order of `STATS`."""
+
+STATS = (
+    "weighted_loss",  # Σ w·l
+    "loss",  # Σ l over the scored tokens
+    "weight",  # Σ w over the supervised tokens
+    "supervised_tokens",  # tokens with a label
+    "scored_tokens",  # tokens with a label and a weight that is not zero: only these are multiplied with the head
+    "correct",  # scored tokens whose largest logit is the label's
+    "logsumexp",  # Σ log Σ_v exp z_v over the scored tokens
+    "logsumexp_squared",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class StepSums:
+    """The sums of an optimizer step, or of any part of one.
+
+    Attributes:
+        vector: float64 [len(FIELDS)] on the device, in the order of `FIELDS`. An all-reduce (sum) of it, in place,
+            turns the sums of one rank into those of the world.
+    """
+
+    FIELDS: ClassVar[tuple[str, ...]] = (*STATS, "sequences", "tokens")
+
+    vector: Tensor
+
+    @classmethod
+    def zeros(cls, device: torch.device | str = "cpu") -> StepSums:
+        """The sums of nothing."""
+        return cls(torch.zeros(len(cls.FIELDS), dtype=torch.float64, device=device))
+
+    @classmethod
+    def of(cls, stats: LossStats, *, sequences: int, tokens: int) -> StepSums:
+        """The sums of one micro-batch: what the loss returned, and what only the batch knows.
+
+        Args:
+            stats: float64 vector that a loss of this package returned.
+            sequences: documents in the micro-batch.
+            tokens: tokens that are not padding.
+        """
+        assert stats.shape == (len(STATS),), stats.shape
+        vector = stats.new_zeros(len(cls.FIELDS))
+        vector[: len(STATS)] = stats
+        # Filled by kernels with the value as an argument: copying a host tensor to the device would wait for it.
+        vector[len(STATS)].fill_(sequences)
+        vector[len(STATS) + 1].fill_(tokens)
+        return cls(vector)
+
+    def __add__(self, other: StepSums) -> StepSums:
+        return StepSums(self.vector + other.vector)
+
+    def __getitem__(self, field: str) -> Tensor:
+        """One sum, float64 0-d, still on the device."""
+        return self.vector[self.FIELDS.index(field)]
+
+    def denominator(self, normalize_by: NormalizeBy) -> Tensor:
+        """What Σ w·l is divided by: float64, 0-d, still on the device."""
+        return self[_denominator_field(normalize_by)]
+
+    def metrics(self, normalize_by: NormalizeBy) -> dict[str, float]:
+        """Every reported figure. One transfer to the host; a ratio over nothing is NaN.
+
+        Returns:
+            loss (normalised as asked), unweighted_loss, accuracy, logsumexp_mean and logsumexp_std (each a mean over the
+            scored tokens, in nats), and the sums supervised_tokens, scored_tokens, tokens, sequences, weight_sum.
+        """
+        total = dict(zip(self.FIELDS, self.vector.tolist(), strict=True))
+        scored = total["scored_tokens"]
+        mean = _ratio(total["logsumexp"], scored)
+        variance = _ratio(total["logsumexp_squared"], scored) - mean * mean
+        return {
+            "loss": _ratio(total["weighted_loss"], total[_denominator_field(normalize_by)]),
+            "unweighted_loss": _ratio(total["loss"], scored),
+            "accuracy": _ratio(total["correct"], scored),
+            "logsumexp_mean": mean,
+            # The difference of two nearly equal numbers may round to just below zero; NaN must stay NaN.
+            "logsumexp_std": math.sqrt(0.0 if variance < 0.0 else variance),
+            "supervised_tokens": total["supervised_tokens"],
+            "scored_tokens": scored,
+            "tokens": total["tokens"],
+            "sequences": total["sequences"],
+            "weight_sum": total["weight"],
+        }
+
+
+def _denominator_field(normalize_by: NormalizeBy) -> str:
+    match normalize_by:
+        case "tokens":
+            return "supervised_tokens"
+        case "weight":
+            return "weight"
+        case "sequences":
+            return "sequences"
+        case _:
+            raise ValueError(f"normalize_by must be tokens, weight or sequences; got {normalize_by!r}")
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return numerator / denominator if denominator else math.nan

@@ -1,0 +1,158 @@
+"""Pairs of settings that cannot work together, found before any rank loads a model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from seqaware.config.schema import Config
+from seqaware.errors import ConfigError
+from seqaware.plan.facts import World
+
+_GPU_OPTIMIZERS = ("fused_adam", "adamw_8bit")
+
+
+def check_contradictions(config: Config, raw: Mapping[str, Any], *, world: World, dtype: str) -> None:
+    """Every known contradiction between the YAML, the DeepSpeed JSON, the ranks and the installed libraries.
+
+    Raises:
+        ConfigError: names all of them.
+    """
+    zero = raw.get("zero_optimization", {})
+    found = [
+        *_of_precision(config, zero, world, dtype),
+        *_of_optimizer(config.training.optimizer.type, zero, world),
+        *_of_offload(zero),
+        *_of_communication(zero, world),
+        *_of_attention(config.model.attention, world),
+    ]
+    if len(found) == 1:
+        raise found[0]
+    if found:
+        raise ConfigError(f"{len(found)} contradictions:" + "".join(f"\n  - {error}" for error in found))
+
+
+def stage_of(raw: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed configuration."""
+    return int(raw.get("zero_optimization", {}).get("stage", 0))
+
+
+def offload_device(zero: Mapping[str, Any], what: str) -> str | None:
+    """Where `offload_optimizer` or `offload_param` puts the states: cpu, nvme or None."""
+    block = zero.get(what)
+    device = block.get("device", "none") if isinstance(block, Mapping) else "none"
+    return None if device == "none" else str(device)
+
+
+def _of_precision(config: Config, zero: Mapping[str, Any], world: World, dtype: str) -> Iterator[ConfigError]:
+    if dtype == "float16" and world.device == "cpu":
+        yield ConfigError(
+            "model.dtype float16 cannot be trained on the CPU", do="write model.dtype: bfloat16, float32 or auto"
+        )
+    if dtype != "float32" and zero.get("stage", 0) == 0:
+        asked = f"model.dtype {config.model.dtype}"
+        yield ConfigError(
+            f"without ZeRO, DeepSpeed adds up micro-batches in {dtype}, and their number would change the gradient",
+            got=f"{asked} → {dtype} with ZeRO stage 0",
+            do="use ds_configs/zero1.json, or write model.dtype: float32",
+        )
+    if dtype == "bfloat16" and world.device == "cuda" and not world.bf16:
+        yield ConfigError(
+            "model.dtype bfloat16: these GPUs do not compute in it", do="write model.dtype: float16, float32 or auto"
+        )
+
+
+def _of_optimizer(kind: str, zero: Mapping[str, Any], world: World) -> Iterator[ConfigError]:
+    offloaded = offload_device(zero, "offload_optimizer")
+    name = f"training.optimizer.type {kind}"
+    if kind in _GPU_OPTIMIZERS and world.device == "cpu":
+        yield ConfigError(f"{name} runs on GPUs only, and this run has none", do="write adamw or cpu_adam")
+    elif kind in _GPU_OPTIMIZERS and offloaded:
+        yield ConfigError(
+            f"{name} runs on the GPU, and the DeepSpeed config offloads the optimizer to {offloaded}",
+            do="write training.optimizer.type: cpu_adam, or take a ds_config without offload_optimizer",
+        )
+    if kind == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        yield ConfigError(f"{name} needs bitsandbytes, which is not installed", do="pip install bitsandbytes")
+    if kind == "cpu_adam" and world.device == "cuda" and not offloaded:
+        yield ConfigError(
+            f"{name} updates weights in CPU memory, and the DeepSpeed config leaves them on the GPU",
+            do="take ds_configs/zero3_offload_cpu.json, or write training.optimizer.type: adamw",
+        )
+    if kind == "muon" and zero.get("stage") == 3 and zero.get("reduce_scatter") is True:
+        yield ConfigError(
+            f"{name} needs whole gradients, which ZeRO-3 with reduce_scatter never has",
+            do="delete zero_optimization.reduce_scatter from the DeepSpeed config",
+        )
+
+
+def _of_offload(zero: Mapping[str, Any]) -> Iterator[ConfigError]:
+    stage = zero.get("stage", 0)
+    for what, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
+        key = f"zero_optimization.{what}"
+        block = zero.get(what)
+        if block is not None and not isinstance(block, Mapping):
+            yield ConfigError(f"{key} must be an object with a device", got=repr(block))
+            continue
+        device = offload_device(zero, what)
+        if device is None:
+            continue
+        if device not in ("cpu", "nvme"):
+            yield ConfigError(f"{key}.device must be cpu, nvme or none", got=device)
+        if stage < lowest:
+            yield ConfigError(f"{key} needs ZeRO stage {lowest} or more", got=f"stage {stage}")
+        if device == "nvme":
+            yield from _of_nvme(key, stage, zero[what].get("nvme_path"))
+
+
+def _of_nvme(key: str, stage: int, path: object) -> Iterator[ConfigError]:
+    do = f"write {key}.nvme_path: a folder on the drive"
+    if stage != 3:
+        yield ConfigError(f"{key}.device nvme needs ZeRO stage 3", got=f"stage {stage}")
+    if not isinstance(path, str):
+        yield ConfigError(f"{key}.nvme_path is missing", do=do)
+    elif not Path(path).is_dir():
+        yield ConfigError(f"{key}.nvme_path is not a folder on this machine", got=path, do=do)
+    elif not os.access(path, os.W_OK | os.X_OK):
+        yield ConfigError(f"{key}.nvme_path cannot be written", got=path, do=do)
+
+
+def _of_communication(zero: Mapping[str, Any], world: World) -> Iterator[ConfigError]:
+    stage = zero.get("stage", 0)
+    if stage < 2 and zero.get("overlap_comm") is True:
+        yield ConfigError(
+            "zero_optimization.overlap_comm needs ZeRO stage 2 or 3: gradients are reduced once a step",
+            got=f"stage {stage}",
+            do="delete it from the DeepSpeed config",
+        )
+    if stage in (1, 2) and zero.get("compute_grad_norm") is False:
+        yield ConfigError(
+            "zero_optimization.compute_grad_norm false: every step reports the gradient's norm", do="delete the key"
+        )
+    partition = zero.get("zero_hpz_partition_size", 1)
+    if isinstance(partition, int) and partition > 1:
+        size = min(partition, world.size)
+        if stage != 3:
+            yield ConfigError("zero_optimization.zero_hpz_partition_size needs ZeRO stage 3", got=f"stage {stage}")
+        elif world.size % size:
+            yield ConfigError(
+                "zero_optimization.zero_hpz_partition_size must divide the number of ranks",
+                got=f"{partition} for {world.size} ranks",
+                do=f"write the ranks of one node: {world.local_size}",
+            )
+    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
+    if quantized and world.device == "cpu":
+        yield ConfigError(f"zero_optimization.{quantized[0]} needs GPUs", do="set it to false")
+
+
+def _of_attention(attention: str, world: World) -> Iterator[ConfigError]:
+    if world.device == "cpu" and attention in ("varlen", "flash_attention_2", "flash_attention_3"):
+        yield ConfigError(
+            f"model.attention {attention} needs GPUs", do="write model.attention: auto or sdpa_per_document"
+        )
+    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
+    if package and world.device == "cuda" and importlib.util.find_spec(package) is None:
+        yield ConfigError(f"model.attention {attention} needs {package}, which is not installed", do="write auto")

@@ -1,0 +1,156 @@
+"""What the Plan knows about the machine, the model and the data: plain numbers, read without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from seqaware.config.schema import DatasetConfig, ModelConfig
+from seqaware.errors import ConfigError, DataError
+
+# Families spell the same figure differently; the first spelling that is there counts.
+_MAX_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
+_HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model", "dim")
+_LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_PARAMETERS = ("num_parameters", "n_parameters")
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run.
+
+    Attributes:
+        size: data-parallel ranks. local_size: ranks on one node. nodes: machines.
+        bf16: the device computes in bfloat16.
+    """
+
+    size: int
+    local_size: int
+    nodes: int
+    device: Literal["cpu", "cuda"]
+    bf16: bool
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Figures of a model's configuration; None where it does not say.
+
+    Attributes:
+        max_positions: the longest sequence, in tokens. parameters: number of weights.
+    """
+
+    vocab_size: int | None
+    max_positions: int | None
+    hidden_size: int | None
+    layers: int | None
+    parameters: int | None
+    model_type: str
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Figures of the training data.
+
+    Attributes:
+        documents, tokens, supervised_tokens: counts over one epoch; 0 tokens where they were not counted.
+        longest: tokens of the longest document.
+        fingerprint: of the prepared data; empty where there is none yet.
+        exact: counted in a prepared store, not guessed from rows.
+        steps_per_epoch: of epoch 0, 1, …, where a step is bounded by tokens and the order decides.
+    """
+
+    documents: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+    fingerprint: str
+    exact: bool
+    steps_per_epoch: tuple[int, ...] | None = None
+
+
+def model_facts(model: ModelConfig) -> ModelFacts | None:
+    """Facts from `model.from_scratch`, a folder's config.json, or the hub's cache on this machine.
+
+    Returns:
+        None where the configuration must first come from the hub.
+
+    Raises:
+        ConfigError: `model.base_name` is a folder without a readable config.json.
+    """
+    if model.from_scratch is not None:
+        return facts_from_dict(model.from_scratch)
+    assert model.base_name is not None, "the schema wants one of base_name and from_scratch"
+    folder = Path(model.base_name)
+    if folder.is_dir():
+        return _facts_from_file(folder / "config.json")
+    if folder.is_absolute() or model.base_name.startswith("."):
+        raise ConfigError(
+            "model.base_name: no such folder", got=folder, do="name a Hugging Face model folder or a hub id"
+        )
+    cached = _cached_config(model.base_name, model.revision)
+    return None if cached is None else _facts_from_file(cached)
+
+
+def facts_from_dict(config: Mapping[str, Any]) -> ModelFacts:
+    """Facts from a transformers configuration as a mapping (config.json, or `PreTrainedConfig.to_dict()`)."""
+    # Models of several modalities keep the language model's figures in a configuration of its own.
+    inner = config.get("text_config")
+    text = {**config, **inner} if isinstance(inner, Mapping) else config
+    return ModelFacts(
+        vocab_size=_figure(text, ("vocab_size",)),
+        max_positions=_figure(text, _MAX_POSITIONS),
+        hidden_size=_figure(text, _HIDDEN_SIZE),
+        layers=_figure(text, _LAYERS),
+        parameters=_figure(text, _PARAMETERS),
+        model_type=str(config.get("model_type", "unknown")),
+    )
+
+
+def _figure(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def _facts_from_file(path: Path) -> ModelFacts:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "model.base_name: the folder has no config.json", got=path.parent, do="name a Hugging Face model folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError("model.base_name: config.json cannot be read", got=f"{path} ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError("model.base_name: config.json is no mapping", got=path)
+    return facts_from_dict(content)
+
+
+def _cached_config(name: str, revision: str | None) -> Path | None:
+    # Imported here: only a hub id needs it, and it costs a tenth of a second.
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json", revision=revision)
+    except HFValidationError as error:
+        raise ConfigError("model.base_name is neither a folder nor a hub id", got=repr(name)) from error
+    return Path(found) if isinstance(found, str) else None
+
+
+def rows_of_local_file(dataset: DatasetConfig) -> DataFacts | None:
+    """A guess at the data before it is tokenised: the rows of a local jsonl file, or None for any other source.
+
+    Raises:
+        DataError: the file has no rows.
+    """
+    if dataset.name is None or not dataset.name.endswith(".jsonl") or not Path(dataset.name).is_file():
+        return None
+    with Path(dataset.name).open("rb") as file:
+        rows = sum(1 for line in file if line.strip())
+    if rows == 0:
+        raise DataError("the dataset is empty", got=dataset.name)
+    if dataset.max_examples is not None:
+        rows = min(rows, dataset.max_examples)
+    return DataFacts(rows, tokens=0, supervised_tokens=0, longest=0, fingerprint="", exact=False)

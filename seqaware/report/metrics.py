@@ -1,0 +1,65 @@
+"""`metrics.jsonl`: one JSON object a line, written by rank 0, complete up to the last line even after a crash."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from seqaware.errors import DataError
+
+
+class MetricsFile:
+    """Appends lines to a run's `metrics.jsonl`, each flushed as it is written.
+
+    Args:
+        path: the file. It is created with its folder.
+        from_step: when a run resumes after step n, lines of later optimizer steps are dropped first, so that the file
+            tells every step once.
+    """
+
+    def __init__(self, path: Path, *, from_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            _keep_until(path, from_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file. A torn last line, as a crash leaves it, ends the reading.
+
+    Raises:
+        DataError: a line before the last is not a JSON object.
+    """
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, text in enumerate(lines, start=1):
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                return
+            raise DataError(f"{path}:{number} is not a JSON object", got=text[:80]) from error
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [line for line in read_metrics(path) if line.get("step", 0) <= step]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
+
+
+def _finite(value: Any) -> Any:
+    # JSON has no NaN and no infinity; a string keeps what happened readable.
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

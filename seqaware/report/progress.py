@@ -1,0 +1,91 @@
+"""What rank 0 shows while a run goes on: a bar in a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class ProgressDisplay:
+    """Shows the steps of a run.
+
+    Args:
+        total_steps: of the whole run. done: steps that a resumed run already has.
+        style: "bar", "lines", "off", or "auto": a bar where the output is a terminal, lines elsewhere.
+    """
+
+    def __init__(self, total_steps: int, *, done: int = 0, style: str = "auto", console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        if style == "auto":
+            style = "bar" if self.console.is_terminal else "lines"
+        self._style = style
+        self._total = total_steps
+        self._first = done
+        self._started = time.monotonic()
+        self._last_line = 0.0
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        if style == "bar":
+            self._start_bar(done)
+
+    def _start_bar(self, done: int) -> None:
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self._task = self._bar.add_task("training", total=self._total, completed=done, figures="")
+        self._bar.start()
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """Show an optimizer step; `line` is what `metrics.jsonl` gets."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=line["step"], figures=_figures(line))
+        elif self._style == "lines":
+            self._print_line(line)
+
+    def _print_line(self, line: Mapping[str, Any]) -> None:
+        now = time.monotonic()
+        step = int(line["step"])
+        ends = step in (self._first + 1, self._total)
+        if not ends and now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        per_step = (now - self._started) / max(1, step - self._first)
+        left = duration(per_step * (self._total - step))
+        self.console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {_figures(line)}  {left} left")
+
+    def say(self, text: str) -> None:
+        """Print a line without disturbing the bar."""
+        if self._style != "off":
+            self.console.print(text, markup=False)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _figures(line: Mapping[str, Any]) -> str:
+    return (
+        f"loss {line['loss']:.4f}  unweighted {line['unweighted_loss']:.4f}  accuracy {line['accuracy']:.3f}  "
+        f"grad {line['grad_norm']:.3g}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tok/s"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: `48 s`, `3 min 05 s`, `2 h 10 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

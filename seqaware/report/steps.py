@@ -1,0 +1,130 @@
+"""From an optimizer step's sums to a line of `metrics.jsonl` and a line of progress."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from seqaware.engine.engine import StepResult
+from seqaware.errors import SeqawareError
+from seqaware.report.metrics import MetricsFile
+from seqaware.report.progress import ProgressDisplay
+
+Figures = Mapping[str, float]
+
+
+class DivergenceError(SeqawareError):
+    """The loss or the gradient of a step is not finite."""
+
+
+@dataclass(frozen=True)
+class PendingStep:
+    """A step that ran but whose figures are still on the device."""
+
+    step: int
+    epoch: float
+    learning_rate: float
+    result: StepResult
+
+
+class StepReporter:
+    """Collects steps and reports them every `log_every` steps: only then does the host wait for the device.
+
+    Every rank has one, so that every rank notices a loss that is not finite; only rank 0's has outputs.
+
+    Args:
+        metrics, progress: where lines go; None on the other ranks.
+        blame: names the documents of a step, for the message when its loss is not finite.
+    """
+
+    def __init__(
+        self,
+        *,
+        normalize_by: str,
+        log_every: int,
+        metrics: MetricsFile | None,
+        progress: ProgressDisplay | None,
+        blame: Callable[[int], list[str]],
+    ) -> None:
+        self._normalize_by = normalize_by
+        self._log_every = log_every
+        self._metrics = metrics
+        self._progress = progress
+        self._blame = blame
+        self._pending: list[PendingStep] = []
+        self._clock = time.perf_counter()
+        self.last: dict[str, Any] | None = None
+
+    def step(self, pending: PendingStep) -> None:
+        """Take in a step; report all that wait when their time has come."""
+        self._pending.append(pending)
+        if pending.step % self._log_every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        """Report the steps that wait.
+
+        Raises:
+            DivergenceError: one of them has a loss or a gradient that is not finite.
+        """
+        figures = [waiting.result.sums.metrics(self._normalize_by) for waiting in self._pending]
+        norms = [float(waiting.result.grad_norm) for waiting in self._pending]
+        now = time.perf_counter()
+        seconds = (now - self._clock) / max(1, len(self._pending))
+        self._clock = now
+        for waiting, values, norm in zip(self._pending, figures, norms, strict=True):
+            self._report(self._line(waiting, values, norm=norm, seconds=seconds))
+        self._pending.clear()
+
+    def _line(self, waiting: PendingStep, values: Figures, *, norm: float, seconds: float) -> dict[str, Any]:
+        counts = {name: int(values[name]) for name in ("sequences", "supervised_tokens", "tokens")}
+        return {
+            "kind": "step",
+            "step": waiting.step,
+            "epoch": round(waiting.epoch, 6),
+            "loss": values["loss"],
+            "unweighted_loss": values["unweighted_loss"],
+            "grad_norm": norm,
+            "lr": waiting.learning_rate,
+            **counts,
+            "weight_sum": values["weight_sum"],
+            "accuracy": values["accuracy"],
+            "step_seconds": round(seconds, 6),
+            "tokens_per_second": round(counts["tokens"] / seconds, 3),
+        }
+
+    def _report(self, line: dict[str, Any]) -> None:
+        self.last = line
+        if self._metrics is not None:
+            self._metrics.write(line)
+        if self._progress is not None:
+            self._progress.step(line)
+        total = line["loss"] + line["grad_norm"]
+        if total != total or total in (float("inf"), float("-inf")):
+            names = self._blame(line["step"])
+            raise DivergenceError(
+                f"the loss or gradient of step {line['step']} is not finite",
+                got=f"loss {line['loss']}, gradient norm {line['grad_norm']}; first documents of the step: {names[:8]}",
+                do="lower training.optimizer.lr, or look at these documents",
+            )
+
+    def skip_time(self) -> None:
+        """Forget the time since the last report: an evaluation or a checkpoint is no part of a step."""
+        self._clock = time.perf_counter()
+
+    def event(self, line: Mapping[str, Any]) -> None:
+        """Write a line that is not a step (an evaluation, say)."""
+        if self._metrics is not None:
+            self._metrics.write(line)
+
+    def say(self, text: str) -> None:
+        if self._progress is not None:
+            self._progress.say(text)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.close()
+        if self._metrics is not None:
+            self._metrics.close()

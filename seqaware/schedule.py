@@ -1,0 +1,65 @@
+"""The learning rate of every optimizer step: a pure function of the step, so that resuming needs no scheduler state.
+
+With S = total_steps, W = max(warmup_steps, 1), p = peak and m = min_ratio:
+
+    warm-up      step 1 … W       p · step / W                             (reaches p at step W; without a warm-up step 1 has p)
+    afterwards   t = (step − W) / (S − W)   runs over (0, 1], 1 at the last step
+    constant     p
+    linear       p · (m + (1 − m) · (1 − t))
+    cosine       p · (m + (1 − m) · (1 + cos πt) / 2)
+    polynomial   p · (m + (1 − m) · (1 − t)^power)
+    wsd          p until the last ⌈decay_ratio · S⌉ steps (or S − W, if that is less), then linear down to p · m
+
+Every schedule but the constant one ends at exactly p · m at step S, unless the warm-up fills the whole run.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+Kind = Literal["constant", "linear", "cosine", "polynomial", "wsd"]
+
+
+def learning_rate(
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    kind: Kind = "constant",
+    min_ratio: float = 0.0,
+    power: float = 1.0,
+    decay_ratio: float = 0.1,
+) -> float:
+    """The learning rate of optimizer step `step`, counted from 1.
+
+    Args:
+        peak: the highest rate. min_ratio: the last rate as a share of it. power: of `polynomial`.
+        decay_ratio: share of all steps that `wsd` decays over.
+    """
+    assert 1 <= step <= total_steps, f"step {step} is not in 1 … {total_steps}"
+    assert 0 <= warmup_steps <= total_steps, f"warm-up of {warmup_steps} steps in {total_steps}"
+    first_peak = max(warmup_steps, 1)
+    if step <= first_peak:
+        return peak * (step / first_peak)
+    if kind == "constant":
+        return peak
+    after = total_steps - first_peak
+    left = (total_steps - step) / after
+    if kind == "wsd":
+        decay = min(after, math.ceil(decay_ratio * total_steps))
+        left = min(1.0, (total_steps - step) / decay)
+    return peak * (min_ratio + (1.0 - min_ratio) * _shape(left, kind=kind, power=power))
+
+
+def _shape(left: float, *, kind: Kind, power: float) -> float:
+    """1 → 0 over the share `left` of the steps that are still to come."""
+    match kind:
+        case "cosine":
+            # sin² keeps the small values exact: (1 + cos π(1 − left)) / 2 loses them to cancellation.
+            return math.sin(0.5 * math.pi * left) ** 2
+        case "polynomial":
+            return float(left**power)
+        case _:
+            return left

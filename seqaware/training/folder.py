@@ -1,0 +1,199 @@
+"""The folder a run leaves: claimed before any work, never shared with another run.
+
+    config.yaml    the resolved config          metrics.jsonl   one line an optimizer step or evaluation
+    plan.json      every derived number         checkpoints/    what a rerun resumes from
+    manifest.json  what made the run            model/          the trained model, for transformers
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seqaware import __version__
+from seqaware.engine.checkpoint import complete_checkpoints, read_state, write_durably
+from seqaware.engine.ranks import RankAddress
+from seqaware.errors import CheckpointError, ConfigError
+from seqaware.plan.plan import Plan
+
+_VERSIONS_OF = ("torch", "deepspeed", "transformers", "datasets", "numpy", "numba", "pydantic")
+_BYTES_PER_PARAMETER_MODEL = 4
+_BYTES_PER_PARAMETER_CHECKPOINT = 14  # bfloat16 weights, float32 master weights and two moments
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def initial(self) -> Path:
+        return self.path / "initial"
+
+    @property
+    def answers(self) -> Path:
+        return self.path / "answers.jsonl"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest.json"
+
+
+def check_claim(folder: RunFolder, plan: Plan, *, resume: str) -> None:
+    """Refuse a folder that holds something else. Changes nothing.
+
+    Args:
+        resume: "auto" goes on with the same run, "never" wants an empty folder, anything else is a checkpoint's path.
+
+    Raises:
+        ConfigError: the folder holds another run, or no run at all but other files, or cannot be written.
+    """
+    path = folder.path
+    _check_writable(path)
+    if not path.exists() or not any(child.name not in ("initial", "initial.lock") for child in path.iterdir()):
+        return
+    if not folder.manifest.is_file():
+        raise ConfigError("output.dir is not empty and holds no run", got=path, do="choose another output.dir")
+    if resume == "never":
+        raise ConfigError("output.dir already holds a run", got=path, do="choose another output.dir, or --resume auto")
+    before = json.loads(folder.manifest.read_text())["mathematics"]
+    now = _as_json(plan.mathematics())
+    if before != now:
+        raise ConfigError(
+            "output.dir holds another run",
+            got=f"{path}, where {_difference(before, now)}",
+            do="choose another output.dir, or go back to that run's config",
+        )
+
+
+def _check_writable(path: Path) -> None:
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise ConfigError("output.dir lies under something that is not a folder", got=existing)
+    read_only = bool(os.statvfs(existing).f_flag & os.ST_RDONLY)
+    if read_only or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError("output.dir cannot be written", got=existing, do="choose another output.dir, or mend its rights")
+
+
+def check_disk(path: Path, plan: Plan, parameters: int | None) -> None:
+    """Refuse to start a run whose results cannot fit on the disk.
+
+    Raises:
+        ConfigError: less is free than the model folder and the kept checkpoints need.
+    """
+    if parameters is None:
+        return
+    output = plan.config.output
+    checkpoints = (output.keep_last + 1) if output.save_every else 0
+    bytes_each = _BYTES_PER_PARAMETER_MODEL * (2 if plan.config.model.from_scratch else 1)
+    needed = parameters * (bytes_each * output.save_model + _BYTES_PER_PARAMETER_CHECKPOINT * checkpoints)
+    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise ConfigError(
+            "not enough disk space for the model and its checkpoints",
+            got=f"{free / 1e9:.2f} GB free at {existing}, about {needed / 1e9:.2f} GB needed",
+            do="free some space, choose another output.dir, or lower output.keep_last",
+        )
+
+
+def find_resume(folder: RunFolder, resume: str) -> Path | None:
+    """The checkpoint to go on from, or None for a fresh start."""
+    if resume == "never":
+        return None
+    if resume != "auto":
+        checkpoint = Path(resume)
+        read_state(checkpoint)
+        return checkpoint
+    return next(complete_checkpoints(folder.checkpoints), None)
+
+
+def check_resume(checkpoint: Path, plan: Plan) -> int:
+    """The step a checkpoint stands at.
+
+    Raises:
+        CheckpointError: it belongs to another run.
+    """
+    state = read_state(checkpoint)
+    now = _as_json(plan.mathematics())
+    if dict(state.mathematics) != now:
+        raise CheckpointError("the checkpoint belongs to another run", got=_difference(dict(state.mathematics), now))
+    return state.step
+
+
+def claim(folder: RunFolder, plan: Plan, *, address: RankAddress) -> None:
+    """Write config.yaml, plan.json and manifest.json. Rank 0 alone calls it."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    config = plan.config.model_dump(mode="json", exclude_none=True)
+    write_durably(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_durably(folder.path / "plan.json", json.dumps(plan.to_json(), indent=1))
+    attempts = json.loads(folder.manifest.read_text())["attempts"] if folder.manifest.is_file() else []
+    attempts.append(
+        {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "topology": {
+                "ranks": address.size,
+                "nodes": address.nodes,
+                "launcher": address.launcher,
+                "zero_stage": plan.zero_stage,
+                "dtype": plan.dtype,
+            },
+        }
+    )
+    manifest = {
+        "seqaware": __version__,
+        "git_revision": git_revision(),
+        "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in _VERSIONS_OF}},
+        "data_fingerprint": plan.data.fingerprint if plan.data else None,
+        "objective": plan.config.training.sft.model_dump(mode="json", exclude_none=True),
+        "mathematics": plan.mathematics(),
+        "attempts": attempts,
+    }
+    write_durably(folder.manifest, json.dumps(manifest, indent=1))
+
+
+def git_revision() -> str | None:
+    """The revision of the source tree this package runs from, if it is one."""
+    here = Path(__file__).parent
+    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or None
+
+
+def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
+    # As it reads back from a file: tuples become lists.
+    as_read: dict[str, Any] = json.loads(json.dumps(value))
+    return as_read
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    for name in sorted({*before, *now}):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict) and old != new:
+            return _difference(old, new, f"{prefix}{name}.")
+        if old != new:
+            return f"{prefix}{name} was {json.dumps(old)} and is now {json.dumps(new)}"
+    raise AssertionError("no difference")

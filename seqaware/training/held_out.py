@@ -1,0 +1,100 @@
+"""The held-out rows of a run: their loss, and how many answers come out right."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from seqaware.config.schema import EvaluationConfig
+from seqaware.data.batch import Batch
+from seqaware.data.store import TokenStore
+from seqaware.engine.engine import Engine
+from seqaware.errors import DataError
+from seqaware.training.answers import extract_answer
+from seqaware.training.batches import RowFormat, rank_batches
+from seqaware.training.evaluate import GenerationOptions, Question, accuracy, as_lines, generate_answers, held_out_loss
+from seqaware.training.prepare import Prepared
+
+_DOCUMENTS_AT_ONCE = 512
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Evaluation on the rows of `evaluation.dataset`; every method is collective."""
+
+    engine: Engine
+    store: TokenStore
+    rows: RowFormat
+    config: EvaluationConfig
+    tokenizer: PreTrainedTokenizerBase
+    questions: list[Question]
+
+    @classmethod
+    def of(cls, prepared: Prepared, engine: Engine, *, rows: RowFormat) -> HeldOut | None:
+        """The run's held-out rows, or None if the config names none.
+
+        Raises:
+            DataError: an answer is asked for, but a row has none that `evaluation.answer_pattern` finds.
+        """
+        if prepared.held_out is None:
+            return None
+        config = prepared.plan.config.evaluation
+        questions = []
+        if config.metric == "exact_match":
+            questions = list(read_questions(prepared.held_out, prepared.tokenizer, config.answer_pattern))
+        return cls(engine, prepared.held_out, rows, config, prepared.tokenizer, questions)
+
+    def loss(self) -> dict[str, float]:
+        """The objective over all held-out rows; the same on every rank."""
+        return held_out_loss(self.engine, self._batches(), self.engine.normalize_by)
+
+    def evaluate(self, step: int, *, answers: Path | None) -> dict[str, Any]:
+        """A line for `metrics.jsonl`: the loss, and exact match where the config asks for it.
+
+        Args:
+            answers: where rank 0 writes every generated answer; None writes none.
+        """
+        line: dict[str, Any] = {"kind": "evaluation", "step": step, **self.loss()}
+        if not self.questions:
+            return line
+        options = GenerationOptions(self.config.max_new_tokens, self.config.batch_size, self.config.answer_pattern)
+        given = generate_answers(self.engine, self.questions, tokenizer=self.tokenizer, options=options)
+        if answers is not None and self.engine.ranks.is_first:
+            answers.write_text("".join(json.dumps(entry) + "\n" for entry in as_lines(given)), encoding="utf-8")
+        return {**line, "exact_match": accuracy(given), "questions": len(given)}
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        ranks = self.engine.ranks
+        for first in range(0, len(self.store), _DOCUMENTS_AT_ONCE):
+            ids = np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(self.store)), dtype=np.int64)
+            yield rank_batches(self.store, ids, rows=self.rows, rank=ranks.rank, size=ranks.size)
+
+
+def read_questions(store: TokenStore, tokenizer: PreTrainedTokenizerBase, answer_pattern: str) -> Iterator[Question]:
+    """Prompts as they were tokenised for training: what comes before a document's first assistant turn.
+
+    Raises:
+        DataError: a row has no prompt, or its reference has no answer that the pattern finds.
+    """
+    pattern = re.compile(answer_pattern)
+    for index in range(len(store)):
+        document = store.document(index)
+        starts = np.flatnonzero(document.turn_start)
+        if starts.size == 0 or starts[0] == 0:
+            raise DataError("evaluation.metric: exact_match needs rows with a prompt", got=document.name)
+        prompt, completion = document.tokens[: starts[0]], document.tokens[starts[0] :]
+        reference = extract_answer(tokenizer.decode(completion.tolist(), skip_special_tokens=True), pattern)
+        if reference is None:
+            raise DataError(
+                f"{document.name}: evaluation.answer_pattern finds no answer in this held-out row",
+                got=answer_pattern,
+                do="mend the pattern, or lengthen training.parameters.max_seq_length if the row was truncated",
+            )
+        yield Question(document.name, tuple(prompt.tolist()), reference)

@@ -1,0 +1,147 @@
+"""Everything a run needs before its ranks meet: tokenizer, tokenised data, model facts, and the Plan.
+
+Each rank comes to the same by itself; a file lock sees to it that a host tokenises once. No process group exists yet,
+so a long tokenising runs into no collective's timeout, and every contradiction is found before a model loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from seqaware.config.schema import Config, ModelConfig
+from seqaware.data.order import StepOrder
+from seqaware.data.store import TokenStore
+from seqaware.data.tokenize import load_tokenizer, prepare_store
+from seqaware.engine.model import check_model_source, check_vocabulary, initial_config
+from seqaware.errors import ConfigError
+from seqaware.objective.weighting import Weighting
+from seqaware.plan.facts import DataFacts, ModelFacts, World, facts_from_dict
+from seqaware.plan.plan import Plan, make_plan
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before the ranks meet.
+
+    Attributes:
+        plan: with the data's figures. order: which documents a step holds.
+        held_out: the tokenised evaluation rows, or None. parameters: number of the model's weights.
+    """
+
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    store: TokenStore
+    order: StepOrder
+    held_out: TokenStore | None
+    weighting: Weighting
+    parameters: int
+
+
+def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progress: Progress | None) -> Prepared:
+    """Check the model and tokenizer, tokenise what is not tokenised yet, and make the Plan.
+
+    Raises:
+        ConfigError, DataError: anything that would stop the run later.
+    """
+    weighting = build_weighting(config)
+    check_model_source(config.model)
+    tokenizer = load_tokenizer(config.model)
+    model_config = resolve_model_config(config.model, tokenizer)
+    model = facts_from_dict(model_config.to_dict())
+    if model.vocab_size is not None:
+        check_vocabulary(model.vocab_size, tokenizer)
+    draft = make_plan(config, world=world, deepspeed_path=deepspeed_path, model=model, data=None)
+    store = _tokenised(config, draft, tokenizer, training=True, progress=progress)
+    held_out = _tokenised(config, draft, tokenizer, training=False, progress=progress) if config.evaluation.dataset else None
+    order = step_order(store, draft)
+    plan = make_plan(
+        config, world=world, deepspeed_path=deepspeed_path, model=model, data=data_facts(store, order, config)
+    )
+    return Prepared(plan, tokenizer, store, order, held_out, weighting, count_parameters(model_config))
+
+
+def build_weighting(config: Config) -> Weighting:
+    """The objective's weights from `training.sft`.
+
+    Raises:
+        ConfigError: the user's own scheme cannot be imported, or the scale does not fit γ.
+    """
+    sft = config.training.sft
+    try:
+        return Weighting(gamma=sft.discount, scheme=sft.weighting, scale=sft.scale)
+    except ValueError as error:
+        raise ConfigError(f"training.sft: {error}") from error
+
+
+def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase):  # type: ignore[no-untyped-def]
+    """The transformers config of the run's model, wherever it comes from."""
+    if model.from_scratch is not None:
+        return initial_config(model.from_scratch, tokenizer)
+    assert model.base_name is not None
+    try:
+        return AutoConfig.from_pretrained(
+            model.base_name, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise ConfigError("model.base_name: the model's config cannot be read", got=first_line) from error
+
+
+def count_parameters(model_config: object) -> int:
+    """The number of weights, counted on the meta device: exact, without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _tokenised(
+    config: Config, draft: Plan, tokenizer: PreTrainedTokenizerBase, *, training: bool, progress: Progress | None
+) -> TokenStore:
+    dataset = config.dataset if training else config.evaluation.dataset
+    assert dataset is not None
+    path = prepare_store(
+        dataset,
+        config=config,
+        tokenizer=tokenizer,
+        max_seq_length=draft.batches.max_seq_length,
+        training=training,
+        progress=progress,
+    )
+    return TokenStore.open(path)
+
+
+def step_order(store: TokenStore, plan: Plan) -> StepOrder:
+    """The order of a run over a store: fixed by data, seed and the size of a step."""
+    return StepOrder(
+        store.lengths,
+        fingerprint=store.fingerprint,
+        seed=plan.config.training.control.seed,
+        global_batch_size=plan.batches.global_batch_size,
+        global_batch_tokens=plan.batches.global_batch_tokens,
+        parts=store.facts().parts,
+    )
+
+
+def data_facts(store: TokenStore, order: StepOrder, config: Config) -> DataFacts:
+    """A store's figures, as the Plan wants them."""
+    facts = store.facts()
+    epochs = range(max(1, -int(-config.training.schedule.num_epochs // 1)))
+    return DataFacts(
+        documents=facts.documents,
+        tokens=facts.tokens,
+        supervised_tokens=facts.supervised_tokens,
+        longest=facts.longest,
+        fingerprint=facts.fingerprint,
+        exact=True,
+        steps_per_epoch=tuple(order.steps_in_epoch(epoch) for epoch in epochs),
+    )
+
+
+__all__ = ["ModelFacts", "Prepared", "prepare"]

@@ -1,0 +1,96 @@
+"""Slow and obviously right: what a run must equal, written from the formulas, sharing no code with the package.
+
+One process, one document at a time, no packing, no fused loss, float64, transformers' own eager attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+
+def suffix_weights(count: int, gamma: float) -> list[float]:
+    """w_k for k = 1 … count, summed literally over every suffix that contains token k: Σ_{s ≤ k} γ^(k − s)."""
+    return [sum(gamma ** (k - s) for s in range(1, k + 1)) for k in range(1, count + 1)]
+
+
+@dataclass(frozen=True)
+class OracleDocument:
+    """Token ids, and for each whether it carries loss when it is predicted."""
+
+    tokens: Sequence[int]
+    supervised: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class OracleSettings:
+    gamma: float
+    normalize_by: str
+    learning_rates: Sequence[float]
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float = 1.0
+
+
+@dataclass
+class OracleRun:
+    losses: list[float] = field(default_factory=list)
+    unweighted: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    accuracies: list[float] = field(default_factory=list)
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def train(model_folder: Path, steps: Sequence[Sequence[OracleDocument]], settings: OracleSettings) -> OracleRun:
+    """Train over the given documents of each optimizer step with AdamW, clipping and the given learning rates."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64, attn_implementation="eager")
+    model.train()
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        betas=settings.betas,
+        eps=settings.eps,
+        foreach=False,
+    )
+    run = OracleRun()
+    for documents, rate in zip(steps, settings.learning_rates, strict=True):
+        _step(model, optimizer, documents, settings=settings, rate=rate, run=run)
+    run.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return run
+
+
+def _step(model, optimizer, documents, *, settings, rate, run) -> None:
+    weighted, plain, weight_sum, tokens, correct = 0.0, 0.0, 0.0, 0, 0
+    for document in documents:
+        ids = torch.tensor([list(document.tokens)])
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
+        targets = ids[0, 1:]
+        losses = -torch.log_softmax(logits, dim=-1)[torch.arange(len(targets)), targets]
+        places = [i for i in range(len(targets)) if document.supervised[i + 1]]
+        weights = torch.tensor(suffix_weights(len(places), settings.gamma), dtype=torch.float64)
+        weighted = weighted + (weights * losses[places]).sum()
+        plain += float(losses[places].sum())
+        weight_sum += float(weights.sum())
+        tokens += len(places)
+        correct += int((logits[places].argmax(-1) == targets[places]).sum())
+    denominator = {"tokens": tokens, "weight": weight_sum, "sequences": len(documents)}[settings.normalize_by]
+    loss = weighted / denominator
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
+    if settings.max_grad_norm and norm > settings.max_grad_norm:
+        for p in model.parameters():
+            p.grad *= settings.max_grad_norm / norm
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    run.losses.append(float(loss))
+    run.unweighted.append(plain / tokens)
+    run.grad_norms.append(float(norm))
+    run.accuracies.append(correct / tokens)
