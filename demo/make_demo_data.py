@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEED = 20
-TRAIN_ROWS = 5120
+TRAIN_ROWS = 6400
 HELDOUT_ROWS = 300
 STEPS = 2
 LARGEST_OPERAND = 9

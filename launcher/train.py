@@ -5,19 +5,14 @@ Also started as it is by torchrun, srun and mpirun. Exit codes: 0 trained, 2 som
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import RankAddress, disconnect, find_address, gpu_is_visible, quiet_libraries
-from seqaware.errors import SeqawareError
-
-USER_ERROR = 2
-_PATIENCE_SECONDS = 5.0
 
 app = typer.Typer(add_completion=False)
 
@@ -30,7 +25,7 @@ def train(
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint's folder.")] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved Plan and stop.")] = False,
     ranks: Annotated[int | None, typer.Option(help="With --dry-run: plan for this many ranks.")] = None,
-    local_rank: Annotated[int, typer.Option(hidden=True)] = -1,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:
     """Train a causal language model with discounted log-suffix weighting.
 
@@ -42,17 +37,15 @@ def train(
     """
     del local_rank  # appended by the deepspeed launcher, which says the same in the environment
     address = find_address()
-    try:
+    with person_errors(address.rank):
         if dry_run:
             _dry_run(config, deepspeed, overrides or [], ranks or address.size)
         else:
             _train(config, deepspeed, overrides or [], resume=resume, address=address)
-    except SeqawareError as error:
-        _complain(error, address)
 
 
 def _dry_run(path: Path | None, deepspeed: Path | None, overrides: list[str], ranks: int) -> None:
-    from seqaware.plan.preview import plan_without_torch
+    from seqaware.training.dry_run import plan_without_torch
 
     config = load_config(path, overrides)
     device = "cuda" if gpu_is_visible() else "cpu"
@@ -76,16 +69,6 @@ def _say(text: str) -> None:
 
 def _silence(text: str) -> None:
     del text
-
-
-def _complain(error: SeqawareError, address: RankAddress) -> None:
-    if address.rank == 0:
-        typer.echo(f"error: {error}", err=True)
-    else:
-        # Most errors are every rank's: rank 0 has the word, and its end ends this process before it repeats it.
-        time.sleep(_PATIENCE_SECONDS)
-        typer.echo(f"error on rank {address.rank}: {error}", err=True)
-    sys.exit(USER_ERROR)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 With S = total_steps, W = max(warmup_steps, 1), p = peak and m = min_ratio:
 
-    warm-up      step 1 … W       p · step / W                             (reaches p at step W; without a warm-up step 1 has p)
+    warm-up      step 1 … W       p · step / W        (p at step W; without a warm-up, at step 1)
     afterwards   t = (step − W) / (S − W)   runs over (0, 1], 1 at the last step
     constant     p
     linear       p · (m + (1 − m) · (1 − t))
@@ -16,41 +16,44 @@ Every schedule but the constant one ends at exactly p · m at step S, unless the
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 Kind = Literal["constant", "linear", "cosine", "polynomial", "wsd"]
 
 
-def learning_rate(
-    step: int,
-    *,
-    peak: float,
-    total_steps: int,
-    warmup_steps: int = 0,
-    kind: Kind = "constant",
-    min_ratio: float = 0.0,
-    power: float = 1.0,
-    decay_ratio: float = 0.1,
-) -> float:
-    """The learning rate of optimizer step `step`, counted from 1.
+class Curve(TypedDict):
+    """A run's learning rate over its steps.
 
-    Args:
-        peak: the highest rate. min_ratio: the last rate as a share of it. power: of `polynomial`.
-        decay_ratio: share of all steps that `wsd` decays over.
+    peak: the highest rate. min_ratio: the last rate as a share of it. power: of `polynomial`.
+    decay_ratio: share of all steps that `wsd` decays over.
     """
+
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    kind: Kind
+    min_ratio: float
+    power: float
+    decay_ratio: float
+
+
+def learning_rate(step: int, **curve: Unpack[Curve]) -> float:
+    """The learning rate of optimizer step `step`, counted from 1, on a `Curve` given by keywords."""
+    peak, total_steps, warmup_steps = curve["peak"], curve["total_steps"], curve["warmup_steps"]
     assert 1 <= step <= total_steps, f"step {step} is not in 1 … {total_steps}"
     assert 0 <= warmup_steps <= total_steps, f"warm-up of {warmup_steps} steps in {total_steps}"
     first_peak = max(warmup_steps, 1)
     if step <= first_peak:
         return peak * (step / first_peak)
-    if kind == "constant":
+    if curve["kind"] == "constant":
         return peak
     after = total_steps - first_peak
     left = (total_steps - step) / after
-    if kind == "wsd":
-        decay = min(after, math.ceil(decay_ratio * total_steps))
+    if curve["kind"] == "wsd":
+        decay = min(after, math.ceil(curve["decay_ratio"] * total_steps))
         left = min(1.0, (total_steps - step) / decay)
-    return peak * (min_ratio + (1.0 - min_ratio) * _shape(left, kind=kind, power=power))
+    lowest = curve["min_ratio"]
+    return peak * (lowest + (1.0 - lowest) * _shape(left, kind=curve["kind"], power=curve["power"]))
 
 
 def _shape(left: float, *, kind: Kind, power: float) -> float:

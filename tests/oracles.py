@@ -75,7 +75,7 @@ def _step(model, optimizer, documents, *, settings, rate, run) -> None:
         places = [i for i in range(len(targets)) if document.supervised[i + 1]]
         weights = torch.tensor(suffix_weights(len(places), settings.gamma), dtype=torch.float64)
         weighted = weighted + (weights * losses[places]).sum()
-        plain += float(losses[places].sum())
+        plain += float(losses[places].sum().detach())
         weight_sum += float(weights.sum())
         tokens += len(places)
         correct += int((logits[places].argmax(-1) == targets[places]).sum())
@@ -90,7 +90,7 @@ def _step(model, optimizer, documents, *, settings, rate, run) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    run.losses.append(float(loss))
+    run.losses.append(float(loss.detach()))
     run.unweighted.append(plain / tokens)
     run.grad_norms.append(float(norm))
     run.accuracies.append(correct / tokens)

@@ -28,8 +28,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         overrides: `dotted.key=value`, the value read as YAML; later ones win over earlier ones, all over the file.
 
     Raises:
-        ConfigError: the file cannot be read or is no mapping; a key is unknown, doubled or contradicted; a value has the
-            wrong type or lies out of bounds. All problems of the values are in one message.
+        ConfigError: the file cannot be read or is no mapping; a key is unknown, doubled or contradicted; a value has
+            the wrong type or lies out of bounds. All problems of the values are in one message.
     """
     file = DEFAULT_CONFIG if path is None else path
     written = read_yaml(file)
@@ -81,12 +81,12 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 continue
             if key.value in lines:
-                raise _DuplicateKey(key.value, lines[key.value], line)
+                raise _DuplicateKeyError(key.value, lines[key.value], line)
             lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 
-class _DuplicateKey(Exception):
+class _DuplicateKeyError(Exception):
     def __init__(self, key: str, first: int, second: int) -> None:
         super().__init__(key)
         self.key, self.first, self.second = key, first, second
@@ -96,7 +96,7 @@ def _parse(text: str, *, origin: str) -> Any:
     try:
         # A subclass of SafeLoader: it builds nothing but plain values.
         return yaml.load(text, Loader=_Loader)
-    except _DuplicateKey as error:
+    except _DuplicateKeyError as error:
         where = f"line {error.second}; it was already written in line {error.first}"
         raise ConfigError(f"{origin}: duplicate key {error.key}", got=where, do="keep one of them") from error
     except yaml.YAMLError as error:

@@ -1,4 +1,4 @@
-"""Turns what pydantic found into one message for a person: the dotted path, what was expected, what was got, what to do."""
+"""Turns what pydantic found into one message for a person: dotted path, what was expected, what was got, what to do."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ _EXPECTED = {
     "string_too_short": "a string that is not empty",
 }
 _NEAR = 0.6
+_VERY_NEAR = 0.8
 
 
 @dataclass(frozen=True)
@@ -121,25 +122,26 @@ def _literals(context: dict[str, Any]) -> list[str]:
 
 
 def _quoting(kind: str, value: object) -> str | None:
-    return f'write "{value}" in quotes' if kind == "string_type" and isinstance(value, int | float) else None
+    if kind != "string_type" or value is None:
+        return None
+    # A template with a colon and braces reads as a mapping.
+    return "write the whole text in quotes" if isinstance(value, dict | list) else f'write "{value}" in quotes'
 
 
 def _nearest_key(location: Sequence[str | int]) -> str:
     *parents, key = location
     section = _section_at(parents)
     prefix = f"{dotted(parents)}." if parents else ""
-    siblings = [f"{prefix}{name}" for name in section.model_fields] if section else []
-    guess = difflib.get_close_matches(f"{prefix}{key}", siblings, n=1, cutoff=_NEAR) if siblings else []
-    # With a long prefix everything looks alike, so the last name must be near by itself.
-    if guess and difflib.SequenceMatcher(None, str(key), guess[0].rsplit(".", 1)[-1]).ratio() >= _NEAR:
-        return f"did you mean {guess[0]}?"
-    every = list(_paths(Config))
-    same = [path for path in every if path.rsplit(".", 1)[-1] == key]
-    near = same or difflib.get_close_matches(f"{prefix}{key}", every, n=1, cutoff=0.8)
-    if near:
-        return f"did you mean {near[0]}?"
-    names = ", ".join(name for name in section.model_fields) if section else ""
-    return f"the keys of {dotted(parents) or 'the file'} are {names}"
+    siblings = list(section.model_fields) if section else []
+    if guess := difflib.get_close_matches(str(key), siblings, n=1, cutoff=_NEAR):
+        return f"did you mean {prefix}{guess[0]}?"
+    # Written in the wrong section, perhaps: the first path that ends in this name, or in one very near.
+    elsewhere: dict[str, str] = {}
+    for path in _paths(Config):
+        elsewhere.setdefault(path.rsplit(".", 1)[-1], path)
+    if guess := difflib.get_close_matches(str(key), elsewhere, n=1, cutoff=_VERY_NEAR):
+        return f"did you mean {elsewhere[guess[0]]}?"
+    return f"the keys of {dotted(parents) or 'the file'} are {', '.join(siblings)}"
 
 
 def _section_at(location: Sequence[str | int]) -> type[Section] | None:

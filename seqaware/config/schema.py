@@ -10,22 +10,24 @@ import math
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 
 from seqaware.config.data import DatasetConfig, EvaluationConfig, FormatConfig, MixturePart, Source
 from seqaware.config.values import (
     Count,
+    CountOrZero,
     DType,
     Flag,
+    FromOne,
     NonNegative,
     Positive,
     PositiveShare,
-    Real,
     Section,
+    Seed,
+    SequenceLength,
     Share,
     ShareBelowOne,
     Text,
-    Whole,
 )
 
 __all__ = [
@@ -109,7 +111,7 @@ class ModelConfig(Section):
 class ParametersConfig(Section):
     """Sizes of the training."""
 
-    max_seq_length: Annotated[Whole, Field(ge=2)] | None = None
+    max_seq_length: SequenceLength | None = None
     """Tokens a document may have; null: the model's maximum, at most 2048."""
 
 
@@ -117,7 +119,7 @@ class OptimizerConfig(Section):
     """The optimizer. The learning rate follows training.schedule."""
 
     type: Literal["adamw", "adamw_fused", "cpu_adam", "fused_adam", "adamw_8bit", "lion", "muon"] = "adamw"
-    """adamw, adamw_fused: torch; cpu_adam (for offload), fused_adam (GPU), lion, muon: DeepSpeed; adamw_8bit: bitsandbytes."""
+    """torch: adamw, adamw_fused; DeepSpeed: cpu_adam, fused_adam (GPU), lion, muon; bitsandbytes: adamw_8bit."""
     lr: Positive = 2e-5
     """The highest learning rate of the schedule."""
     weight_decay: NonNegative = 0.01
@@ -141,7 +143,7 @@ class ScheduleConfig(Section):
     """Stop after this many optimizer steps if the epochs are not over before."""
     scheduler_type: Literal["constant", "linear", "cosine", "polynomial", "wsd"] = "cosine"
     """Course of the learning rate after the warm-up; wsd: stable, then a linear decay over the last decay_ratio."""
-    warmup_steps: Annotated[Whole, Field(ge=0)] | None = None
+    warmup_steps: CountOrZero | None = None
     """Steps of linear warm-up; at most one of warmup_steps and warmup_ratio."""
     warmup_ratio: ShareBelowOne | None = None
     """Warm-up as a share of all steps."""
@@ -160,7 +162,7 @@ class ScheduleConfig(Section):
     global_batch_tokens: Count | None = None
     """Tokens an optimizer step holds at most, over all ranks."""
     micro_batch_tokens: Count | None = None
-    """Tokens one rank holds at once; changes memory and speed only. null: (batch_size, if written, ×) max_seq_length."""
+    """Tokens one rank holds at once: memory and speed only. null: (batch_size, if written, ×) max_seq_length."""
 
     @model_validator(mode="after")
     def _one_spelling(self) -> Self:
@@ -181,7 +183,7 @@ class SftConfig(Section):
     """Discount γ in [0, 1]; 0 is plain cross-entropy. Default 0.98 when neither half_life nor horizon is written."""
     half_life: Positive | None = None
     """γ as the number of tokens after which the discount has halved: ln ½ / ln γ."""
-    horizon: Annotated[Real, Field(ge=1)] | None = None
+    horizon: FromOne | None = None
     """γ as 1 / (1 − γ), in tokens."""
     positions: Literal["supervised", "sequence", "turn"] = "supervised"
     """What k counts: tokens with loss, every predicted token, or tokens since the assistant's turn began."""
@@ -227,7 +229,7 @@ class SftConfig(Section):
 class ControlConfig(Section):
     """Seed and reports."""
 
-    seed: Annotated[Whole, Field(ge=0, lt=2**32)] = 42
+    seed: Seed = 42
     """Decides the order of the data, fresh weights and dropout."""
     log_every: Count = 1
     """Optimizer steps between two lines of metrics.jsonl."""

@@ -1,7 +1,8 @@
-"""The base of every section and the scalar types of the configuration: strict, except that a number may be written as YAML readers happen to read it.
+"""The base of every section, and the scalar types of the configuration.
 
-PyYAML reads `2e-5` and `1e3` as strings. A number field therefore takes a string that spells a number, and nothing else:
-`"yes"` is no boolean, `3.7` is no whole number, `123` is no name.
+They are strict, except that a number may be written as YAML readers happen to read it: PyYAML reads `2e-5` and `1e3`
+as strings, so a number field takes a string that spells a number, and nothing else. `"yes"` is no boolean, `3.7` is no
+whole number, `123` is no name.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ def _dtype(value: Any) -> Any:
 Text = Annotated[str, Strict(), Field(min_length=1)]
 AnyText = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
-Whole = Annotated[int, Strict(), BeforeValidator(_whole_number)]
+CountOrZero = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_whole_number)]
 Count = Annotated[int, Strict(), Field(ge=1), BeforeValidator(_whole_number)]
-Real = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_number)]
+SequenceLength = Annotated[int, Strict(), Field(ge=2), BeforeValidator(_whole_number)]
+Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32), BeforeValidator(_whole_number)]
+FromOne = Annotated[float, Strict(), Field(ge=1, allow_inf_nan=False), BeforeValidator(_number)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]

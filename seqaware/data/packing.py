@@ -12,122 +12,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from seqaware.data.balance import costs, rank_totals, share
+from seqaware.data.balance import costs, deal, imbalance, share, spread
+from seqaware.data.best_fit import best_fit, falling_order
 from seqaware.data.compiled import compiled
 from seqaware.errors import ConfigError
 
-_ONE = np.uint64(1)
-_WORD = 64
-# The place of the lowest set bit, by multiplication with a de Bruijn sequence (Leiserson, Prokop & Randall 1998).
-_DE_BRUIJN = np.uint64(0x03F79D71B4CB0A89)
-_DE_BRUIJN_SHIFT = np.uint64(58)
-_LOWEST_BIT = np.empty(_WORD, dtype=np.int64)
-for _bit in range(_WORD):
-    _LOWEST_BIT[((int(_DE_BRUIJN) << _bit) & (2**64 - 1)) >> int(_DE_BRUIJN_SHIFT)] = _bit
+# Single documents are shared out where whole bins leave a rank this far above the mean, and documents · bins, the time
+# it takes, are no more than this: with more bins the ranks even out by themselves.
+_SPREAD_ABOVE = 1.005
+_SPREAD_AT_MOST = 1 << 23
 
 
 @compiled
-def _lowest_bit(word: np.uint64) -> int:
-    lowest = word & (~word + _ONE)
-    place: int = _LOWEST_BIT[(lowest * _DE_BRUIJN) >> _DE_BRUIJN_SHIFT]
-    return place
-
-
-@compiled
-def _first_from(words: NDArray[np.uint64], start: int) -> int:
-    """The first set bit at `start` or later; -1 where there is none."""
-    index = start // _WORD
-    if index >= len(words):
-        return -1
-    word = (words[index] >> np.uint64(start % _WORD)) << np.uint64(start % _WORD)
-    while word == 0:
-        index += 1
-        if index == len(words):
-            return -1
-        word = words[index]
-    return index * _WORD + _lowest_bit(word)
-
-
-@compiled
-def _tightest(low: NDArray[np.uint64], high: NDArray[np.uint64], length: int) -> int:
-    """The smallest residual ≥ length that a bin has, by the two-level bit set; -1 where there is none."""
-    word = length // _WORD
-    inside = (low[word] >> np.uint64(length % _WORD)) << np.uint64(length % _WORD)
-    if inside == 0:
-        word = _first_from(high, word + 1)
-        if word < 0:
-            return -1
-        inside = low[word]
-    return word * _WORD + _lowest_bit(inside)
-
-
-@compiled
-def _descending(lengths: NDArray[np.int64], longest: int) -> NDArray[np.int64]:
-    """Indices by falling length; equal lengths stay in their order (a counting sort)."""
-    starts = np.zeros(longest + 2, dtype=np.int64)
-    for length in lengths:
-        starts[longest - length + 1] += 1
-    for i in range(1, longest + 2):
-        starts[i] += starts[i - 1]
-    order = np.empty(len(lengths), dtype=np.int64)
-    for i in range(len(lengths)):
-        key = longest - lengths[i]
-        order[starts[key]] = i
-        starts[key] += 1
-    return order
-
-
-@compiled
-def _best_fit(
-    lengths: NDArray[np.int64], order: NDArray[np.int64], capacity: int, bin_of: NDArray[np.int32]
-) -> int:
-    """Put each document into the bin that it leaves with the least room, or into a new one; returns how many bins.
-
-    Bins of the same residual form a queue: the one that has had it longest is taken first. `low` has a bit for every
-    residual that some bin has, `high` a bit for every word of `low` that is not zero.
-    """
-    low = np.zeros(capacity // _WORD + 1, dtype=np.uint64)
-    high = np.zeros(len(low) // _WORD + 1, dtype=np.uint64)
-    first = np.full(capacity + 1, -1, dtype=np.int32)
-    last = np.full(capacity + 1, -1, dtype=np.int32)
-    behind = np.empty(len(lengths), dtype=np.int32)
-    bins = 0
-    for i in order:
-        residual = _tightest(low, high, lengths[i])
-        if residual < 0:
-            chosen, residual = bins, capacity
-            bins += 1
-        else:
-            chosen = first[residual]
-            first[residual] = behind[chosen]
-            if first[residual] < 0:
-                word = residual // _WORD
-                low[word] ^= _ONE << np.uint64(residual % _WORD)
-                if low[word] == 0:
-                    high[word // _WORD] ^= _ONE << np.uint64(word % _WORD)
-        bin_of[i] = chosen
-        residual -= lengths[i]
-        behind[chosen] = -1
-        if first[residual] >= 0:
-            behind[last[residual]] = chosen
-        else:
-            first[residual] = chosen
-            word = residual // _WORD
-            low[word] |= _ONE << np.uint64(residual % _WORD)
-            high[word // _WORD] |= _ONE << np.uint64(word % _WORD)
-        last[residual] = chosen
-    return bins
-
-
-@compiled
-def _rows_of_like_length(
-    lengths: NDArray[np.int64], order: NDArray[np.int64], capacity: int, bin_of: NDArray[np.int32]
-) -> int:
-    """Cut the documents, longest first, into blocks of rows × longest ≤ capacity; returns how many blocks."""
+def _rows_of_like_length(falling: NDArray[np.int64], capacity: int, bin_of: NDArray[np.int32]) -> int:
+    """Cut falling lengths into blocks of rows × longest ≤ capacity; returns how many blocks."""
     blocks, rows, longest = 0, 0, 0
-    for i in order:
+    for i in range(len(falling)):
         if rows == 0 or (rows + 1) * longest > capacity:
-            blocks, rows, longest = blocks + 1, 0, lengths[i]
+            blocks, rows, longest = blocks + 1, 0, falling[i]
         rows += 1
         bin_of[i] = blocks - 1
     return blocks
@@ -142,10 +44,12 @@ def pack(lengths: NDArray[np.integer], capacity: int) -> NDArray[np.int32]:
     Raises:
         ConfigError: a document is longer than the capacity.
     """
-    flat = _checked(lengths, capacity)
-    bin_of = np.empty(len(flat), dtype=np.int32)
-    if len(flat):
-        _best_fit(flat, _descending(flat, int(flat.max())), capacity, bin_of)
+    bin_of = np.empty(len(lengths), dtype=np.int32)
+    if len(lengths):
+        flat, order = _sorted(lengths, capacity)
+        in_order = np.empty_like(bin_of)
+        best_fit(flat[order], capacity, in_order)
+        bin_of[order] = in_order
     return bin_of
 
 
@@ -206,22 +110,110 @@ def layout_step(
         ConfigError: a document is longer than the capacity.
     """
     assert len(ids) == len(lengths) > 0, "a step holds at least one document"
-    flat = _checked(lengths, capacity)
-    order = _descending(flat, int(flat.max()))
-    bin_of = _fill_evenly(flat, order, capacity=capacity, ranks=ranks, packed=packed)
-    # Inside a packed row the documents keep the step's order; blocks of rows keep the longest first.
-    by_bin = np.argsort(bin_of, kind="stable") if packed else order[np.argsort(bin_of[order], kind="stable")]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(bin_of))])
-    tokens_B, squares_B = _work(flat[by_bin], offsets, packed)
-    costs_B = costs(tokens_B, squares_B)
-    dealt = share(costs_B, ranks)
-    return StepLayout(
-        ids=np.asarray(ids, dtype=np.int64)[by_bin],
-        offsets=offsets,
-        dealt=dealt,
-        packed=packed,
-        efficiency=float(flat.sum() / ((len(offsets) - 1) * capacity)),
-        balance=_over_mean(costs_B, dealt),
-        token_balance=_over_mean(tokens_B, dealt),
-        square_balance=_over_mean(squares_B, dealt),
-    )
+    flat, order = _sorted(lengths, capacity)
+    step = _Step(np.asarray(ids, dtype=np.int64), order, flat[order], capacity, ranks, packed)
+    bin_of, bins = step.filled_evenly()
+    layout = step.laid_out(bin_of)
+    if not packed or layout.balance <= _SPREAD_ABOVE or len(ids) * bins > _SPREAD_AT_MOST:
+        return layout
+    bin_of = spread(step.lengths, costs(step.lengths, step.lengths**2), bins, ranks, capacity)
+    if len(bin_of) == 0 or np.bincount(bin_of, minlength=bins).min() == 0:
+        return layout
+    other = step.laid_out(bin_of, np.arange(bins) % ranks)
+    return other if other.balance < layout.balance else layout
+
+
+@dataclass(frozen=True)
+class _Step:
+    """What is to be arranged: ids in the step's order; order: their places by falling length; lengths in that order.
+
+    bin_of, wherever it appears below, goes by falling length too.
+    """
+
+    ids: NDArray[np.int64]
+    order: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    capacity: int
+    ranks: int
+    packed: bool
+
+    def filled_evenly(self) -> tuple[NDArray[np.int32], int]:
+        """The micro-batch of each document, int32 [D], and how many: the fewest a rank, all about equally full.
+
+        The capacity tells how many micro-batches there are; a multiple of the ranks is aimed at. The smallest capacity
+        that does with as many leaves none of them nearly empty.
+        """
+        fill = best_fit if self.packed else _rows_of_like_length
+        bin_of, trial = np.empty((2, len(self.ids)), dtype=np.int32)
+        bins = fill(self.lengths, self.capacity, bin_of)
+        wanted = min(-(-bins // self.ranks) * self.ranks, len(self.ids))
+        least = max(int(self.lengths[0]), -(-int(self.lengths.sum()) // wanted))
+        too_small, enough = least - 1, self.capacity
+        while enough - too_small > 1:
+            middle = (too_small + enough) // 2
+            needed = fill(self.lengths, middle, trial)
+            if needed <= wanted:
+                enough, bins = middle, needed
+                bin_of, trial = trial, bin_of
+            else:
+                too_small = middle
+        for new in range(bins, wanted):
+            self._halve_fullest(bin_of, new)
+        return bin_of, wanted
+
+    def _halve_fullest(self, bin_of: NDArray[np.int32], new: int) -> None:
+        """Move half of the fullest micro-batch that holds several documents to the micro-batch `new`, in place."""
+        tokens = np.where(np.bincount(bin_of) > 1, np.bincount(bin_of, weights=self.lengths), 0)
+        members = np.flatnonzero(bin_of == tokens.argmax())
+        # Longest first: every second one of a bin, the shorter half of a block of rows.
+        moved = members[1::2] if self.packed else members[(len(members) + 1) // 2 :]
+        bin_of[moved] = new
+
+    def laid_out(self, bin_of: NDArray[np.int32], rank_of: NDArray[np.int64] | None = None) -> StepLayout:
+        """The layout with these micro-batches, on the ranks given for them, or shared out."""
+        # Inside a packed row the documents keep the step's order; blocks of rows keep the longest first.
+        by_bin = np.lexsort((self.order, bin_of)) if self.packed else np.argsort(bin_of, kind="stable")
+        offsets = np.concatenate([[0], np.cumsum(np.bincount(bin_of))])
+        tokens_B, squares_B = _work(self.lengths[by_bin], offsets, self.packed)
+        costs_B = costs(tokens_B, squares_B)
+        by_cost = np.argsort(-costs_B, kind="stable")
+        if rank_of is None:
+            rank_of = share(costs_B, by_cost, self.ranks)
+        dealt = deal(rank_of, by_cost, self.ranks)
+        return StepLayout(
+            ids=self.ids[self.order[by_bin]],
+            offsets=offsets,
+            dealt=dealt,
+            packed=self.packed,
+            efficiency=int(self.lengths.sum()) / ((len(offsets) - 1) * self.capacity),
+            balance=imbalance(costs_B, dealt),
+            token_balance=imbalance(tokens_B, dealt),
+            square_balance=imbalance(squares_B, dealt),
+        )
+
+
+def _work(
+    lengths: NDArray[np.int64], offsets: NDArray[np.int64], packed: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Tokens computed and Σ length² of each micro-batch, padding included: two int64 [B]; lengths by micro-batch."""
+    tokens = np.add.reduceat(lengths, offsets[:-1])
+    squares = np.add.reduceat(lengths**2, offsets[:-1])
+    if packed:
+        return tokens, squares
+    longest = np.repeat(np.maximum.reduceat(lengths, offsets[:-1]), np.diff(offsets))
+    padding = longest - lengths
+    return tokens + np.add.reduceat(padding, offsets[:-1]), squares + np.add.reduceat(padding**2, offsets[:-1])
+
+
+def _sorted(lengths: NDArray[np.integer], capacity: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The lengths as int64, and their places by falling length; D ≥ 1."""
+    flat = np.ascontiguousarray(lengths, dtype=np.int64)
+    longest = int(flat.max())
+    if longest > capacity:
+        raise ConfigError(
+            "a document is longer than a micro-batch",
+            got=f"{longest} tokens, micro_batch_tokens {capacity}",
+            do=f"write training.schedule.micro_batch_tokens of at least {longest}, or a smaller max_seq_length",
+        )
+    assert int(flat.min()) >= 1, "an empty document"
+    return flat, falling_order(flat, longest)

@@ -98,8 +98,9 @@ class Engine:
 
     def weights(self, batch: Batch) -> Tensor:
         """Float32 weights [R, T] from the batch's integer positions, on its device; 0 where there is no loss."""
-        weights_RT = self.weighting.weights(batch.k, batch.length, batch.sequence_offsets)
-        return weights_RT if batch.token_weight is None else weights_RT * batch.token_weight
+        return self.weighting.weights(
+            batch.k, batch.length, batch.sequence_offsets, token_weight=batch.token_weight
+        )
 
     def denominator(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
         """The step's denominator over all ranks: float64, 0-d, on the device."""

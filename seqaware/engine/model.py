@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
 
 from seqaware.config.schema import ModelConfig
 from seqaware.engine.attention import NAME as OUR_ATTENTION
@@ -27,6 +28,8 @@ from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits
 from seqaware.objective.fused import fused_cross_entropy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# One bar a rank for reading and writing weights says nothing that our own lines do not.
+transformers_logging.disable_progress_bar()
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 

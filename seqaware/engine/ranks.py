@@ -6,6 +6,8 @@ torch before `connect`, so that a rank can tell who it is before the slow import
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import shutil
@@ -232,12 +234,14 @@ def connect(address: RankAddress, *, timeout_minutes: float = 30.0) -> Ranks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
-    deepspeed.init_distributed(
-        dist_backend="nccl" if cuda else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
-        verbose=False,
-    )
+    # DeepSpeed prints that it built its shared-memory op; nobody asked.
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(minutes=timeout_minutes),
+            verbose=False,
+        )
     return Ranks(address, torch.device("cuda", address.local_rank) if cuda else torch.device("cpu"))
 
 
@@ -250,6 +254,7 @@ def quiet_libraries() -> None:
         "DS_LOG_LEVEL": "error",
         "TRANSFORMERS_VERBOSITY": "error",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "true",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }.items():

@@ -10,14 +10,12 @@ The gradient of Σ w·l is known as soon as the logits are, so it is worked out 
 
 Three matrix products, as many as the plain loss needs, and one [C, V] buffer that is logits, then probabilities, then
 gradient. The backward multiplies by one number and reads no weight: a ZeRO-3 parameter needs to be whole in the forward
-only. dW is added up in float32 (in bfloat16 the small contributions of later chunks would be rounded away) and cast once.
+only. dW is added up in float32 (in bfloat16 the contributions of later chunks would be rounded away) and cast once.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,15 +23,17 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqaware.objective.cross_entropy import IGNORED_LABEL, Head, summarize
-from seqaware.objective.sums import LossStats
+from seqaware.objective.products import HeadProducts, wide_dtype
+from seqaware.objective.sums import STATS, LossStats
 
 # Bytes of the float32 [C, V] buffer. A chunk costs one read and one write of dW beside its matrix products: more rows
 # hide that cost, fewer rows keep the memory low. GPUs multiply so much faster that they need more rows.
 _CPU_CHUNK_BYTES = 128 * 2**20
 _GPU_CHUNK_BYTES = 512 * 2**20
+_MOST_CHUNK_ROWS = 4096
 
-# Largest |dz| in float16, a power of two: far from overflow (65504), and its rounding begins at 6e-11 of it.
-_HALF_UNIT = 1024.0
+# Largest |dz| in float16, a power of two: far below overflow (65504), and what rounds to 0 is below 1e-10 of it.
+_FLOAT16_UNIT = 1024.0
 
 
 def fused_cross_entropy(
@@ -52,8 +52,8 @@ def fused_cross_entropy(
         head: weight, bias, scale and softcap; the weight may be tied to the input embedding, or frozen.
         labels_N: int64, already shifted; −100 where there is no loss.
         weights_N: float; constants, no gradient flows into them.
-        rows: int64 [M], distinct indices of the rows with a label, when the caller knows them: finding them on a GPU
-            waits for the device. None finds them.
+        rows: int64 [M], distinct; the rows that have a label, when the caller knows them: finding them on a GPU waits
+            for the device. None finds them.
         chunk_rows: rows of a chunk; None chooses.
 
     Returns:
@@ -61,129 +61,212 @@ def fused_cross_entropy(
         With no row to multiply the loss is 0 and every gradient is a zero, not absent: ranks stay in step.
     """
     assert hidden_NH.ndim == 2 and labels_N.shape == weights_N.shape == hidden_NH.shape[:1]
-    weights_N = weights_N.detach()
     hidden_NH = hidden_NH.to(head.weight.dtype)
-    inputs = (hidden_NH, head.weight, head.bias)
-    if torch.is_grad_enabled():
-        needs = tuple(tensor is not None and tensor.requires_grad for tensor in inputs)
-    else:
-        needs = (False, False, False)
+    differentiable = [
+        tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+        for tensor in (hidden_NH, head.weight, head.bias)
+    ]
     call = _Call(
-        labels_N=labels_N,
-        weights_N=weights_N,
+        labels=labels_N,
+        weights=weights_N.detach(),
         rows=_scored_rows(labels_N, weights_N, rows),
-        scale=head.scale,
-        softcap=head.softcap,
+        head=head,
         chunk_rows=chunk_rows,
-        needs=(needs[0], needs[1], needs[2]),
+        needs=_Needs(*differentiable),
     )
-    result: tuple[Tensor, LossStats] = _FusedCrossEntropy.apply(*inputs, call)  # type: ignore[no-untyped-call]
+    result: tuple[Tensor, LossStats] = _FusedCrossEntropy.apply(hidden_NH, head.weight, head.bias, call)  # type: ignore[no-untyped-call]
     return result
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Which gradients are wanted. Not asked of autograd: inside no_grad it still reports what a leaf requires."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
 
 
 @dataclass(frozen=True, eq=False)
 class _Call:
     """What does not take part in differentiation."""
 
-    labels_N: Tensor
-    weights_N: Tensor
-    rows: Tensor | None  # None: every row
-    scale: float
-    softcap: float | None
+    labels: Tensor  # [N]
+    weights: Tensor  # [N]
+    rows: Tensor | None  # [M]; None: every row
+    head: Head
     chunk_rows: int | None
-    needs: tuple[bool, bool, bool]  # gradient of hidden, weight, bias
+    needs: _Needs
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> tuple[Tensor, Tensor]:
-        chunks = _Chunks(hidden_NH, weight, bias, call)
-        chunks.run()
+        run = _Forward(hidden_NH, weight, bias, call)
+        run.all_chunks()
         ctx.rows, ctx.hidden_shape, ctx.dtype = call.rows, hidden_NH.shape, weight.dtype
-        ctx.save_for_backward(chunks.grad_hidden_MH, chunks.grad_weight_VH, chunks.grad_bias_V, chunks.unit)
-        loss_sum, stats = chunks.result()
+        ctx.save_for_backward(run.grad_hidden_MH, run.grad_weight_VH, run.grad_bias_V, run.unit)
+        loss_sum, stats = run.result()
         ctx.mark_non_differentiable(stats)
         return loss_sum, stats
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_stats: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden_MH, grad_weight_VH, grad_bias_V, unit = ctx.saved_tensors
+        *gradients, unit = ctx.saved_tensors
         factor = grad_loss if unit is None else grad_loss * unit
-        # The factor multiplies before the cast: what is too small or too large for the dtype may not be so after it.
-        grad_weight, grad_bias = (
-            None if grad is None else (grad * factor).to(ctx.dtype) for grad in (grad_weight_VH, grad_bias_V)
+        # The factor multiplies before the cast: what a narrow dtype cannot hold now, it may hold after.
+        grad_hidden, grad_weight, grad_bias = (
+            None if gradient is None else (gradient * factor).to(ctx.dtype) for gradient in gradients
         )
-        if grad_hidden_MH is None:
-            return None, grad_weight, grad_bias, None
-        grad_hidden = (grad_hidden_MH * factor).to(ctx.dtype)
-        if ctx.rows is not None:
+        if grad_hidden is not None and ctx.rows is not None:
             everywhere = grad_hidden.new_zeros(ctx.hidden_shape)
             grad_hidden = everywhere.index_copy_(0, ctx.rows, grad_hidden)
         return grad_hidden, grad_weight, grad_bias, None
 
 
-class _Chunks:
-    """One forward: the buffers that every chunk reuses, and what the chunks leave behind."""
+class _Forward:
+    """One forward: buffers that every chunk reuses, and what the chunks leave behind."""
 
     def __init__(self, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> None:
-        self.call = call
-        self.hidden_NH = hidden_NH
-        device, operand = weight.device, _operand_dtype(weight.dtype, weight.device)
-        self.accumulator = torch.promote_types(weight.dtype, torch.float32)
-        self.weight_VH = weight.to(operand)
-        self.bias_V = None if bias is None else bias.to(self.accumulator)
-        self.direct = operand == self.accumulator or _multiplies_into_float32(operand, device)
-        self.rows_total = len(hidden_NH) if call.rows is None else len(call.rows)
-        vocabulary, hidden_size = weight.shape
-        self.chunk_rows = call.chunk_rows or _chunk_rows(
-            self.rows_total, vocabulary=vocabulary, hidden_size=hidden_size, device=device
-        )
-        rows = min(self.chunk_rows, self.rows_total)
-        wide = {"dtype": self.accumulator, "device": device}
-        self.logits_CV = torch.empty(rows, vocabulary, **wide)
-        narrow = operand != self.accumulator
-        self.operand_CV = torch.empty(rows, vocabulary, dtype=operand, device=device) if narrow else None
-        needs_hidden, needs_weight, needs_bias = call.needs
-        capped = call.softcap is not None and any(call.needs)
-        self.slope_CV = torch.empty_like(self.logits_CV) if capped else None
-        # float16 gradients wait for the loss scale of the backward in float32; their range is too short otherwise.
-        kept = self.accumulator if weight.dtype == torch.float16 else weight.dtype
-        shape_MH = (self.rows_total, hidden_size)
-        self.grad_hidden_MH = torch.empty(shape_MH, dtype=kept, device=device) if needs_hidden else None
-        self.grad_weight_VH = torch.zeros(weight.shape, **wide) if needs_weight else None
-        self.grad_bias_V = torch.zeros(vocabulary, **wide) if needs_bias else None
-        self.labels_M = _select(call.labels_N, call.rows)
-        self.weights_M = _select(call.weights_N, call.rows).to(self.accumulator)
-        self.losses_M, self.logsumexp_M = (torch.empty(self.rows_total, **wide) for _ in range(2))
-        self.correct_M = torch.empty(self.rows_total, dtype=torch.bool, device=device)
+        self.call, self.hidden_NH = call, hidden_NH
+        self.rows = len(hidden_NH) if call.rows is None else len(call.rows)
+        self.chunk_rows = _even_chunk_rows(self.rows, call.chunk_rows or _most_chunk_rows(weight))
+        self.products = HeadProducts(weight, chunk_rows=self.chunk_rows)
+        wide = wide_dtype(weight.dtype)
+        self.bias_V = None if bias is None else bias.to(wide)
+
+        self.labels_M = _select(call.labels, call.rows)
+        self.weights_M = _select(call.weights, call.rows).to(wide)
         has_label = self.labels_M != IGNORED_LABEL
         self.targets_M1 = torch.where(has_label, self.labels_M, 0).unsqueeze(-1)
-        self.slopes_M1 = torch.where(has_label, self.weights_M * call.scale, 0.0).unsqueeze(-1)
-        self.unit = self._lift() if operand == torch.float16 else None
+        self.factors_M1 = torch.where(has_label, self.weights_M * call.head.scale, 0.0).unsqueeze(-1)
+        self.unit: Tensor | None = None
+        if self.products.operand == torch.float16:
+            self._bring_into_range()
 
-    def _lift(self) -> Tensor:
-        """Bring |dz| to at most _HALF_UNIT and return the factor (0-d) that takes it back."""
-        largest = self.slopes_M1.abs().amax() if self.rows_total else self.slopes_M1.sum()
-        unit = torch.where(largest > 0.0, largest / _HALF_UNIT, 1.0)
-        self.slopes_M1 = self.slopes_M1 / unit
-        return unit
+        # float16 gradients wait in float32 for the factor of the backward, which holds the loss scale.
+        kept = wide if weight.dtype == torch.float16 else weight.dtype
+        needs = call.needs
+        self.grad_hidden_MH = hidden_NH.new_empty(self.rows, hidden_NH.shape[1], dtype=kept) if needs.hidden else None
+        self.grad_weight_VH = weight.new_zeros(weight.shape, dtype=wide) if needs.weight else None
+        self.grad_bias_V = weight.new_zeros(len(weight), dtype=wide) if needs.bias else None
+        self.losses_M = weight.new_zeros(self.rows, dtype=wide)
+        self.logsumexp_M = weight.new_zeros(self.rows, dtype=wide)
+        self.correct_M = weight.new_zeros(self.rows, dtype=torch.bool)
 
-    def run(self) -> None:
-        for start in range(0, self.rows_total, self.chunk_rows):
-            chunk = slice(start, min(start + self.chunk_rows, self.rows_total))
-            hidden_CH = self._hidden(chunk)
-            logits_CV = self._logits(hidden_CH)
-            slope_CV = self._cap(logits_CV)
-            self._softmax(logits_CV, chunk)
-            if any(self.call.needs):
-                self._gradients(logits_CV, slope_CV, hidden_CH, chunk)
+    def _bring_into_range(self) -> None:
+        """Scale dz so that its largest entry is about _FLOAT16_UNIT; the backward multiplies by `unit` again."""
+        largest = torch.cat((self.factors_M1.abs().flatten(), self.factors_M1.new_zeros(1))).amax()
+        self.unit = torch.where(largest > 0.0, largest / _FLOAT16_UNIT, 1.0)
+        self.factors_M1 = self.factors_M1 / self.unit
+
+    def all_chunks(self) -> None:
+        buffer_CV = self.losses_M.new_empty(self.chunk_rows, len(self.products))
+        for start in range(0, self.rows, self.chunk_rows):
+            chunk = slice(start, min(start + self.chunk_rows, self.rows))
+            self._chunk(chunk, buffer_CV[: chunk.stop - start])
+
+    def _chunk(self, chunk: slice, buffer_CV: Tensor) -> None:
+        """Losses of one chunk and, where wanted, its share of the gradients. The buffer changes its meaning twice."""
+        call = self.call
+        chosen_CH = self.hidden_NH[chunk] if call.rows is None else self.hidden_NH.index_select(0, call.rows[chunk])
+        hidden_CH = chosen_CH.to(self.products.operand)
+        self.products.logits(hidden_CH, out_CV=buffer_CV)
+        slope_CV = self._cap(buffer_CV)
+        self._softmax(buffer_CV, chunk)
+        if not call.needs.any:
+            return
+        targets_C1 = self.targets_M1[chunk]
+        # p − 1 at the label before the weight multiplies: the difference is exact where p is near 1.
+        buffer_CV.scatter_(1, targets_C1, buffer_CV.gather(1, targets_C1) - 1.0)
+        buffer_CV.mul_(self.factors_M1[chunk])
+        if slope_CV is not None:
+            buffer_CV.mul_(slope_CV)
+        if self.grad_bias_V is not None:
+            self.grad_bias_V.add_(buffer_CV.sum(0))
+        grad_logits_CV = self.products.as_operand(buffer_CV)
+        if self.grad_hidden_MH is not None:
+            self.products.hidden_gradient(grad_logits_CV, out_CH=self.grad_hidden_MH[chunk])
+        if self.grad_weight_VH is not None:
+            self.products.add_weight_gradient(grad_logits_CV, hidden_CH, sum_VH=self.grad_weight_VH)
+
+    def _cap(self, logits_CV: Tensor) -> Tensor | None:
+        """h Wᵀ to z, in place; returns the slope of the soft cap [C, V] where a gradient will need it."""
+        head = self.call.head
+        if self.bias_V is not None:
+            logits_CV.add_(self.bias_V)
+        if head.softcap is None:
+            if head.scale != 1.0:
+                logits_CV.mul_(head.scale)
+            return None
+        logits_CV.mul_(head.scale / head.softcap).tanh_()
+        slope_CV = 1.0 - logits_CV.square() if self.call.needs.any else None
+        logits_CV.mul_(head.softcap)
+        return slope_CV
+
+    def _softmax(self, logits_CV: Tensor, chunk: slice) -> None:
+        """z to p, in place; losses and statistics of the chunk on the way."""
+        largest_C, argmax_C = logits_CV.max(-1)
+        targets_C1 = self.targets_M1[chunk]
+        target_C = logits_CV.gather(1, targets_C1).squeeze(1)
+        # Into its own input: every row is reduced before any of its places is written.
+        torch.softmax(logits_CV, -1, out=logits_CV)
+        # The largest probability is 1 / Σ exp(z − max): at least 1 / V, so its logarithm is safe, and the sum over the
+        # vocabulary need not be taken again.
+        surplus_C = -logits_CV.gather(1, argmax_C.unsqueeze(1)).squeeze(1).log()
+        self.losses_M[chunk] = (largest_C - target_C) + surplus_C
+        self.logsumexp_M[chunk] = largest_C + surplus_C
+        self.correct_M[chunk] = argmax_C == targets_C1.squeeze(1)
 
     def result(self) -> tuple[Tensor, LossStats]:
-        """The same formulas as the plain loss, over the rows that were multiplied."""
-        labels_M, weights_M = self.labels_M, self.weights_M
-        losses_M = torch.where(labels_M != IGNORED_LABEL, self.losses_M, 0.0)
+        """The plain loss's formulas over the rows that were multiplied."""
+        losses_M = torch.where(self.labels_M != IGNORED_LABEL, self.losses_M, 0.0)
         stats = summarize(
-            losses=losses_M, weights=weights_M, labels=labels_M, correct=self.correct_M, logsumexp=self.logsumexp_M
+            losses=losses_M,
+            weights=self.weights_M,
+            labels=self.labels_M,
+            correct=self.correct_M,
+            logsumexp=self.logsumexp_M,
         )
-        return (losses_M * weights_M).sum(), stats
+        # Tokens of weight zero were not multiplied, but they are supervised: the step's denominator counts them.
+        stats[STATS.index("supervised_tokens")] = (self.call.labels != IGNORED_LABEL).sum()
+        return (losses_M * self.weights_M).sum(), stats
+
+
+def _scored_rows(labels_N: Tensor, weights_N: Tensor, rows: Tensor | None) -> Tensor | None:
+    """Indices of the rows to multiply; None for all of them.
+
+    Where the caller's rows lie on the host anyway, those of weight zero are taken out of them as well.
+    """
+    scored_N = (labels_N != IGNORED_LABEL) & (weights_N != 0)
+    if rows is None:
+        rows = scored_N.nonzero().squeeze(1)
+    elif rows.device.type == "cpu":
+        rows = rows[scored_N[rows]]
+    return None if len(rows) == len(labels_N) else rows
+
+
+def _select(values_N: Tensor, rows: Tensor | None) -> Tensor:
+    return values_N if rows is None else values_N.index_select(0, rows)
+
+
+def _most_chunk_rows(weight: Tensor) -> int:
+    """Rows of a chunk: as many as the budget holds, and at least so many that the products outweigh dW's traffic.
+
+    A chunk of C rows does 2·C·V·H operations on dW and moves 2·V·H numbers; H rows make the [C, V] buffer as large as
+    dW itself, which is memory that the gradient takes in any case.
+    """
+    vocabulary, hidden_size = weight.shape
+    budget = _CPU_CHUNK_BYTES if weight.device.type == "cpu" else _GPU_CHUNK_BYTES
+    return max(budget // (4 * vocabulary), min(hidden_size, _MOST_CHUNK_ROWS), 1)
+
+
+def _even_chunk_rows(rows: int, most: int) -> int:
+    """Chunks of equal size: a short last one would multiply at a bad shape."""
+    chunks = max(1, -(-rows // most))
+    return max(1, -(-rows // chunks))

@@ -81,8 +81,8 @@ class StepSums:
         """Every reported figure. One transfer to the host; a ratio over nothing is NaN.
 
         Returns:
-            loss (normalised as asked), unweighted_loss, accuracy, logsumexp_mean and logsumexp_std (each a mean over the
-            scored tokens, in nats), and the sums supervised_tokens, scored_tokens, tokens, sequences, weight_sum.
+            loss (nats, normalised as asked); unweighted_loss (nats), accuracy, logsumexp_mean and logsumexp_std over
+            the scored tokens; and the sums supervised_tokens, scored_tokens, tokens, sequences and weight_sum.
         """
         total = dict(zip(self.FIELDS, self.vector.tolist(), strict=True))
         scored = total["scored_tokens"]

@@ -58,7 +58,7 @@ class Weighting:
         if isinstance(self.scheme, str) and self.scheme not in SCHEMES:
             resolve_scheme(self.scheme)
         if self.scale == "horizon" and self.scheme != "log_suffix":
-            raise ValueError(f"scale horizon belongs to the scheme log_suffix; got {self.scheme!r}; use raw or mean_one")
+            raise ValueError(f"scale horizon belongs to scheme log_suffix; got {self.scheme!r}; use raw or mean_one")
         if self.scale == "horizon" and self.gamma == 1.0:
             raise ValueError("scale horizon multiplies by 1 - gamma, which is 0 at gamma 1; use raw or mean_one")
 

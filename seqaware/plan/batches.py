@@ -33,7 +33,7 @@ class BatchPlan:
         micro_batch_tokens: what one rank holds at once. max_seq_length: tokens a document may have.
         steps_per_epoch: of every epoch that is begun; None while the data is not known.
         total_steps, warmup_steps: of the run; None while they are not known.
-        exact: the steps were counted in prepared data, not guessed from rows.
+        exact: the steps were counted, not guessed from rows or tokens.
         derivation: how each figure came about, a line each.
     """
 
@@ -63,7 +63,7 @@ def derive_batches(
     _check_shared(size, world, lines)
     micro = _micro_batch_tokens(schedule, length, lines)
     per_epoch = _steps_per_epoch(schedule.num_epochs, size, tokens, data)
-    exact = data is not None and data.exact
+    exact = data is not None and data.exact and (size is not None or data.steps_per_epoch is not None)
     total = _total_steps(schedule, per_epoch, exact=exact, lines=lines)
     warmup = _warmup_steps(schedule, total, exact=exact, lines=lines)
     return BatchPlan(size, tokens, micro, length, per_epoch, total, warmup, exact, tuple(lines))
@@ -153,7 +153,7 @@ def _steps_per_epoch(
         return (math.ceil(data.documents / size),) * epochs
     if data.tokens == 0:
         return None
-    assert tokens is not None and not data.exact, "the order of prepared data knows its steps"
+    assert tokens is not None, "a step has a size in sequences or in tokens"
     return (math.ceil(data.tokens / tokens),) * epochs
 
 
@@ -185,7 +185,7 @@ def _total_steps(
     line = f"steps: {about}{total} = {schedule.num_epochs:g} epoch(s) of {about}{_spread(per_epoch)} steps"
     if schedule.max_steps is not None:
         line += f", max_steps {schedule.max_steps} {'stops the run first' if total < in_epochs else 'is not exceeded'}"
-    lines.append(line if exact else f"{line}; exact once the data is tokenised (`python launcher/prepare.py CONFIG`)")
+    lines.append(line if exact else f"{line}; exact once the data is tokenised and in order, when the run starts")
     return total
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping
+from ctypes.util import find_library
 from pathlib import Path
 from typing import Any
 
-from seqaware.config.schema import Config
+from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.facts import World
 
@@ -24,7 +25,7 @@ def check_contradictions(config: Config, raw: Mapping[str, Any], *, world: World
     zero = raw.get("zero_optimization", {})
     found = [
         *_of_precision(config, zero, world, dtype),
-        *_of_optimizer(config.training.optimizer.type, zero, world),
+        *_of_optimizer(config.training.optimizer, zero, world),
         *_of_offload(zero),
         *_of_communication(zero, world),
         *_of_attention(config.model.attention, world),
@@ -65,7 +66,8 @@ def _of_precision(config: Config, zero: Mapping[str, Any], world: World, dtype: 
         )
 
 
-def _of_optimizer(kind: str, zero: Mapping[str, Any], world: World) -> Iterator[ConfigError]:
+def _of_optimizer(optimizer: OptimizerConfig, zero: Mapping[str, Any], world: World) -> Iterator[ConfigError]:
+    kind = optimizer.type
     offloaded = offload_device(zero, "offload_optimizer")
     name = f"training.optimizer.type {kind}"
     if kind in _GPU_OPTIMIZERS and world.device == "cpu":
@@ -81,6 +83,12 @@ def _of_optimizer(kind: str, zero: Mapping[str, Any], world: World) -> Iterator[
         yield ConfigError(
             f"{name} updates weights in CPU memory, and the DeepSpeed config leaves them on the GPU",
             do="take ds_configs/zero3_offload_cpu.json, or write training.optimizer.type: adamw",
+        )
+    if kind == "muon" and optimizer.max_grad_norm and zero.get("stage", 0) == 0:
+        # Under ZeRO, DeepSpeed orthogonalises before it clips, so the same run would differ with the stage.
+        yield ConfigError(
+            f"{name} without ZeRO clips the gradient, and with ZeRO the orthogonalised update",
+            do="use ds_configs/zero1.json, or write training.optimizer.max_grad_norm: 0",
         )
     if kind == "muon" and zero.get("stage") == 3 and zero.get("reduce_scatter") is True:
         yield ConfigError(
@@ -118,6 +126,8 @@ def _of_nvme(key: str, stage: int, path: object) -> Iterator[ConfigError]:
         yield ConfigError(f"{key}.nvme_path is not a folder on this machine", got=path, do=do)
     elif not os.access(path, os.W_OK | os.X_OK):
         yield ConfigError(f"{key}.nvme_path cannot be written", got=path, do=do)
+    if find_library("aio") is None:
+        yield ConfigError(f"{key}.device nvme needs libaio, which is not installed", do="apt install libaio-dev")
 
 
 def _of_communication(zero: Mapping[str, Any], world: World) -> Iterator[ConfigError]:

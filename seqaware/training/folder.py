@@ -8,10 +8,10 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -91,12 +91,19 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str) -> None:
 
 
 def _check_writable(path: Path) -> None:
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not existing.is_dir():
-        raise ConfigError("output.dir lies under something that is not a folder", got=existing)
-    read_only = bool(os.statvfs(existing).f_flag & os.ST_RDONLY)
-    if read_only or not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError("output.dir cannot be written", got=existing, do="choose another output.dir, or mend its rights")
+    existing = _nearest_existing(path)
+    try:
+        # Tried, not asked: rights, read-only mounts and full disks all answer the same way.
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            "output.dir cannot be written", got=f"{path} ({error.strerror})", do="choose another output.dir, or mend its rights"
+        ) from error
+
+
+def _nearest_existing(path: Path) -> Path:
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def check_disk(path: Path, plan: Plan, parameters: int | None) -> None:
@@ -111,7 +118,7 @@ def check_disk(path: Path, plan: Plan, parameters: int | None) -> None:
     checkpoints = (output.keep_last + 1) if output.save_every else 0
     bytes_each = _BYTES_PER_PARAMETER_MODEL * (2 if plan.config.model.from_scratch else 1)
     needed = parameters * (bytes_each * output.save_model + _BYTES_PER_PARAMETER_CHECKPOINT * checkpoints)
-    existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    existing = _nearest_existing(path)
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise ConfigError(

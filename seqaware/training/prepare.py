@@ -67,6 +67,24 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     return Prepared(plan, tokenizer, store, order, held_out, weighting, count_parameters(model_config))
 
 
+def prepare_data(config: Config) -> list[Path]:
+    """Tokenise the training rows and the held-out rows, if that is not done; returns the stores.
+
+    Raises:
+        ConfigError, DataError: as `prepare`.
+    """
+    check_model_source(config.model)
+    tokenizer = load_tokenizer(config.model)
+    model = facts_from_dict(resolve_model_config(config.model, tokenizer).to_dict())
+    length = max_seq_length(config.training.parameters, model)
+    datasets = [(config.dataset, True), (config.evaluation.dataset, False)]
+    return [
+        prepare_store(dataset, config=config, tokenizer=tokenizer, max_seq_length=length, training=training)
+        for dataset, training in datasets
+        if dataset is not None
+    ]
+
+
 def build_weighting(config: Config) -> Weighting:
     """The objective's weights from `training.sft`.
 

@@ -36,9 +36,12 @@ class Function:
     nesting: int
     arguments: int
     positional: int
+    compiled: bool
 
     def excesses(self) -> Iterator[str]:
-        free_to_choose = not self.name.startswith("_") and self.name not in FOREIGN_SIGNATURES
+        # numba compiles no keyword-only arguments.
+        bound = self.compiled or self.name in FOREIGN_SIGNATURES
+        free_to_choose = not bound and not self.name.startswith("_")
         limits = (
             ("lines", self.lines, FUNCTION_LINES),
             ("nested blocks", self.nesting, NESTING),
@@ -75,6 +78,7 @@ def measure(node: FunctionNode, is_method: bool) -> Function:
         nesting=max((depth(child) for child in node.body), default=0),
         arguments=positional + len(node.args.kwonlyargs),
         positional=positional,
+        compiled=any(isinstance(d, ast.Name) and d.id == "compiled" for d in node.decorator_list),
     )
 
 

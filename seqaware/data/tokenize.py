@@ -1,0 +1,239 @@
+"""From a config to a prepared token store: once per node, whoever comes first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from seqaware.config.data import DatasetConfig
+from seqaware.config.schema import Config, ModelConfig
+from seqaware.data.encode import Recipe
+from seqaware.data.encode_pool import encode_records
+from seqaware.data.sources import open_source
+from seqaware.data.store import StoreWriter, TokenStore
+from seqaware.data.store_index import (
+    CODE_VERSION,
+    matching_stores,
+    prepared_store,
+    request_key,
+    sources_of,
+    store_folder,
+    store_name,
+)
+from seqaware.data.store_writer import disk_errors, remove_unfinished
+from seqaware.data.templates import Format
+from seqaware.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Progress = Callable[[int], None]
+
+
+def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
+    """The tokenizer of the config: `model.tokenizer`, or else the base model's.
+
+    Raises:
+        ConfigError: it cannot be read, is not a fast one, or has no EOS.
+    """
+    from transformers import AutoTokenizer
+
+    name = model.tokenizer or model.base_name
+    assert name is not None, "the schema demands one of them"
+    folder = Path(name).expanduser()
+    _check_json(folder, name)
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else name,
+            revision=model.revision if name == model.base_name else None,
+            trust_remote_code=model.trust_remote_code,
+            use_fast=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        do = "write a folder or hub id that holds one as model.tokenizer"
+        raise ConfigError(f"the tokenizer {name!r} cannot be read", got=_one_line(error), do=do) from error
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"the tokenizer {name!r} has no fast version (tokenizer.json)", do="convert it, or name another"
+        )
+    _eos_id(tokenizer, name)
+    fast: PreTrainedTokenizerFast = tokenizer
+    return fast
+
+
+def recipe_of(
+    dataset: DatasetConfig, *, config: Config, tokenizer: PreTrainedTokenizerFast, max_seq_length: int
+) -> Recipe:
+    """How this config makes tokens of the records of a dataset (or of a mixture's part: only its columns differ)."""
+    form = config.format
+    backend = tokenizer.backend_tokenizer
+    return Recipe(
+        tokenizer_json=backend.to_str(),
+        prefix_ids=_prefix_ids(tokenizer),
+        bos_id=tokenizer.bos_token_id,
+        eos_id=_eos_id(tokenizer, tokenizer.name_or_path),
+        chat_tokenizer=pickle.dumps(tokenizer),
+        chat_template=form.chat_template,
+        form=Format(form.prompt_template, form.answer_template, form.train_on, dict(dataset.columns)),
+        max_seq_length=max_seq_length,
+        on_overlong=form.on_overlong,
+        append_eos=form.append_eos,
+    )
+
+
+def prepare_store(
+    dataset: DatasetConfig,
+    *,
+    config: Config,
+    tokenizer: PreTrainedTokenizerFast,
+    max_seq_length: int,
+    training: bool = True,
+    progress: Progress | None = None,
+) -> Path:
+    """The token store of a dataset: found, or made by this process while the others on the node wait.
+
+    Args:
+        training: False for `evaluation.dataset`; messages name the section.
+        progress: called with the number of rows done so far; not called where the store was found.
+
+    Raises:
+        DataError: a source, a record or a store that cannot be used; no space; nothing to train on.
+        ConfigError: the templates or the tokenizer do not fit.
+    """
+    section = "dataset" if training else "evaluation.dataset"
+    own = prepared_store(dataset)
+    if own is not None:
+        return _fitting(own, tokenizer, max_seq_length)
+    recipe = recipe_of(dataset, config=config, tokenizer=tokenizer, max_seq_length=max_seq_length)
+    folder, key = store_folder(dataset), request_key(config, dataset)
+    identity = {
+        "code": CODE_VERSION,
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "format": config.format.model_dump(mode="json"),
+        "max_seq_length": max_seq_length,
+    }
+    # First without the lock: a folder of stores may be there to read only.
+    found = _opened(matching_stores(folder, key, identity))
+    if found is not None:
+        return found
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{key}.lock")
+        lock.acquire()
+    try:
+        found = _opened(matching_stores(folder, key, identity))
+        if found is not None:
+            return found
+        remove_unfinished(folder / key)
+        writer = StoreWriter(
+            folder / key,
+            vocab_size=len(tokenizer),
+            eos_id=recipe.eos_id,
+            max_seq_length=max_seq_length,
+            identity=identity,
+        )
+        with writer:
+            _write_parts(writer, dataset, recipe=recipe, progress=progress)
+            _check_content(writer, section)
+            return writer.finish(lambda fingerprint: store_name(key, fingerprint))
+    finally:
+        lock.release()
+
+
+def _write_parts(writer: StoreWriter, dataset: DatasetConfig, *, recipe: Recipe, progress: Progress | None) -> None:
+    for part in sources_of(dataset):
+        source = open_source(part, streaming=dataset.streaming)
+        before = writer.records
+        own = replace(recipe, form=replace(recipe.form, columns=dict(part.columns)))
+        workers = dataset.workers or len(os.sched_getaffinity(0))
+        for records, outcome in encode_records(own, source.records(), workers=workers):
+            writer.append_block(outcome.block)
+            for name, reason in outcome.dropped:
+                writer.drop(name, reason)
+            writer.truncated += outcome.truncated
+            writer.split += outcome.split
+            writer.records += records
+            if progress is not None:
+                progress(writer.records)
+        if writer.records == before:
+            raise DataError(f"the dataset {source.name} is empty", got="no rows", do="correct its name or split")
+        writer.end_part(source.name, getattr(part, "proportion", None))
+
+
+def _check_content(writer: StoreWriter, section: str) -> None:
+    if writer.supervised_tokens > 0:
+        return
+    reasons = ", ".join(f"{count} {reason}" for reason, count in writer.dropped.items())
+    raise DataError(
+        f"{section} has no example with a supervised token",
+        got=f"{writer.records} rows: {reasons}",
+        do="raise training.parameters.max_seq_length if prompts fill it, or correct the templates and train_on",
+    )
+
+
+def _opened(stores: list[Path]) -> Path | None:
+    """The newest of the stores, once it has shown that it is whole."""
+    return TokenStore.open(stores[0]).path if stores else None
+
+
+def _fitting(path: Path, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> Path:
+    """A prepared store that was named outright: it must fit what the run is about to do with it."""
+    facts = TokenStore.open(path).facts()
+    if facts.vocab_size != len(tokenizer) or facts.eos_id != tokenizer.eos_token_id:
+        got = f"a vocabulary of {facts.vocab_size} with EOS {facts.eos_id}"
+        have = f"the tokenizer has {len(tokenizer)} with EOS {tokenizer.eos_token_id}"
+        raise DataError(f"the token store {path} was made by another tokenizer", got=got, do=have)
+    if facts.longest > max_seq_length:
+        do = "raise training.parameters.max_seq_length, or prepare the data again"
+        raise DataError(
+            f"the token store {path} holds documents longer than a row", got=f"{facts.longest} tokens", do=do
+        )
+    return path
+
+
+def _eos_id(tokenizer: Any, name: str) -> int:
+    if tokenizer.eos_token_id is None:
+        do = "set eos_token in its tokenizer_config.json"
+        raise ConfigError(f"the tokenizer {name!r} has no end-of-sequence token", do=do)
+    return int(tokenizer.eos_token_id)
+
+
+def _prefix_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text. Those behind it would stand before the completion."""
+    plain = tokenizer.encode("a", add_special_tokens=False)
+    full = tokenizer.encode("a", add_special_tokens=True)
+    for begin in range(len(full) - len(plain) + 1):
+        if full[begin : begin + len(plain)] == plain:
+            return tuple(full[:begin])
+    raise ConfigError(f"the tokenizer {tokenizer.name_or_path!r} changes a text when it adds special tokens")
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """What the tokenizer is, by its content: the same wherever it was loaded from."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    content.update(truncation=None, padding=None)
+    own = [content, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
+
+
+def _check_json(folder: Path, name: str) -> None:
+    """The tokenizer library has no error of its own for a file that is not JSON."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"the tokenizer {name!r} is damaged: tokenizer.json is not JSON", got=error) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

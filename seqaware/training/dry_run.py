@@ -1,0 +1,42 @@
+"""The Plan without starting anything: no torch, no process group, answers in under a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from seqaware.config.schema import Config
+from seqaware.data.store import TokenStore
+from seqaware.data.store_index import find_store
+from seqaware.plan.facts import DataFacts, World, model_facts, rows_of_local_file
+from seqaware.plan.plan import Plan, make_plan
+
+
+def plan_without_torch(
+    config: Config, *, deepspeed_path: Path | None, ranks: int, device: Literal["cpu", "cuda"]
+) -> Plan:
+    """The Plan for `ranks` ranks, exact where the data is already tokenised, a guess from a local file's rows elsewhere.
+
+    Raises:
+        ConfigError: the config contradicts itself, the ranks or the model.
+    """
+    world = World(size=ranks, local_size=ranks, nodes=1, device=device, bf16=True)
+    data = _known_data(config)
+    return make_plan(
+        config, world=world, deepspeed_path=deepspeed_path, model=model_facts(config.model), data=data
+    )
+
+
+def _known_data(config: Config) -> DataFacts | None:
+    found = find_store(config)
+    if found is None:
+        return rows_of_local_file(config.dataset)
+    facts = TokenStore.open(found).facts()
+    return DataFacts(
+        documents=facts.documents,
+        tokens=facts.tokens,
+        supervised_tokens=facts.supervised_tokens,
+        longest=facts.longest,
+        fingerprint=facts.fingerprint,
+        exact=True,
+    )

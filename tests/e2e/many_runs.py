@@ -1,0 +1,34 @@
+"""Several runs in one launch, so that imports and the meeting of the ranks are paid once.
+
+Started by a launcher with a JSON file: a list of {"config": YAML file, "deepspeed": ZeRO json, "set": [overrides]}.
+Each is run as launcher/train.py runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from seqaware.config.load import load_config
+from seqaware.engine.ranks import disconnect, find_address, quiet_libraries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("requests", type=Path)
+    requests = json.loads(parser.parse_known_args()[0].requests.read_text())
+    quiet_libraries()
+    from seqaware.training.run import RunRequest, run
+
+    address = find_address()
+    for request in requests:
+        config = load_config(Path(request["config"]), request["set"])
+        run(RunRequest(config, Path(request["deepspeed"])), address=address, say=lambda text: None)
+        print(f"rank {address.rank} ran {config.output_dir}", file=sys.stderr, flush=True)
+    disconnect()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""The law, through the real command: whatever the topology, a run is the run of the float64 oracle.
+
+Every layout trains three full-batch steps on the same thirteen rows, of 1 to 90 answer words. Its losses, gradient
+norms and final weights must be those of one process that takes the documents one by one in float64.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from tests import launch, oracles, tiny
+from tests.e2e.layouts import Layout, covering_layouts, every_layout
+
+STEPS = 3
+LEARNING_RATE = 1e-3
+
+# Float32 against float64. A loss is a mean over ~300 tokens of sums over 32 to 48 products in two layers: each value
+# carries ~√(depth · width) ≈ 15 roundings of 6e-8, that is 1e-6 relative, with a factor of ten to spare.
+LOSS_TOLERANCE = 1e-5
+# The squares of the gradient's entries add the error of the backward, twice as deep.
+NORM_TOLERANCE = 2e-5
+# AdamW divides by √v + ε: where a gradient's entry is of the size of its own rounding error, the update (at most the
+# learning rate a step) is noise. The bound is on the mean over a tensor, in units of what three updates can move.
+WEIGHT_TOLERANCE = 2e-3 * STEPS * LEARNING_RATE
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
+    return tiny.build(tmp_path_factory.mktemp("layouts"))
+
+
+def _documents(workshop: tiny.Workshop) -> list[oracles.OracleDocument]:
+    """Tokenised by hand: the prompt, then a blank and the answer, then the end."""
+    tokenizer = AutoTokenizer.from_pretrained(workshop.model)
+    documents = []
+    for line in workshop.rows.read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer.encode(f"Q: {row['question']} A:")
+        completion = [*tokenizer.encode(f" {row['answer']}"), tokenizer.eos_token_id]
+        documents.append(oracles.OracleDocument(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+    return documents
+
+
+def _oracle(workshop: tiny.Workshop, gamma: float, normalize_by: str) -> oracles.OracleRun:
+    # Linear, without warm-up, to zero at the last step + 1: the schedule of the workshop's config.
+    rates = _rates(workshop)
+    settings = oracles.OracleSettings(gamma=gamma, normalize_by=normalize_by, learning_rates=rates)
+    return oracles.train(workshop.model, [_documents(workshop)] * STEPS, settings)
+
+
+def _rates(workshop: tiny.Workshop) -> list[float]:
+    from seqaware.schedule import learning_rate
+
+    return [
+        learning_rate(
+            step, peak=LEARNING_RATE, total_steps=STEPS, warmup_steps=0, kind="linear", min_ratio=0.0, power=1.0, decay_ratio=0.1
+        )
+        for step in range(1, STEPS + 1)
+    ]
+
+
+def _config(workshop: tiny.Workshop, layout: Layout) -> Path:
+    config = workshop.config(
+        model__loss_kernel=layout.kernel,
+        packing__enabled=layout.packed,
+        training__schedule__micro_batch_tokens=layout.micro_batch_tokens,
+        training__sft={"gamma": layout.gamma, "normalize_by": layout.normalize_by},
+        output__dir=str(workshop.folder / layout.name),
+    )
+    return workshop.write(layout.name, config)
+
+
+def _zero(stage: int) -> str:
+    return str(launch.DS_CONFIGS / f"zero{stage}.json")
+
+
+def _train_all(workshop: tiny.Workshop, layouts: Sequence[Layout]) -> None:
+    for ranks in sorted({layout.ranks for layout in layouts}):
+        requests = [
+            {"config": str(_config(workshop, layout)), "deepspeed": _zero(layout.stage), "set": []}
+            for layout in layouts
+            if layout.ranks == ranks
+        ]
+        path = workshop.folder / f"requests-{ranks}.json"
+        path.write_text(json.dumps(requests))
+        done = launch.deepspeed("tests/e2e/many_runs.py", str(path), ranks=ranks, timeout=60 + 20 * len(requests))
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def _compare(workshop: tiny.Workshop, layout: Layout, oracle: oracles.OracleRun) -> None:
+    folder = workshop.folder / layout.name
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "step"]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1)), layout.name
+    for line, loss, plain, norm, accuracy in zip(
+        steps, oracle.losses, oracle.unweighted, oracle.grad_norms, oracle.accuracies, strict=True
+    ):
+        assert line["loss"] == pytest.approx(loss, rel=LOSS_TOLERANCE), layout.name
+        assert line["unweighted_loss"] == pytest.approx(plain, rel=LOSS_TOLERANCE), layout.name
+        assert line["grad_norm"] == pytest.approx(norm, rel=NORM_TOLERANCE), layout.name
+        assert line["accuracy"] == pytest.approx(accuracy), layout.name
+    trained = load_file(folder / "model" / "model.safetensors")
+    assert trained.keys() == oracle.weights.keys()
+    for name, expected in oracle.weights.items():
+        difference = (trained[name].double() - expected).abs().mean()
+        assert float(difference) < WEIGHT_TOLERANCE, f"{layout.name}: {name} differs by {difference:.1e} in the mean"
+
+
+def _prove(workshop: tiny.Workshop, layouts: Sequence[Layout]) -> None:
+    _train_all(workshop, layouts)
+    oracle = cache(lambda gamma, normalize_by: _oracle(workshop, gamma, normalize_by))
+    for layout in layouts:
+        _compare(workshop, layout, oracle(layout.gamma, layout.normalize_by))
+
+
+def test_layouts_that_cover_every_pair_of_choices(workshop: tiny.Workshop) -> None:
+    _prove(workshop, covering_layouts())
+
+
+@pytest.mark.matrix
+def test_every_layout(tmp_path: Path) -> None:
+    _prove(tiny.build(tmp_path), every_layout())
+
+
+def test_the_command_itself_on_two_ranks(workshop: tiny.Workshop, tmp_path: Path) -> None:
+    """launcher/train.py through the deepspeed launcher, ZeRO-3, packed, several micro-batches."""
+    layout = Layout(2, 3, True, 128, "fused", 0.98, "tokens")
+    path = _config(workshop, layout)
+    folder = tmp_path / layout.name
+    done = launch.deepspeed(
+        "launcher/train.py", str(path), "--deepspeed", _zero(3), "--set", f"output.dir={folder}", ranks=2
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "model" in done.stdout and str(folder / "model") in done.stdout
+    moved = tiny.Workshop(tmp_path, workshop.model, workshop.rows)
+    _compare(moved, layout, _oracle(workshop, layout.gamma, layout.normalize_by))
+
+
+def test_the_oracle_is_not_deaf(workshop: tiny.Workshop) -> None:
+    """γ, the normaliser and a single row each move the oracle by far more than the tolerances above."""
+    reference = _oracle(workshop, 0.98, "tokens")
+    for other in (_oracle(workshop, 0.9, "tokens"), _oracle(workshop, 0.98, "weight")):
+        assert abs(other.losses[0] / reference.losses[0] - 1) > 100 * LOSS_TOLERANCE
+        moved = [(other.weights[name] - reference.weights[name]).abs().mean() for name in reference.weights]
+        assert float(torch.stack(moved).max()) > 10 * WEIGHT_TOLERANCE
+    settings = oracles.OracleSettings(gamma=0.98, normalize_by="tokens", learning_rates=_rates(workshop))
+    fewer = oracles.train(workshop.model, [_documents(workshop)[1:]] * STEPS, settings)
+    assert abs(fewer.losses[0] / reference.losses[0] - 1) > 100 * LOSS_TOLERANCE

@@ -1,0 +1,63 @@
+"""The start-up probes see what they are for: a leak between documents, and a head the fused loss does not know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from seqaware.engine import attention, probe
+from seqaware.engine.model import WeightedCausalLM
+from seqaware.errors import ConfigError
+from tests.unit.engine.models import FAMILIES, VOCABULARY, tiny
+
+CPU = torch.device("cpu")
+
+
+def _probe(model: WeightedCausalLM, backend: str = "sdpa_per_document") -> probe.ProbeReport:
+    return probe.probe_isolation(model, backend=backend, vocabulary=VOCABULARY, device=CPU)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_documents_are_apart_in_every_family(family: str) -> None:
+    report = _probe(WeightedCausalLM(tiny(family), loss_kernel="fused"))
+    assert report.leak <= report.tolerance < report.response
+
+
+@pytest.fixture
+def leaking_backend() -> Iterator[str]:
+    """Attention over the whole row, as if it were one document."""
+
+    def whole_row(q, k, v, documents, call):  # type: ignore[no-untyped-def]
+        one = attention.Documents(documents.cu_seqlens[[0, -1]], (sum(documents.lengths),), "eager")
+        return attention.BACKENDS["eager"](q, k, v, one, call)
+
+    attention.BACKENDS["leaking"] = whole_row
+    yield "leaking"
+    del attention.BACKENDS["leaking"]
+
+
+def test_a_leak_is_found(leaking_backend: str) -> None:
+    with pytest.raises(ConfigError, match="see each other"):
+        _probe(WeightedCausalLM(tiny("llama"), loss_kernel="fused"), leaking_backend)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_our_head_is_the_models(family: str) -> None:
+    model = WeightedCausalLM(tiny(family), loss_kernel="fused")
+    probe.probe_head(model, backend="sdpa_per_document", vocabulary=VOCABULARY, device=CPU)
+
+
+def test_a_head_of_its_own_is_found() -> None:
+    model = WeightedCausalLM(tiny("gemma2"), loss_kernel="fused")
+    own = model.model.forward
+
+    def doubled(*args, **kwargs):  # type: ignore[no-untyped-def]
+        output = own(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    model.model.forward = doubled  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match="loss_kernel: plain"):
+        probe.probe_head(model, backend="sdpa_per_document", vocabulary=VOCABULARY, device=CPU)

@@ -1,0 +1,148 @@
+"""The whole plan: every shipped pair, what identifies a run, and what a person reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqaware.config.load import REPOSITORY, load_config
+from seqaware.config.schema import Config
+from seqaware.errors import ConfigError
+from seqaware.plan.facts import DataFacts, ModelFacts, World
+from seqaware.plan.plan import Plan, make_plan
+
+DS_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
+TRAIN_CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.yaml"))
+CPU = World(size=2, local_size=2, nodes=1, device="cpu", bf16=True)
+GPU = World(size=16, local_size=8, nodes=2, device="cuda", bf16=True)
+DATA = DataFacts(1000, 100_000, 60_000, 300, "0123456789abcdef", exact=True)
+GPT2 = ModelFacts(50257, 1024, 768, 12, parameters=None, model_type="gpt2")
+
+
+@pytest.fixture(autouse=True)
+def libaio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped pairs are planned as on a machine that has what they need."""
+    monkeypatch.setattr("seqaware.plan.contradictions.find_library", lambda name: f"lib{name}.so.1")
+
+
+def config(**sections: Any) -> Config:
+    return Config.model_validate({"model": {"base_name": "gpt2"}, "dataset": {"name": "gsm8k"}, **sections})
+
+
+def plan(written: Config | None = None, **facts: Any) -> Plan:
+    return make_plan(written or config(), **{"world": CPU, "model": GPT2, "data": DATA, **facts})
+
+
+@pytest.mark.parametrize("ds_config", DS_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("train_config", TRAIN_CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_pair_can_be_planned_on_cpus(train_config: Path, ds_config: Path) -> None:
+    made = make_plan(load_config(train_config), world=CPU, deepspeed_path=ds_config)
+    assert made.render()
+    assert json.dumps(made.to_json())
+
+
+@pytest.mark.parametrize("ds_config", DS_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("train_config", TRAIN_CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_pair_on_gpus_works_or_says_why(train_config: Path, ds_config: Path) -> None:
+    written = load_config(train_config)
+    if ds_config.stem == "zero0" and written.model.dtype != "float32":
+        with pytest.raises(ConfigError, match=r"use ds_configs/zero1\.json"):
+            make_plan(written, world=GPU, deepspeed_path=ds_config)
+    else:
+        assert make_plan(written, world=GPU, deepspeed_path=ds_config).render()
+
+
+def test_which_deepspeed_config_counts(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text('{"zero_optimization": {"stage": 1}}')
+    assert plan().zero_stage == 2
+    assert plan(config(deepspeed=str(path))).zero_stage == 1
+    assert plan(config(deepspeed=str(path)), deepspeed_path=DS_CONFIGS[0]).zero_stage == 0
+
+
+@pytest.mark.parametrize(
+    ("asked", "world", "dtype"),
+    [
+        ("auto", CPU, "float32"),
+        ("auto", GPU, "bfloat16"),
+        ("auto", replace(GPU, bf16=False), "float32"),
+        ("bf16", CPU, "bfloat16"),
+        ("fp16", GPU, "float16"),
+    ],
+)
+def test_precision(asked: str, world: World, dtype: str) -> None:
+    made = plan(config(model={"base_name": "gpt2", "dtype": asked}), world=world)
+    assert made.dtype == dtype
+    assert made.deepspeed["bf16"]["enabled"] is (dtype == "bfloat16")
+    assert made.deepspeed["fp16"]["enabled"] is (dtype == "float16")
+
+
+TOPOLOGY: list[dict[str, Any]] = [
+    {"world": replace(CPU, size=1, local_size=1)},
+    {"world": GPU},
+    {"deepspeed_path": REPOSITORY / "ds_configs" / "zero3_offload_cpu.json"},
+    {"written": config(packing={"enabled": False})},
+    {"written": config(model={"base_name": "gpt2", "loss_kernel": "plain", "activation_checkpointing": True})},
+    {"written": config(model={"base_name": "gpt2", "attention": "eager"})},
+    {"written": config(training={"schedule": {"micro_batch_tokens": 4096}})},
+    {"written": config(training={"schedule": {"batch_size": 2, "grad_accumulation_steps": 8}})},
+    {"written": config(training={"schedule": {"global_batch_size": 16}})},
+    {"written": config(training={"optimizer": {"type": "cpu_adam"}})},
+    {"written": config(training={"sft": {"horizon": 50}})},
+    {"written": config(training={"control": {"log_every": 5}})},
+    {"written": config(output={"dir": "elsewhere"})},
+    {"written": config(dataset={"name": "moved/elsewhere", "workers": 3})},
+]
+
+
+@pytest.mark.parametrize("change", TOPOLOGY)
+def test_topology_does_not_change_the_run(change: dict[str, Any]) -> None:
+    assert plan(**change).mathematics() == plan().mathematics()
+    assert plan(**change).mathematics_hash() == plan().mathematics_hash()
+
+
+MATHEMATICS: list[tuple[str, dict[str, Any]]] = [
+    ("objective", {"written": config(training={"sft": {"gamma": 0.97}})}),
+    ("objective", {"written": config(training={"sft": {"normalize_by": "weight"}})}),
+    ("model", {"written": config(model={"base_name": "gpt2-medium"})}),
+    ("model", {"written": config(model={"base_name": "gpt2", "dtype": "bf16"})}),
+    ("data", {"data": replace(DATA, fingerprint="f" * 16)}),
+    ("batch", {"written": config(training={"schedule": {"global_batch_tokens": 4096}}), "data": None}),
+    ("batch", {"written": config(training={"parameters": {"max_seq_length": 512}})}),
+    ("seed", {"written": config(training={"control": {"seed": 1}})}),
+    ("optimizer", {"written": config(training={"optimizer": {"lr": 1e-4}})}),
+    ("optimizer", {"written": config(training={"optimizer": {"type": "lion"}})}),
+    ("schedule", {"written": config(training={"schedule": {"warmup_steps": 5}})}),
+    ("schedule", {"written": config(training={"schedule": {"max_steps": 5}})}),
+]
+
+
+@pytest.mark.parametrize(("part", "change"), MATHEMATICS)
+def test_what_makes_another_run(part: str, change: dict[str, Any]) -> None:
+    before, after = plan().mathematics(), plan(**change).mathematics()
+    assert part in {name for name in before if before[name] != after[name]}
+    assert plan(**change).mathematics_hash() != plan().mathematics_hash()
+
+
+def test_a_run_at_a_constant_rate_may_go_on_for_longer() -> None:
+    def constant(**schedule: Any) -> Plan:
+        return plan(config(training={"schedule": {"scheduler_type": "constant", **schedule}}))
+
+    assert constant(max_steps=5).mathematics_hash() == constant(num_epochs=3).mathematics_hash()
+
+
+def test_a_plan_is_plain_json() -> None:
+    values = plan().to_json()
+    assert json.loads(json.dumps(values)) == values
+    assert values["batches"]["total_steps"] == 63
+    assert values["mathematics_hash"] == plan().mathematics_hash()
+
+
+def test_an_offloaded_torch_optimizer_is_worth_a_note() -> None:
+    offload = REPOSITORY / "ds_configs" / "zero3_offload_cpu.json"
+    assert any("cpu_adam" in note for note in plan(world=GPU, deepspeed_path=offload).notes)
+    assert not plan().notes
