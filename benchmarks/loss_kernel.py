@@ -1,6 +1,6 @@
 """What does the fused weighted loss cost beside the naive one, and beside its matrix products alone?
 
-    python benchmarks/loss_kernel.py            every gate, about four minutes of one core; writes results/loss_kernel.json
+    python benchmarks/loss_kernel.py            every gate, four minutes of one core; writes results/loss_kernel.json
     python benchmarks/loss_kernel.py --quick    small sizes, seconds; judges nothing and writes nothing
 
 Every contestant runs forward and backward in this one process, on one thread, and the contestants take turns, so that
@@ -47,7 +47,7 @@ class Size:
     rows: int
     vocabulary: int
     hidden: int = 512
-    repeats: int = 5
+    repeats: int = 3
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,10 @@ class Sizes:
     precision: Size
 
 
-FULL = Sizes(Size(2048, 32_000), Size(1024, 152_064, repeats=3), Size(8192, 32_000), Size(8192, 1024, hidden=128))
-QUICK = Sizes(Size(256, 4000), Size(64, 19_008, repeats=3), Size(1024, 4000, hidden=64), Size(1024, 256, hidden=32))
+FULL = Sizes(Size(2048, 32_000), Size(1024, 152_064), Size(8192, 32_000), Size(8192, 1024, hidden=128))
+# A tiny run first: libraries load their kernels and their buffers once.
+WARM_UP = Size(8, 64, hidden=16)
+QUICK = Sizes(Size(256, 4000), Size(64, 19_008), Size(1024, 4000, hidden=64), Size(1024, 256, hidden=32))
 
 
 @dataclass(frozen=True)
@@ -137,26 +139,21 @@ class Problem:
 
 
 def cpu_seconds(contestants: dict[str, Callable[[], None]], *, repeats: int) -> dict[str, float]:
-    """Median CPU seconds of each; they take turns, and their first turn does not count."""
+    """Median CPU seconds of each; they take turns."""
     measured: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(repeats + 1):
+    for _ in range(repeats):
         for name, run in contestants.items():
             start = time.process_time()
             run()
-            if turn > 0:
-                measured[name].append(time.process_time() - start)
+            measured[name].append(time.process_time() - start)
     return {name: statistics.median(seconds) for name, seconds in measured.items()}
 
 
 def time_vocabulary(size: Size, *, sparse: bool) -> tuple[dict[str, float], float]:
     """CPU seconds by contestant, and the share of scored rows in the sparse one."""
+    cpu_seconds(_contestants(Problem(WARM_UP), sparse=sparse), repeats=1)
     problem = Problem(size)
-    contestants = {"naive": problem.naive, "products": problem.products, "fused": problem.fused}
-    if sparse:
-        contestants["fused, 40 % scored"] = problem.fused_sparse
-    if sparse and hasattr(F, "linear_cross_entropy"):
-        contestants["torch"] = problem.linear
-    return cpu_seconds(contestants, repeats=size.repeats), problem.scored_share()
+    return cpu_seconds(_contestants(problem, sparse=sparse), repeats=size.repeats), problem.scored_share()
 
 
 def peak_mib(contestant: str, size: Size, dtype: str) -> float:
@@ -168,9 +165,9 @@ def peak_mib(contestant: str, size: Size, dtype: str) -> float:
 
 
 def measure_memory(contestant: str, dtype: str, *numbers: str) -> None:
-    """The child's part: prints MiB. A tiny run first, so that the libraries' own buffers are there already."""
+    """The child's part: prints MiB."""
     kind: torch.dtype = getattr(torch, dtype)
-    getattr(Problem(Size(8, 64, hidden=16), dtype=kind), contestant)()
+    getattr(Problem(WARM_UP, dtype=kind), contestant)()
     problem = Problem(Size(*map(int, numbers)), dtype=kind)
     # The peak of making the inputs must not hide the peak of the loss.
     Path("/proc/self/clear_refs").write_text("5")
@@ -241,6 +238,15 @@ def table(figures: dict[str, object], gates: list[Gate]) -> str:
         lines += ["", f"{'gate':<50} {'measured':>9} {'limit':>6}"]
     lines += [f"{g.name:<50} {g.value:>9.3f} {g.limit:>6.2f}  {'holds' if g.holds else 'FAILS'}" for g in gates]
     return "\n".join(lines)
+
+
+def _contestants(problem: Problem, *, sparse: bool) -> dict[str, Callable[[], None]]:
+    contestants = {"naive": problem.naive, "products": problem.products, "fused": problem.fused}
+    if sparse:
+        contestants["fused, 40 % scored"] = problem.fused_sparse
+    if sparse and hasattr(F, "linear_cross_entropy"):
+        contestants["torch"] = problem.linear
+    return contestants
 
 
 def _status_kib(field: str) -> int:

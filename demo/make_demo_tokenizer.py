@@ -6,7 +6,6 @@ the task in about a minute. Byte level means that any other text can be written 
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -32,9 +31,7 @@ def train_tokenizer(rows_file: Path) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator((FRAME.format(**row) for row in rows), trainer)
-    # The class is typed, its constructor is not.
-    build: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast
-    return build(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,

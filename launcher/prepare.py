@@ -1,6 +1,6 @@
 """Prepare: tokenise a run's data ahead of time, `python launcher/prepare.py CONFIG`, so that no GPU waits for it.
 
-Needs no GPU, no ranks and no DeepSpeed. A run with the same data, format and tokenizer finds the store and starts at once.
+Needs no GPU and no ranks. A run with the same data, format and tokenizer finds the store and starts at once.
 """
 
 from __future__ import annotations

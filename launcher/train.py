@@ -48,8 +48,7 @@ def _dry_run(path: Path | None, deepspeed: Path | None, overrides: list[str], ra
     from seqaware.training.dry_run import plan_without_torch
 
     config = load_config(path, overrides)
-    device = "cuda" if gpu_is_visible() else "cpu"
-    typer.echo(plan_without_torch(config, deepspeed_path=deepspeed, ranks=ranks, device=device).render())
+    typer.echo(plan_without_torch(config, deepspeed_path=deepspeed, ranks=ranks, gpu=gpu_is_visible()).render())
 
 
 def _train(

@@ -3,14 +3,15 @@
 With S = total_steps, W = max(warmup_steps, 1), p = peak and m = min_ratio:
 
     warm-up      step 1 … W       p · step / W        (p at step W; without a warm-up, at step 1)
-    afterwards   t = (step − W) / (S − W)   runs over (0, 1], 1 at the last step
+    afterwards   t = (step − W) / (S + 1 − W)   runs over (0, 1), and would be 1 at step S + 1
     constant     p
     linear       p · (m + (1 − m) · (1 − t))
     cosine       p · (m + (1 − m) · (1 + cos πt) / 2)
     polynomial   p · (m + (1 − m) · (1 − t)^power)
-    wsd          p until the last ⌈decay_ratio · S⌉ steps (or S − W, if that is less), then linear down to p · m
+    wsd          p until the last ⌈decay_ratio · S⌉ steps (at most S − W), then linear towards p · m
 
-Every schedule but the constant one ends at exactly p · m at step S, unless the warm-up fills the whole run.
+Every schedule but the constant one would come to p · m one step after the last: the examples of the last step are
+trained on like all others, also where m = 0.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ Kind = Literal["constant", "linear", "cosine", "polynomial", "wsd"]
 class Curve(TypedDict):
     """A run's learning rate over its steps.
 
-    peak: the highest rate. min_ratio: the last rate as a share of it. power: of `polynomial`.
+    peak: the highest rate. min_ratio: the rate after the last step, as a share of it. power: of `polynomial`.
     decay_ratio: share of all steps that `wsd` decays over.
     """
 
@@ -47,11 +48,11 @@ def learning_rate(step: int, **curve: Unpack[Curve]) -> float:
         return peak * (step / first_peak)
     if curve["kind"] == "constant":
         return peak
-    after = total_steps - first_peak
-    left = (total_steps - step) / after
+    after, to_come = total_steps - first_peak, total_steps + 1 - step
+    left = to_come / (after + 1)
     if curve["kind"] == "wsd":
         decay = min(after, math.ceil(curve["decay_ratio"] * total_steps))
-        left = min(1.0, (total_steps - step) / decay)
+        left = min(1.0, to_come / (decay + 1))
     lowest = curve["min_ratio"]
     return peak * (lowest + (1.0 - lowest) * _shape(left, kind=curve["kind"], power=curve["power"]))
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 TEXT = [
-    "Question: Tom has 12 apples and buys 30 more. How many apples does Tom have?\nAnswer: 12+30=<<12+30=42>>42\n#### 42",
+    "Question: Tom has 12 apples and buys 30 more. How many apples does Tom have?\nAnswer: 12+30=<<12+30=42>>42",
     "user assistant system hello world the quick brown fox jumps over the lazy dog",
 ]
 SPECIALS = ["<|end|>", "<|begin|>", "<|im_start|>", "<|im_end|>"]

@@ -86,8 +86,8 @@ class ModelConfig(Section):
     """fused never holds the logits of all tokens at once; plain is the reference."""
     activation_checkpointing: Flag = False
     """Recompute activations in the backward: less memory, about a third more time."""
-    dropout: ShareBelowOne | None = None
-    """Overrides every dropout of the model's configuration; null keeps them."""
+    dropout: ShareBelowOne | None = 0.0
+    """Sets every dropout of the model's configuration; null keeps them. Above 0, masks depend on the ranks and rows."""
     revision: Text | None = None
     """Branch, tag or commit of base_name on the hub."""
     trust_remote_code: Flag = False

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -114,7 +114,9 @@ class _HashedFile:
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def abandon(self) -> None:
-        self._file.close()
+        # What is still buffered is to be thrown away: a full disk that refuses it is no news.
+        with suppress(OSError):
+            self._file.close()
 
 
 class StoreWriter:

@@ -152,7 +152,9 @@ class AttentionCall:
     softcap: float | None
 
 
-def _sdpa_per_document(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
+def _sdpa_per_document(
+    q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall
+) -> Tensor:
     grouped = q_NAD.shape[1] != k_NGD.shape[1]
     outputs = []
     lengths = list(documents.lengths)

@@ -71,7 +71,9 @@ def _write_shards(engine: Engine, partial: Path) -> str | None:
 
 
 def _complete(partial: Path, final: Path, state: RunState, ranks: Ranks) -> None:
-    files = {str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+    }
     manifest = {
         "step": state.step,
         "epoch": state.epoch,
@@ -164,7 +166,9 @@ def export_model(engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizer
     if engine.ranks.is_first:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        weights.update({name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in model.state_dict()})
+        weights.update(
+            {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
+        )
         model.config.use_cache = True
         model.save_pretrained(partial, state_dict=weights)
         model.config.use_cache = False

@@ -98,9 +98,7 @@ class Engine:
 
     def weights(self, batch: Batch) -> Tensor:
         """Float32 weights [R, T] from the batch's integer positions, on its device; 0 where there is no loss."""
-        return self.weighting.weights(
-            batch.k, batch.length, batch.sequence_offsets, token_weight=batch.token_weight
-        )
+        return self.weighting.weights(batch.k, batch.length, batch.sequence_offsets, token_weight=batch.token_weight)
 
     def denominator(self, batches: Sequence[Batch], weights: Sequence[Tensor]) -> Tensor:
         """The step's denominator over all ranks: float64, 0-d, on the device."""
@@ -155,6 +153,7 @@ def _initialize(plan: Plan, model: WeightedCausalLM) -> Any:
         groups = parameter_groups(model, optimizer_config.weight_decay)
         engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
     else:
-        optimizer = build_optimizer(optimizer_config, model)
+        offloaded = "offload_optimizer" in settings["zero_optimization"]
+        optimizer = build_optimizer(optimizer_config, model, on_cpu=offloaded or plan.world.device == "cpu")
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine

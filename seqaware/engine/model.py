@@ -1,6 +1,6 @@
 """Models: checked before they load, initialised by the seed alone, loaded sharded where ZeRO-3 shards them.
 
-`WeightedCausalLM` is what DeepSpeed's engine wraps: tokens and weights in, the weighted loss sum and its statistics out.
+`WeightedCausalLM` is what the engine wraps: tokens and weights in, the weighted loss sum and its statistics out.
 
 Letters: R rows, T columns, N = R·T tokens, H hidden size, V vocabulary.
 """
@@ -47,7 +47,9 @@ def check_model_source(model: ModelConfig) -> None:
             raise ConfigError("model.base_name: there is no such folder", got=model.base_name)
         return
     if not (folder / "config.json").is_file():
-        raise ConfigError("model.base_name: the folder has no config.json", got=folder, do="name a Hugging Face model folder")
+        raise ConfigError(
+            "model.base_name: the folder has no config.json", got=folder, do="name a Hugging Face model folder"
+        )
     if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_PATTERNS):
         raise ConfigError(
             "model.base_name: the folder has a config.json but no weights (*.safetensors or pytorch_model*.bin)",
@@ -66,7 +68,9 @@ def check_vocabulary(model_vocabulary: int, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
-def build_initial_model(fields: Mapping[str, Any], *, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
+def build_initial_model(
+    fields: Mapping[str, Any], *, seed: int, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Path:
     """Make the folder of a randomly initialised float32 model, once; every layout then loads the same weights.
 
     Built whole on the CPU and loaded like a pretrained model, because a model built inside `zero.Init` does not get the
@@ -152,7 +156,7 @@ def load_model(source: str, options: LoadOptions) -> PreTrainedModel:
 
 
 def _hf_deepspeed_config(deepspeed: Mapping[str, Any]) -> Any:
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
     return HfDeepSpeedConfig(dict(deepspeed))
 
@@ -190,7 +194,9 @@ class HeadLoss(nn.Module):
         super().__init__()
         self._model = (model,)  # in a tuple, so that the model is not registered a second time
 
-    def forward(self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         head = output_head(self._model[0])
         loss, stats = fused_cross_entropy(hidden_NH, head=head, labels_N=labels_N, weights_N=weights_N, rows=rows)
         return loss, stats

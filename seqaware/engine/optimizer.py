@@ -29,19 +29,24 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 def mark_for_muon(model: nn.Module) -> None:
     """Tell DeepSpeed's Muon which parameters it may orthogonalise: hidden matrices, not embeddings, head, norms."""
-    outer = {id(p) for part in ("get_input_embeddings", "get_output_embeddings") for p in getattr(model, part)().parameters()}
+    outer = {
+        id(p) for part in ("get_input_embeddings", "get_output_embeddings") for p in getattr(model, part)().parameters()
+    }
     for parameter in model.parameters():
         parameter.use_muon = len(shape_of(parameter)) >= 2 and id(parameter) not in outer  # type: ignore[attr-defined]
 
 
-def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(config: OptimizerConfig, model: nn.Module, *, on_cpu: bool) -> torch.optim.Optimizer:
     """The client optimizer that DeepSpeed wraps. Muon is not built here: DeepSpeed builds it from the Plan's dict.
+
+    Args:
+        on_cpu: the optimizer's state lies in CPU memory, because there is no GPU or because it is offloaded.
 
     Raises:
         ConfigError: the library or compiled op the optimizer needs is not here.
     """
     groups = parameter_groups(model, config.weight_decay)
-    adam = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
+    adam: dict[str, Any] = {"lr": config.lr, "betas": tuple(config.betas), "eps": config.eps}
     match config.type:
         case "adamw":
             return torch.optim.AdamW(groups, **adam)
@@ -60,16 +65,15 @@ def build_optimizer(config: OptimizerConfig, model: nn.Module) -> torch.optim.Op
 
             return _compiled(AdamW8bit, groups, **adam)
         case "lion":
-            return _lion(groups, config)
+            return _lion(groups, config, on_cpu=on_cpu)
         case _:
             raise AssertionError(f"no optimizer is built here for {config.type}")
 
 
-def _lion(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    if torch.cuda.is_available():
-        from deepspeed.ops.lion import FusedLion as Lion
-    else:
-        from deepspeed.ops.lion import DeepSpeedCPULion as Lion
+def _lion(groups: list[dict[str, Any]], config: OptimizerConfig, *, on_cpu: bool) -> torch.optim.Optimizer:
+    from deepspeed.ops.lion import DeepSpeedCPULion, FusedLion
+
+    Lion = DeepSpeedCPULion if on_cpu else FusedLion
     return _compiled(Lion, groups, lr=config.lr, betas=tuple(config.betas))
 
 

@@ -98,7 +98,7 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
 @cache
 def _cpu_multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU has arithmetic for a narrow dtype, as oneDNN sees it."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkldnn.is_available():
         return False
     query = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
     return bool(getattr(torch.ops.mkldnn, query)())

@@ -56,8 +56,8 @@ def derive_batches(
     Raises:
         ConfigError: a size contradicts the model, the ranks or another size.
     """
-    lines: list[str] = []
-    length = _max_seq_length(training.parameters, model, lines)
+    length, why = max_seq_length(training.parameters, model)
+    lines = [why]
     schedule = training.schedule
     size, tokens = _step_size(schedule, length, lines)
     _check_shared(size, world, lines)
@@ -69,23 +69,26 @@ def derive_batches(
     return BatchPlan(size, tokens, micro, length, per_epoch, total, warmup, exact, tuple(lines))
 
 
-def _max_seq_length(parameters: ParametersConfig, model: ModelFacts | None, lines: list[str]) -> int:
+def max_seq_length(parameters: ParametersConfig, model: ModelFacts | None) -> tuple[int, str]:
+    """The tokens a document may have, and how that came about.
+
+    Raises:
+        ConfigError: more is written than the model can take.
+    """
     written = parameters.max_seq_length
     maximum = model.max_positions if model else None
     if written is None:
         length = min(maximum or DEFAULT_MAX_SEQ_LENGTH, DEFAULT_MAX_SEQ_LENGTH)
         unknown = "the model's maximum is not known here" if model is None else "the model names no maximum"
         why = f"min(the model's maximum {maximum}, {DEFAULT_MAX_SEQ_LENGTH})" if maximum else f"default; {unknown}"
-        lines.append(f"sequence: at most {length} tokens = {why}")
-        return length
+        return length, f"sequence: at most {length} tokens = {why}"
     if maximum is not None and written > maximum:
         raise ConfigError(
             "training.parameters.max_seq_length is more than the model can take",
             got=f"{written}, and the model's maximum is {maximum}",
             do=f"write at most {maximum}, and set format.on_overlong for longer examples",
         )
-    lines.append(f"sequence: at most {written} tokens, as written (the model's maximum: {maximum or 'not known'})")
-    return written
+    return written, f"sequence: at most {written} tokens, as written (the model's maximum: {maximum or 'not known'})"
 
 
 def _step_size(schedule: ScheduleConfig, length: int, lines: list[str]) -> tuple[int | None, int | None]:

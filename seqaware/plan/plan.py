@@ -50,9 +50,9 @@ class Plan:
         """Optimizer steps of the run; None while the data is not known."""
         return self.batches.total_steps
 
-    def render(self) -> str:
-        """The plan as a person reads it; `--dry-run` prints it."""
-        return render_plan(self)
+    def render(self, *, settings: bool = True) -> str:
+        """The plan as a person reads it; `--dry-run` prints it. settings: DeepSpeed's too, key by key."""
+        return render_plan(self, settings=settings)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""

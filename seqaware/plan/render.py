@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 _LABEL_WIDTH = 12
 
 
-def render_plan(plan: Plan) -> str:
-    """Lines `label  text`, then DeepSpeed's settings, then notes."""
+def render_plan(plan: Plan, *, settings: bool) -> str:
+    """Lines `label  text`, then DeepSpeed's settings if they are asked for, then notes."""
     lines = [
         _line("model", _model(plan)),
         _line("precision", _precision(plan)),
@@ -29,7 +29,7 @@ def render_plan(plan: Plan) -> str:
         _line("evaluation", _evaluation(plan)),
         _line("output", plan.config.output_dir),
         _line("deepspeed", f"ZeRO stage {plan.zero_stage}, from {plan.deepspeed_path}"),
-        *(_line("", f"{key} = {value}") for key, value in _flat(plan.deepspeed)),
+        *(_line("", f"{key} = {value}") for key, value in _flat(plan.deepspeed) if settings),
         *(_line("note", note) for note in plan.notes),
         _line("identity", f"{plan.mathematics_hash()[:16]} (objective, data, batch, seed, optimizer, schedule)"),
     ]
@@ -129,7 +129,7 @@ def _schedule(plan: Plan) -> str:
             shape = f"polynomial of power {schedule.power:g}"
         case kind:
             shape = kind
-    return f"{shape}, from {peak:g} down to {peak * schedule.min_lr_ratio:g}"
+    return f"{shape}, from {peak:g} towards {peak * schedule.min_lr_ratio:g}"
 
 
 def _evaluation(plan: Plan) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from seqaware.engine.engine import StepResult
 from seqaware.errors import SeqawareError
+from seqaware.objective.sums import NormalizeBy
 from seqaware.report.metrics import MetricsFile
 from seqaware.report.progress import ProgressDisplay
 
@@ -42,7 +43,7 @@ class StepReporter:
     def __init__(
         self,
         *,
-        normalize_by: str,
+        normalize_by: NormalizeBy,
         log_every: int,
         metrics: MetricsFile | None,
         progress: ProgressDisplay | None,

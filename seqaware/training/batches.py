@@ -70,7 +70,7 @@ class StepBatches:
         return epoch + (step_in_epoch + 1) / self._order.steps_in_epoch(epoch)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Steps first … last with their micro-batches; the next step's are made while the engine works on this one's."""
+        """Steps first … last with their micro-batches; the next step's are made while the engine works."""
         if first > last:
             return
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as worker:

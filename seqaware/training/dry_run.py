@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from seqaware.config.schema import Config
 from seqaware.data.store import TokenStore
@@ -13,18 +12,16 @@ from seqaware.plan.plan import Plan, make_plan
 
 
 def plan_without_torch(
-    config: Config, *, deepspeed_path: Path | None, ranks: int, device: Literal["cpu", "cuda"]
+    config: Config, *, deepspeed_path: Path | None, ranks: int, gpu: bool
 ) -> Plan:
-    """The Plan for `ranks` ranks, exact where the data is already tokenised, a guess from a local file's rows elsewhere.
+    """The Plan for so many ranks: exact where the data is tokenised, a guess from a local file's rows elsewhere.
 
     Raises:
         ConfigError: the config contradicts itself, the ranks or the model.
     """
-    world = World(size=ranks, local_size=ranks, nodes=1, device=device, bf16=True)
+    world = World(size=ranks, local_size=ranks, nodes=1, device="cuda" if gpu else "cpu", bf16=True)
     data = _known_data(config)
-    return make_plan(
-        config, world=world, deepspeed_path=deepspeed_path, model=model_facts(config.model), data=data
-    )
+    return make_plan(config, world=world, deepspeed_path=deepspeed_path, model=model_facts(config.model), data=data)
 
 
 def _known_data(config: Config) -> DataFacts | None:

@@ -6,6 +6,7 @@ ZeRO-3 every one of them is collective.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from seqaware.data.batch import Batch
 from seqaware.engine.attention import standard_attention
 from seqaware.engine.engine import Engine
+from seqaware.objective.sums import NormalizeBy
 from seqaware.training.answers import exact_match, extract_answer
 
 
@@ -40,7 +42,7 @@ class Answer:
     correct: bool
 
 
-def held_out_loss(engine: Engine, steps: Iterable[Sequence[Batch]], normalize_by: str) -> dict[str, float]:
+def held_out_loss(engine: Engine, steps: Iterable[Sequence[Batch]], normalize_by: NormalizeBy) -> dict[str, float]:
     """The objective over all held-out rows: weighted, unweighted, accuracy. Collective; the same on every rank.
 
     Args:
@@ -72,7 +74,7 @@ def generate_answers(
     # Prompts of a like length together: little padding. Dealt out in turn, so that the ranks' work is alike.
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt_ids))
     mine = order[ranks.rank :: ranks.size]
-    rounds = -(-(-(-len(questions) // ranks.size)) // options.batch_size)
+    rounds = math.ceil(math.ceil(len(questions) / ranks.size) / options.batch_size)
     texts: dict[int, str] = {}
     engine.deepspeed.eval()
     with standard_attention(engine.wrapped.model):
@@ -115,7 +117,7 @@ def _generate(
         synced_gpus=engine.ranks.size > 1,
     )
     written = output[:, longest:].tolist()
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in written]
+    return [str(tokenizer.decode(row, skip_special_tokens=True)) for row in written]
 
 
 def accuracy(answers: Sequence[Answer]) -> float:

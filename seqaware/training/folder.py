@@ -1,8 +1,8 @@
 """The folder a run leaves: claimed before any work, never shared with another run.
 
-    config.yaml    the resolved config          metrics.jsonl   one line an optimizer step or evaluation
-    plan.json      every derived number         checkpoints/    what a rerun resumes from
-    manifest.json  what made the run            model/          the trained model, for transformers
+config.yaml    the resolved config          metrics.jsonl   one line an optimizer step or evaluation
+plan.json      every derived number         checkpoints/    what a rerun resumes from
+manifest.json  what made the run            model/          the trained model, for transformers
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def _check_writable(path: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(
-            "output.dir cannot be written", got=f"{path} ({error.strerror})", do="choose another output.dir, or mend its rights"
+            "output.dir cannot be written",
+            got=f"{path} ({error.strerror})",
+            do="choose another output.dir, or mend its rights",
         ) from error
 
 
@@ -115,7 +117,7 @@ def check_disk(path: Path, plan: Plan, parameters: int | None) -> None:
     if parameters is None:
         return
     output = plan.config.output
-    checkpoints = (output.keep_last + 1) if output.save_every else 0
+    checkpoints = (output.keep_last + 1) if output.save_every else 1
     bytes_each = _BYTES_PER_PARAMETER_MODEL * (2 if plan.config.model.from_scratch else 1)
     needed = parameters * (bytes_each * output.save_model + _BYTES_PER_PARAMETER_CHECKPOINT * checkpoints)
     existing = _nearest_existing(path)

@@ -90,7 +90,7 @@ def read_questions(store: TokenStore, tokenizer: PreTrainedTokenizerBase, answer
         if starts.size == 0 or starts[0] == 0:
             raise DataError("evaluation.metric: exact_match needs rows with a prompt", got=document.name)
         prompt, completion = document.tokens[: starts[0]], document.tokens[starts[0] :]
-        reference = extract_answer(tokenizer.decode(completion.tolist(), skip_special_tokens=True), pattern)
+        reference = extract_answer(str(tokenizer.decode(completion.tolist(), skip_special_tokens=True)), pattern)
         if reference is None:
             raise DataError(
                 f"{document.name}: evaluation.answer_pattern finds no answer in this held-out row",

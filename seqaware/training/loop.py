@@ -20,7 +20,9 @@ class Due:
     evaluate: Callable[[int], None]
 
 
-def train_steps(plan: Plan, *, engine: Engine, batches: StepBatches, reporter: StepReporter, due: Due, done: int) -> None:
+def train_steps(
+    plan: Plan, *, engine: Engine, batches: StepBatches, reporter: StepReporter, due: Due, done: int
+) -> None:
     """Run optimizer steps done + 1 … total_steps."""
     total = plan.total_steps
     assert total is not None, "the plan of a run knows its steps"
@@ -34,7 +36,7 @@ def train_steps(plan: Plan, *, engine: Engine, batches: StepBatches, reporter: S
         is_last = step == total
         if evaluate_every and step % evaluate_every == 0 and not is_last:
             _between_steps(reporter, due.evaluate, step)
-        if save_every and (step % save_every == 0 or is_last):
+        if is_last or (save_every and step % save_every == 0):
             _between_steps(reporter, due.save, step)
     reporter.flush()
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from seqaware.config.schema import Config, ModelConfig
 from seqaware.data.order import StepOrder
@@ -20,7 +21,8 @@ from seqaware.data.tokenize import load_tokenizer, prepare_store
 from seqaware.engine.model import check_model_source, check_vocabulary, initial_config
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
-from seqaware.plan.facts import DataFacts, ModelFacts, World, facts_from_dict
+from seqaware.plan.batches import max_seq_length
+from seqaware.plan.facts import DataFacts, World, facts_from_dict
 from seqaware.plan.plan import Plan, make_plan
 
 Progress = Callable[[int], None]
@@ -36,7 +38,7 @@ class Prepared:
     """
 
     plan: Plan
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
     store: TokenStore
     order: StepOrder
     held_out: TokenStore | None
@@ -59,7 +61,9 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
         check_vocabulary(model.vocab_size, tokenizer)
     draft = make_plan(config, world=world, deepspeed_path=deepspeed_path, model=model, data=None)
     store = _tokenised(config, draft, tokenizer, training=True, progress=progress)
-    held_out = _tokenised(config, draft, tokenizer, training=False, progress=progress) if config.evaluation.dataset else None
+    held_out = (
+        _tokenised(config, draft, tokenizer, training=False, progress=progress) if config.evaluation.dataset else None
+    )
     order = step_order(store, draft)
     plan = make_plan(
         config, world=world, deepspeed_path=deepspeed_path, model=model, data=data_facts(store, order, config)
@@ -76,7 +80,7 @@ def prepare_data(config: Config) -> list[Path]:
     check_model_source(config.model)
     tokenizer = load_tokenizer(config.model)
     model = facts_from_dict(resolve_model_config(config.model, tokenizer).to_dict())
-    length = max_seq_length(config.training.parameters, model)
+    length, _ = max_seq_length(config.training.parameters, model)
     datasets = [(config.dataset, True), (config.evaluation.dataset, False)]
     return [
         prepare_store(dataset, config=config, tokenizer=tokenizer, max_seq_length=length, training=training)
@@ -98,7 +102,7 @@ def build_weighting(config: Config) -> Weighting:
         raise ConfigError(f"training.sft: {error}") from error
 
 
-def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase):  # type: ignore[no-untyped-def]
+def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> Any:
     """The transformers config of the run's model, wherever it comes from."""
     if model.from_scratch is not None:
         return initial_config(model.from_scratch, tokenizer)
@@ -112,7 +116,7 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerBase)
         raise ConfigError("model.base_name: the model's config cannot be read", got=first_line) from error
 
 
-def count_parameters(model_config: object) -> int:
+def count_parameters(model_config: Any) -> int:
     """The number of weights, counted on the meta device: exact, without memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
@@ -120,7 +124,7 @@ def count_parameters(model_config: object) -> int:
 
 
 def _tokenised(
-    config: Config, draft: Plan, tokenizer: PreTrainedTokenizerBase, *, training: bool, progress: Progress | None
+    config: Config, draft: Plan, tokenizer: PreTrainedTokenizerFast, *, training: bool, progress: Progress | None
 ) -> TokenStore:
     dataset = config.dataset if training else config.evaluation.dataset
     assert dataset is not None
@@ -160,6 +164,3 @@ def data_facts(store: TokenStore, order: StepOrder, config: Config) -> DataFacts
         exact=True,
         steps_per_epoch=tuple(order.steps_in_epoch(epoch) for epoch in epochs),
     )
-
-
-__all__ = ["ModelFacts", "Prepared", "prepare"]

@@ -60,15 +60,13 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
     Args:
         say: shows a line to the person (rank 0's goes to the screen).
     """
-    prepared = prepare(
-        request.config, world=world_of(address), deepspeed_path=request.deepspeed_path, progress=None
-    )
+    prepared = prepare(request.config, world=world_of(address), deepspeed_path=request.deepspeed_path, progress=None)
     plan = prepared.plan
     folder = RunFolder(Path(plan.config.output_dir))
     checkpoint = _claim(request, prepared, folder, address=address)
     done = check_resume(checkpoint, plan) if checkpoint else 0
     source = _model_source(prepared, folder, address)
-    say(plan.render())
+    say(plan.render(settings=False))
     ranks = connect(address)
     engine = _build_engine(prepared, source, ranks=ranks, say=say)
     if checkpoint:
@@ -119,9 +117,7 @@ def _build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) ->
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     choice = choose_backend(config.attention, device=ranks.device.type, dtype=options.dtype, head_dim=head_dim)
     say(f"attention  {choice.backend} ({choice.reason})")
-    engine = Engine(
-        plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend
-    )
+    engine = Engine(plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend)
     vocabulary = text_config.vocab_size
     report = probe_isolation(model, backend=choice.backend, vocabulary=vocabulary, device=ranks.device)
     say(f"isolation  documents of one row do not see each other (change {report.leak:.1e} of {report.tolerance:.1e})")
@@ -156,7 +152,9 @@ def _train(prepared: Prepared, engine: Engine, *, folder: RunFolder, done: int, 
             reporter.event(after)
     finally:
         reporter.close()
-    lines = summary_lines(plan, folder, before=before, after=after, last=reporter.last, seconds=time.monotonic() - started)
+    lines = summary_lines(
+        plan, folder, before=before, after=after, last=reporter.last, seconds=time.monotonic() - started
+    )
     if plan.config.output.save_model:
         card = model_card(plan, lines)
         export_model(engine, folder.model, tokenizer=prepared.tokenizer, card=card)

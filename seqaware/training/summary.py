@@ -23,7 +23,9 @@ def summary_lines(
     return [
         f"learnt   {_learnt(before, after, last)}",
         f"trained  {_trained(plan)} in {duration(seconds)}",
-        f"model    {folder.model}" if plan.config.output.save_model else "model    not saved (output.save_model: false)",
+        f"model    {folder.model}"
+        if plan.config.output.save_model
+        else "model    not saved (output.save_model: false)",
         f"metrics  {folder.metrics}" + (f"; every answer: {folder.answers}" if _answered(after) else ""),
     ]
 
@@ -32,13 +34,12 @@ def _answered(after: Mapping[str, Any] | None) -> bool:
     return after is not None and "exact_match" in after
 
 
-def _learnt(
-    before: Mapping[str, float] | None, after: Mapping[str, Any] | None, last: Mapping[str, Any] | None
-) -> str:
+def _learnt(before: Mapping[str, float] | None, after: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> str:
     if after is None:
         if last is None:
             return "nothing: every step was already done"
-        return f"last step: loss {last['loss']:.4f}, unweighted {last['unweighted_loss']:.4f}; no held-out rows to judge by"
+        losses = f"loss {last['loss']:.4f}, unweighted {last['unweighted_loss']:.4f}"
+        return f"last step: {losses}; no held-out rows to judge by"
     text = f"held-out unweighted loss {after['unweighted_loss']:.4f}"
     if before is not None:
         text = f"held-out unweighted loss {before['unweighted_loss']:.4f} → {after['unweighted_loss']:.4f}"
@@ -50,10 +51,9 @@ def _learnt(
 def _trained(plan: Plan) -> str:
     sft = plan.config.training.sft
     assert plan.data is not None
-    return (
-        f"{plan.total_steps} steps on {plan.data.documents:,} documents, {sft.weighting} weights with γ = {sft.discount:g}, "
-        f"{plan.world.size} rank{'s' if plan.world.size > 1 else ''}, ZeRO-{plan.zero_stage}"
-    )
+    ranks = f"{plan.world.size} rank{'s' if plan.world.size > 1 else ''}, ZeRO-{plan.zero_stage}"
+    objective = f"{sft.weighting} weights with γ = {sft.discount:g}"
+    return f"{plan.total_steps} steps on {plan.data.documents:,} documents, {objective}, {ranks}"
 
 
 def model_card(plan: Plan, lines: list[str]) -> str:

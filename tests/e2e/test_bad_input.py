@@ -94,9 +94,19 @@ def _foreign_folder(workshop: tiny.Workshop, config: dict[str, Any]) -> list[str
     return []
 
 
+def _nothing_supervised(workshop: tiny.Workshop, config: dict[str, Any]) -> list[str]:
+    config["format"] = {"append_eos": False}
+    return _rows('{"prompt": "one two", "completion": ""}\n')(workshop, config)
+
+
 def _huge(workshop: tiny.Workshop, config: dict[str, Any]) -> list[str]:
     config["model"] = {
-        "from_scratch": {"model_type": "llama", "hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 100},
+        "from_scratch": {
+            "model_type": "llama",
+            "hidden_size": 65536,
+            "intermediate_size": 262144,
+            "num_hidden_layers": 100,
+        },
         "tokenizer": str(workshop.model),
     }
     return []
@@ -109,14 +119,14 @@ CASES = {
     "two spellings": Bad(_set("training.sft", gamma=0.5, horizon=10), ("gamma", "horizon")),
     "unknown dataset": Bad(_set("dataset", name="gsm9k"), ("gsm9k", "gsm8k")),
     "missing file": Bad(_set("dataset", name="./nowhere/rows.jsonl"), ("nowhere/rows.jsonl",)),
-    "broken line": Bad(_rows('{"question": "one", "answer": "two"}\n{"question": "on\n'), ("bad.jsonl:2",)),
+    "broken line": Bad(_rows('{"question": "one", "answer": "two"}\n{"question": "on\n'), ("bad.jsonl, line 2",)),
     "empty dataset": Bad(_rows(""), ("empty", "bad.jsonl")),
     "missing column": Bad(_set("dataset", columns={"question": "problem"}), ("problem", "question")),
     "unknown field": Bad(_set("format", prompt_template="Q: {query}"), ("query", "question")),
-    "nothing supervised": Bad(
-        _rows('{"messages": [{"role": "user", "content": "one two"}]}\n'), ("supervised",)
+    "nothing supervised": Bad(_nothing_supervised, ("supervised",)),
+    "too long": Bad(
+        _set("training.parameters", max_seq_length=4096), ("max_seq_length", "4096", str(tiny.MAX_POSITIONS))
     ),
-    "too long": Bad(_set("training.parameters", max_seq_length=4096), ("max_seq_length", "4096", str(tiny.MAX_POSITIONS))),
     "no eos": Bad(_no_eos, ("end-of-sequence",)),
     "large vocabulary": Bad(_large_vocabulary, ("vocabulary", "embedding")),
     "no weights": Bad(_no_weights, ("no weights", "bad_model")),
@@ -175,7 +185,9 @@ def test_missing_and_unreadable_yaml(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_another_run(workshop: tiny.Workshop, tmp_path: Path) -> None:
-    config = workshop.config(output__dir=str(tmp_path / "run"), training__schedule={"num_epochs": 1, "global_batch_size": 13})
+    config = workshop.config(
+        output__dir=str(tmp_path / "run"), training__schedule={"num_epochs": 1, "global_batch_size": 13}
+    )
     first = launch.python("launcher/train.py", str(workshop.write("first", config)))
     assert first.returncode == 0, first.stderr
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}

@@ -35,7 +35,10 @@ def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert [step for step, *_ in _steps(whole)] == [1, 2, 3, 4, 5]
     assert _steps(parts) == _steps(whole)
-    expected, resumed = load_file(whole / "model" / "model.safetensors"), load_file(parts / "model" / "model.safetensors")
+    expected, resumed = (
+        load_file(whole / "model" / "model.safetensors"),
+        load_file(parts / "model" / "model.safetensors"),
+    )
     for name, tensor in expected.items():
         assert resumed[name].equal(tensor), name
     attempts = json.loads((parts / "manifest.json").read_text())["attempts"]

@@ -21,6 +21,8 @@ from tests.e2e.layouts import Layout, covering_layouts, every_layout
 
 STEPS = 3
 LEARNING_RATE = 1e-3
+# The workshop's schedule: linear from the first step on, and it would be zero one step after the last.
+RATES = [LEARNING_RATE * (STEPS - done) / STEPS for done in range(STEPS)]
 
 # Float32 against float64. A loss is a mean over ~300 tokens of sums over 32 to 48 products in two layers: each value
 # carries ~√(depth · width) ≈ 15 roundings of 6e-8, that is 1e-6 relative, with a factor of ten to spare.
@@ -50,21 +52,8 @@ def _documents(workshop: tiny.Workshop) -> list[oracles.OracleDocument]:
 
 
 def _oracle(workshop: tiny.Workshop, gamma: float, normalize_by: str) -> oracles.OracleRun:
-    # Linear, without warm-up, to zero at the last step + 1: the schedule of the workshop's config.
-    rates = _rates(workshop)
-    settings = oracles.OracleSettings(gamma=gamma, normalize_by=normalize_by, learning_rates=rates)
+    settings = oracles.OracleSettings(gamma=gamma, normalize_by=normalize_by, learning_rates=RATES)
     return oracles.train(workshop.model, [_documents(workshop)] * STEPS, settings)
-
-
-def _rates(workshop: tiny.Workshop) -> list[float]:
-    from seqaware.schedule import learning_rate
-
-    return [
-        learning_rate(
-            step, peak=LEARNING_RATE, total_steps=STEPS, warmup_steps=0, kind="linear", min_ratio=0.0, power=1.0, decay_ratio=0.1
-        )
-        for step in range(1, STEPS + 1)
-    ]
 
 
 def _config(workshop: tiny.Workshop, layout: Layout) -> Path:
@@ -151,6 +140,6 @@ def test_the_oracle_is_not_deaf(workshop: tiny.Workshop) -> None:
         assert abs(other.losses[0] / reference.losses[0] - 1) > 100 * LOSS_TOLERANCE
         moved = [(other.weights[name] - reference.weights[name]).abs().mean() for name in reference.weights]
         assert float(torch.stack(moved).max()) > 10 * WEIGHT_TOLERANCE
-    settings = oracles.OracleSettings(gamma=0.98, normalize_by="tokens", learning_rates=_rates(workshop))
+    settings = oracles.OracleSettings(gamma=0.98, normalize_by="tokens", learning_rates=RATES)
     fewer = oracles.train(workshop.model, [_documents(workshop)[1:]] * STEPS, settings)
     assert abs(fewer.losses[0] / reference.losses[0] - 1) > 100 * LOSS_TOLERANCE

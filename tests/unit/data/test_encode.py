@@ -81,12 +81,12 @@ def test_a_completion_has_no_space_that_is_not_in_the_text() -> None:
     row = {"prompt": "12+30=", "completion": "42"}
     joint = tokenizer.encode("12+30=42")
     block = encode(row, tokenizer).block
-    assert tokenizer.decode(block.tokens) == "<s>12+30=42</s>"
+    assert tokenizer.decode(block.tokens, skip_special_tokens=True) == "12+30=42"
     # By itself the completion would have begun with a space.
     assert tokenizer.convert_ids_to_tokens(plain(tokenizer, "42"))[0].startswith("\u2581")
     assert block.tokens.tolist()[:-1] == joint
     spaced = encode({"prompt": "Answer:", "completion": " 42"}, tokenizer).block
-    assert tokenizer.decode(spaced.tokens) == "<s>Answer: 42</s>"
+    assert tokenizer.decode(spaced.tokens, skip_special_tokens=True) == "Answer: 42"
 
 
 def test_weights_of_an_example_and_of_its_tokens() -> None:
@@ -96,8 +96,8 @@ def test_weights_of_an_example_and_of_its_tokens() -> None:
     assert whole.weights is not None
     assert whole.weights[whole.supervised].tolist() == [0.5] * (len(completion) + 1)
     each = [0.0, *(1.0 + i for i in range(len(completion) - 1))]
-    for given in (each, [*each, 1.0]):  # with or without one for EOS, whose weight else is 1
-        block = encode({**GSM8K, "weight": given}).block
+    for listed in (each, [*each, 1.0]):  # with or without one for EOS, whose weight else is 1
+        block = encode({**GSM8K, "weight": listed}).block
         assert block.weights is not None
         assert block.weights[len(prompt) :].tolist() == [*each, 1.0]
         # A token of weight 0 carries no loss, so it does not count.
@@ -136,7 +136,7 @@ def test_truncate_keeps_the_front() -> None:
 
 def test_drop_and_error() -> None:
     assert encode(GSM8K, max_seq_length=10, on_overlong="drop").dropped == [("rows:1", "longer than max_seq_length")]
-    with pytest.raises(DataError, match="rows:1: longer than 10 tokens; got [0-9]+ tokens"):
+    with pytest.raises(DataError, match=r"rows:1: longer than 10 tokens; got \d+ tokens"):
         encode(GSM8K, max_seq_length=10, on_overlong="error")
 
 

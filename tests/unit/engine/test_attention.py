@@ -28,7 +28,7 @@ def test_packed_documents_are_as_if_alone(family: str, backend: str) -> None:
     ids, positions, documents = _packed(LENGTHS, backend)
     packed = ours(input_ids=ids, position_ids=positions, documents=documents, use_cache=False).logits[0]
     alone = [reference(input_ids=part, use_cache=False).logits[0] for part in ids.split(LENGTHS, dim=1)]
-    # float64 everywhere but in norms and rotary tables, which transformers computes in float32: 2 layers × a few roundings.
+    # float64 but for norms and rotary tables, which transformers computes in float32: 2 layers × a few roundings.
     torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
@@ -69,7 +69,9 @@ def test_generation_uses_standard_attention_inside_the_context_only() -> None:
     model = tiny("llama")
     prompt = torch.tensor([[5, 6, 7]])
     with standard_attention(model):
-        written = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, pad_token_id=0)
+        written = model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False, pad_token_id=0
+        )
     assert written.shape[1] > 3
     with pytest.raises(ConfigError):
         model(input_ids=prompt, use_cache=False)

@@ -103,7 +103,8 @@ class Bounds:
     bias: float
 
     @classmethod
-    def of(cls, case: Case, eps: float) -> Bounds:
+    def of(cls, case: Case, eps: float, *, factor: float = 1.0) -> Bounds:
+        """Bounds for gradients of factor · loss; the factor itself and its product are rounded too."""
         wide = case.to(torch.float64)
         hidden, weight = wide.hidden.detach().abs(), wide.head.weight.detach().abs()
         rows, width, vocabulary = len(hidden), hidden.shape[1], len(weight)
@@ -112,14 +113,14 @@ class Bounds:
         magnitude = scale * ((hidden @ weight.T).max().item() + bias)
         logit = eps * (width + 4) * magnitude + (0.0 if cap is None else 4 * eps * cap)
         slope = 0.0 if cap is None else 2 * logit / cap + 4 * eps
-        gradient = scale * (2 * logit + (vocabulary + 8) * eps + slope)  # of dz / w, whose magnitude is at most scale
+        gradient = scale * (2 * logit + (vocabulary + 10) * eps + slope)  # of dz / w, whose magnitude is at most scale
         largest, total = wide.weights.max().item(), wide.weights.sum().item()
         per_row = 2 * logit + (vocabulary + 8) * eps * (1 + magnitude)
         return cls(
             loss=2 * total * (per_row + rows * eps * (2 * magnitude + vocabulary)),
-            hidden=2 * largest * weight.max().item() * vocabulary * (gradient + vocabulary * eps * scale),
-            weight=2 * total * hidden.max().item() * (gradient + (rows + 2) * eps * scale),
-            bias=2 * total * (gradient + (rows + 2) * eps * scale),
+            hidden=2 * factor * largest * weight.max().item() * vocabulary * (gradient + vocabulary * eps * scale),
+            weight=2 * factor * total * hidden.max().item() * (gradient + (rows + 2) * eps * scale),
+            bias=2 * factor * total * (gradient + (rows + 2) * eps * scale),
         )
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits, plain_cross_entropy
 from seqaware.objective.sums import STATS
 from seqaware.objective.weighting import Weighting
+
+# A busy machine may halt a test anywhere: no deadline.
+unhurried = settings(deadline=None)
 
 
 def case(seed: int, rows: int = 23, vocabulary: int = 17) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,6 +28,7 @@ def case(seed: int, rows: int = 23, vocabulary: int = 17) -> tuple[Tensor, Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 80))
 def test_gamma_zero_is_bitwise_plain_cross_entropy(dtype: torch.dtype, seed: int, rows: int) -> None:
     logits, labels, k = case(seed, rows)
@@ -41,6 +45,7 @@ def test_gamma_zero_is_bitwise_plain_cross_entropy(dtype: torch.dtype, seed: int
     assert stats[STATS.index("weighted_loss")] == stats[STATS.index("loss")]
 
 
+@unhurried
 @given(seed=st.integers(0, 10**6), gamma=st.floats(0.0, 1.0))
 def test_weights_a_power_of_two_smaller_scale_everything_exactly(seed: int, gamma: float) -> None:
     logits, labels, k = case(seed)

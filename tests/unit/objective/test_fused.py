@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,11 @@ from seqaware.objective.sums import STATS
 from seqaware.objective.weighting import Weighting
 from tests.unit.objective.cases import Bounds, Case, Shape, assert_within, evaluate, exact, make_case
 
-EPS64, EPS32, EPS_BF16 = 2.0**-53, 2.0**-24, 2.0**-9
+# A busy machine may halt a test anywhere: no deadline.
+unhurried = settings(deadline=None)
+
+# Unit roundings: half the distance from 1 to the next number.
+EPS64, EPS32, EPS_BF16 = 2.0**-53, 2.0**-24, 2.0**-8
 
 shapes = st.builds(
     Shape,
@@ -37,7 +41,7 @@ shapes = st.builds(
 chunk_sizes = st.sampled_from([None, 1, 2, 7, 64])
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):
     """What the operations under it made and multiplied."""
 
     def __init__(self) -> None:
@@ -57,6 +61,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
+@unhurried
 @given(shape=shapes, chunk_rows=chunk_sizes)
 def test_equals_the_plain_loss_in_float64(shape: Shape, chunk_rows: int | None) -> None:
     case = make_case(shape)
@@ -70,21 +75,24 @@ def test_equals_the_plain_loss_in_float64(shape: Shape, chunk_rows: int | None) 
 @pytest.mark.parametrize(
     ("dtype", "eps", "rounding"), [(torch.float32, EPS32, 0.0), (torch.bfloat16, EPS32, EPS_BF16)], ids=str
 )
+@unhurried
 @given(shape=shapes, chunk_rows=chunk_sizes)
 def test_equals_float64_up_to_rounding(
     dtype: torch.dtype, eps: float, rounding: float, shape: Shape, chunk_rows: int | None
 ) -> None:
-    """A bfloat16 head is multiplied in float32 here, so only its gradients are rounded to bfloat16, once."""
+    """A bfloat16 head is multiplied in float32 here, so only its gradients are rounded to bfloat16."""
     case = make_case(shape, dtype)
     if dtype == torch.bfloat16 and operand_dtype(dtype, case.hidden.device) == dtype:
         eps = EPS_BF16  # a CPU with bfloat16 arithmetic rounds logits and their gradient to it
     ours = evaluate(fused_cross_entropy, case, chunk_rows=chunk_rows, factor=0.01)
-    bounds = Bounds.of(case, eps)
-    assert_within(ours, exact(case, factor=0.01), bounds, rounding=2 * rounding)
+    bounds = Bounds.of(case, eps, factor=0.01)
+    # dh is rounded when it is made and again when the backward multiplies it; to first order the two add.
+    assert_within(ours, exact(case, factor=0.01), bounds, rounding=2.01 * rounding)
     assert [gradient.dtype for gradient in ours.gradients] == [dtype] * len(ours.gradients)
     assert ours.loss.dtype == torch.float32
 
 
+@unhurried
 @given(seed=st.integers(0, 10**6), rows=st.integers(1, 40))
 def test_gamma_zero_is_the_cross_entropy_of_torch(seed: int, rows: int) -> None:
     case = make_case(Shape(rows=rows, seed=seed, zero_weight=0.0))
@@ -102,6 +110,7 @@ def test_gamma_zero_is_the_cross_entropy_of_torch(seed: int, rows: int) -> None:
     assert torch.equal(ours.loss, uniform.loss)
 
 
+@unhurried
 @given(shape=shapes)
 def test_weights_a_power_of_two_smaller_scale_everything_exactly(shape: Shape) -> None:
     case = make_case(shape, torch.float32)
@@ -114,6 +123,7 @@ def test_weights_a_power_of_two_smaller_scale_everything_exactly(shape: Shape) -
         assert torch.equal(torch.where(ordinary, got * 64, 0.0), torch.where(ordinary, want, 0.0))
 
 
+@unhurried
 @given(shape=shapes, padding=st.integers(0, 20), data=st.data())
 def test_order_and_padding_change_nothing(shape: Shape, padding: int, data: st.DataObject) -> None:
     case = make_case(shape)

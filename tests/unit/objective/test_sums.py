@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqaware.objective.sums import STATS, NormalizeBy, StepSums
+
+# A busy machine may halt a test anywhere: no deadline.
+unhurried = settings(deadline=None)
 
 # Integers: sums of them are exact in float64, so equality needs no tolerance.
 counts = st.lists(st.integers(0, 10**6), min_size=len(STATS) + 2, max_size=len(STATS) + 2)
@@ -20,6 +23,7 @@ def step_sums(values: list[int]) -> StepSums:
     return StepSums.of(torch.tensor(stats, dtype=torch.float64), sequences=sequences, tokens=tokens)
 
 
+@unhurried
 @given(parts=st.lists(counts, min_size=1, max_size=6), data=st.data())
 def test_any_split_gives_the_same_sums(parts: list[list[int]], data: st.DataObject) -> None:
     order = data.draw(st.permutations(parts))

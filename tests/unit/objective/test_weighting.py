@@ -7,11 +7,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from seqaware.objective.weighting import Weighting, log_suffix_weight, resolve_scheme
+
+# A busy machine may halt a test anywhere: no deadline.
+unhurried = settings(deadline=None)
 
 FLOAT32_ROUNDING = 2.0**-24  # relative error of one rounding to float32
 
@@ -51,6 +54,7 @@ def not_a_tensor(k: Tensor, length: Tensor) -> float:
 NOT_CALLABLE = 3
 
 
+@unhurried
 @given(length=st.integers(1, 60), gamma=discounts)
 def test_closed_form_is_the_sum_over_suffixes(length: int, gamma: float) -> None:
     weights = log_suffix_weight(torch.arange(1, length + 1), gamma)
@@ -66,6 +70,7 @@ def test_the_ends_of_the_range_are_exact() -> None:
     assert torch.equal(log_suffix_weight(torch.ones(1, dtype=torch.int32), 0.98), torch.ones(1))
 
 
+@unhurried
 @given(k=st.integers(1, 100_000), exponent=st.integers(20, 53))
 def test_continuous_at_gamma_one(k: int, exponent: int) -> None:
     step = 2.0**-exponent
@@ -80,6 +85,7 @@ def test_positions_far_out_reach_the_horizon() -> None:
     assert weights.item() == pytest.approx(50.0, rel=2 * FLOAT32_ROUNDING)
 
 
+@unhurried
 @given(length=st.integers(1, 60), gamma=st.floats(0.0, 1.0, exclude_max=True))
 def test_horizon_multiplies_by_one_minus_gamma(length: int, gamma: float) -> None:
     k = torch.arange(1, length + 1)
@@ -111,6 +117,7 @@ def test_token_weight_multiplies_in_after_the_scaling() -> None:
     assert torch.equal(weighted, plain * token_weight)
 
 
+@unhurried
 @given(
     documents=st.lists(st.lists(st.booleans(), max_size=30), min_size=1, max_size=8),
     gamma=discounts,
