@@ -13,6 +13,10 @@ RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); echo 
 # One core's threads each: ranks that all take every core stand in each other's way.
 OMP_NUM_THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(RANKS) )); echo $$((n > 0 ? n : 1)))
 export OMP_NUM_THREADS
+# Without a GPU, say so: DeepSpeed warns where it has to find out.
+ifeq ($(shell nvidia-smi -L 2>/dev/null),)
+export DS_ACCELERATOR ?= cpu
+endif
 
 .PHONY: help install train test test-matrix check format
 
@@ -27,7 +31,7 @@ train: install ## set up, then train the demo through the deepspeed launcher (RA
 		old="runs/demo-before-$$(date +%Y%m%d-%H%M%S)"; mv runs/demo "$$old"; echo "make: the last demo run is now in $$old"; \
 	fi
 	@port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
-	PATH="$$PWD/$(BIN):$$PATH" deepspeed --num_gpus $(RANKS) --master_port "$$port" \
+	PATH="$$PWD/$(BIN):$$PATH" deepspeed --log_level error --num_gpus $(RANKS) --master_port "$$port" \
 		launcher/train.py train_configs/demo.yaml --deepspeed $(DEEPSPEED_CONFIG) $(TRAIN_ARGS)
 
 test: install ## set up, then run all tests (PYTEST_ARGS=)

@@ -51,7 +51,11 @@ def best(function: Callable[[], object]) -> dict[str, float]:
 
 
 def rate(count: int, measured: dict[str, float]) -> dict[str, float]:
-    return {**measured, "per_second": round(count / measured["seconds"])}
+    """With the rate, and the rate by processor time: what it would be if this process had a core to itself."""
+    rates = {"per_second": round(count / measured["seconds"])}
+    if "cpu_seconds" in measured:
+        rates["per_cpu_second"] = round(count / measured["cpu_seconds"])
+    return {**measured, **rates}
 
 
 def write_store(folder: Path) -> TokenStore:

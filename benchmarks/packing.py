@@ -29,12 +29,15 @@ from seqaware.data.packing import layout_step, pack
 LENGTHS = 1_000_000
 ORDERED = 10_000_000
 # name, mean length, sigma of its logarithm, capacity: short worked problems, and chats with a long tail.
-DISTRIBUTIONS = (("GSM8K-like", 188, 0.45, 2048), ("chat-like", 978, 1.0, 8192))
+DISTRIBUTIONS: tuple[dict[str, Any], ...] = (
+    {"name": "GSM8K-like", "mean": 188, "sigma": 0.45, "capacity": 2048},
+    {"name": "chat-like", "mean": 978, "sigma": 1.0, "capacity": 8192},
+)
 STEPS = ((64, 2), (256, 8), (1024, 8), (4096, 8), (4096, 64))
 REPEATS = 5
 
 
-def draw(mean: float, sigma: float, count: int, longest: int) -> NDArray[np.int32]:
+def draw(mean: float, sigma: float, *, count: int, longest: int) -> NDArray[np.int32]:
     """Log-normal lengths of this mean, between 2 and `longest`."""
     draws = np.random.default_rng(0).lognormal(np.log(mean) - sigma**2 / 2, sigma, count)
     return np.clip(np.round(draws), 2, longest).astype(np.int32)
@@ -74,8 +77,8 @@ def plain_bins(lengths: NDArray[np.int32], capacity: int) -> int:
     return bins
 
 
-def measure_packing(name: str, mean: float, sigma: float, capacity: int) -> dict[str, Any]:
-    lengths = draw(mean, sigma, LENGTHS, capacity)
+def measure_packing(name: str, *, mean: float, sigma: float, capacity: int) -> dict[str, Any]:
+    lengths = draw(mean, sigma, count=LENGTHS, longest=capacity)
     bins = int(pack(lengths, capacity).max()) + 1
     start = time.perf_counter()
     plain = plain_bins(lengths, capacity)
@@ -92,8 +95,8 @@ def measure_packing(name: str, mean: float, sigma: float, capacity: int) -> dict
     }
 
 
-def measure_layouts(name: str, mean: float, sigma: float, capacity: int) -> list[dict[str, Any]]:
-    lengths = draw(mean, sigma, LENGTHS, capacity)
+def measure_layouts(name: str, *, mean: float, sigma: float, capacity: int) -> list[dict[str, Any]]:
+    lengths = draw(mean, sigma, count=LENGTHS, longest=capacity)
     rows = []
     for documents, ranks in STEPS:
         ids = np.random.default_rng(1).choice(LENGTHS, documents, replace=False)
@@ -118,7 +121,7 @@ def measure_layouts(name: str, mean: float, sigma: float, capacity: int) -> list
 
 
 def measure_order() -> dict[str, Any]:
-    lengths = draw(188, 0.45, ORDERED, 2048)
+    lengths = draw(188, 0.45, count=ORDERED, longest=2048)
     every = np.arange(ORDERED)
     permutation = Permutation.keyed(ORDERED, "benchmark", 0, 0)
 
@@ -160,8 +163,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "packing.json")
     out: Path = parser.parse_args().out
-    packing = [measure_packing(*distribution) for distribution in DISTRIBUTIONS]
-    layouts = [row for distribution in DISTRIBUTIONS for row in measure_layouts(*distribution)]
+    packing = [measure_packing(**distribution) for distribution in DISTRIBUTIONS]
+    layouts = [row for distribution in DISTRIBUTIONS for row in measure_layouts(**distribution)]
     order = measure_order()
     console = Console(width=160)
     show(packing, f"packing {LENGTHS:,} lengths", console)

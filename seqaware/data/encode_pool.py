@@ -5,11 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import chain, islice
+from itertools import chain
 from multiprocessing.connection import wait
 
 from seqaware.data.encode import ExampleEncoder, Outcome, Recipe
@@ -17,8 +18,8 @@ from seqaware.data.sources import Record
 from seqaware.errors import DataError
 
 CHUNK_RECORDS = 512
-# Starting processes takes a second or two: so many chunks are done sooner without.
-_CHUNKS_WITHOUT_POOL = 16
+# Starting processes takes seconds, and the tokenizer library has threads of its own: only what lasts longer gains.
+_SECONDS_ALONE = 15.0
 _CHUNKS_WAITING_PER_WORKER = 3
 
 _encoder: ExampleEncoder | None = None
@@ -32,16 +33,17 @@ def encode_records(recipe: Recipe, records: Iterable[Record], *, workers: int) -
     """
     chunks = _chunks(records)
     encoder = ExampleEncoder(recipe)
-    alone = islice(chunks, _CHUNKS_WITHOUT_POOL) if workers > 1 else chunks
-    for chunk in alone:
+    begun = time.monotonic()
+    for chunk in chunks:
+        if workers > 1 and time.monotonic() - begun >= _SECONDS_ALONE:
+            break
         yield len(chunk), encoder.encode(chunk)
-    first = next(chunks, None)
-    if first is None:
+    else:
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(recipe,)) as pool:
         try:
-            yield from _through(pool, chain([first], chunks), waiting_at_most=workers * _CHUNKS_WAITING_PER_WORKER)
+            yield from _through(pool, chain([chunk], chunks), waiting_at_most=workers * _CHUNKS_WAITING_PER_WORKER)
         except BrokenProcessPool as error:
             do = "lower dataset.workers if memory ran out"
             raise DataError("a tokenising process was killed", do=do) from error

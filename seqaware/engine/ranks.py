@@ -259,6 +259,8 @@ def quiet_libraries() -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }.items():
         os.environ.setdefault(name, value)
+    if not gpu_is_visible():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
     if not sys.warnoptions:
         import warnings
 

@@ -11,9 +11,7 @@ from seqaware.plan.facts import DataFacts, World, model_facts, rows_of_local_fil
 from seqaware.plan.plan import Plan, make_plan
 
 
-def plan_without_torch(
-    config: Config, *, deepspeed_path: Path | None, ranks: int, gpu: bool
-) -> Plan:
+def plan_without_torch(config: Config, *, deepspeed_path: Path | None, ranks: int, gpu: bool) -> Plan:
     """The Plan for so many ranks: exact where the data is tokenised, a guess from a local file's rows elsewhere.
 
     Raises:

@@ -116,11 +116,11 @@ def _build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) ->
     text_config = model.model.config.get_text_config()
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     choice = choose_backend(config.attention, device=ranks.device.type, dtype=options.dtype, head_dim=head_dim)
-    say(f"attention  {choice.backend} ({choice.reason})")
+    say(f"attention   {choice.backend} ({choice.reason})")
     engine = Engine(plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend)
     vocabulary = text_config.vocab_size
     report = probe_isolation(model, backend=choice.backend, vocabulary=vocabulary, device=ranks.device)
-    say(f"isolation  documents of one row do not see each other (change {report.leak:.1e} of {report.tolerance:.1e})")
+    say(f"isolation   documents of one row do not see each other (change {report.leak:.1e} of {report.tolerance:.1e})")
     if config.loss_kernel == "fused":
         probe_head(model, backend=choice.backend, vocabulary=vocabulary, device=ranks.device)
     return engine

@@ -21,12 +21,12 @@ def summary_lines(
 ) -> list[str]:
     """Four lines: what was learnt, on what, and where it lies."""
     return [
-        f"learnt   {_learnt(before, after, last)}",
-        f"trained  {_trained(plan)} in {duration(seconds)}",
-        f"model    {folder.model}"
+        f"learnt      {_learnt(before, after, last)}",
+        f"trained     {_trained(plan)} in {duration(seconds)}",
+        f"model       {folder.model}"
         if plan.config.output.save_model
-        else "model    not saved (output.save_model: false)",
-        f"metrics  {folder.metrics}" + (f"; every answer: {folder.answers}" if _answered(after) else ""),
+        else "model       not saved (output.save_model: false)",
+        f"metrics     {folder.metrics}" + (f"; every answer: {folder.answers}" if _answered(after) else ""),
     ]
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from seqaware.config.schema import Config
+from seqaware.data import encode_pool
 from seqaware.data.encode_pool import CHUNK_RECORDS
 from seqaware.data.store import TokenStore
 from seqaware.data.store_format import MANIFEST
@@ -123,8 +124,11 @@ def test_the_same_content_elsewhere_has_the_same_fingerprint(tmp_path: Path, tok
     assert TokenStore.open(first).fingerprint == TokenStore.open(second).fingerprint
 
 
-def test_several_processes_give_what_one_gives(tmp_path: Path, tokenizer_folder: Path) -> None:
-    rows = [{"question": f"{i}", "answer": "12 " * (i % 9)} for i in range(20 * CHUNK_RECORDS)]
+def test_several_processes_give_what_one_gives(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_pool, "_SECONDS_ALONE", 0.0)
+    rows = [{"question": f"{i}", "answer": "12 " * (i % 9)} for i in range(9 * CHUNK_RECORDS + 1)]
     jsonl(tmp_path / "rows.jsonl", rows)
     settings = {"name": str(tmp_path / "rows.jsonl")}
     alone = TokenStore.open(prepare(config(tmp_path, dataset={**settings, "store_dir": str(tmp_path / "one")})))
@@ -135,8 +139,11 @@ def test_several_processes_give_what_one_gives(tmp_path: Path, tokenizer_folder:
     assert [both.name(i) for i in (0, 700, len(both) - 1)] == [alone.name(i) for i in (0, 700, len(both) - 1)]
 
 
-def test_an_error_in_another_process_is_told_as_in_one(tmp_path: Path, tokenizer_folder: Path) -> None:
-    rows: list[dict[str, Any]] = [{"question": "1", "answer": "2"}] * (18 * CHUNK_RECORDS)
+def test_an_error_in_another_process_is_told_as_in_one(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode_pool, "_SECONDS_ALONE", 0.0)
+    rows: list[dict[str, Any]] = [{"question": "1", "answer": "2"}] * (3 * CHUNK_RECORDS)
     jsonl(tmp_path / "rows.jsonl", [*rows, {"question": None, "answer": "2"}])
     with pytest.raises(DataError, match=rf"rows\.jsonl:{len(rows) + 1}: the field 'question'"):
         prepare(config(tmp_path, dataset={"name": str(tmp_path / "rows.jsonl"), "workers": 2}))
