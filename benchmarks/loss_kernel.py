@@ -58,7 +58,7 @@ class Sizes:
     precision: Size
 
 
-FULL = Sizes(Size(2048, 32_000), Size(1024, 152_064), Size(8192, 32_000), Size(8192, 1024, hidden=128))
+FULL = Sizes(Size(4096, 32_000), Size(1024, 152_064), Size(8192, 32_000), Size(8192, 1024, hidden=128))
 # A tiny run first: libraries load their kernels and their buffers once.
 WARM_UP = Size(8, 64, hidden=16)
 QUICK = Sizes(Size(256, 4000), Size(64, 19_008), Size(1024, 4000, hidden=64), Size(1024, 256, hidden=32))

@@ -28,7 +28,7 @@ from seqaware.objective.sums import STATS, LossStats
 
 # Bytes of the float32 [C, V] buffer. A chunk costs one read and one write of dW beside its matrix products: more rows
 # hide that cost, fewer rows keep the memory low. GPUs multiply so much faster that they need more rows.
-_CPU_CHUNK_BYTES = 128 * 2**20
+_CPU_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 512 * 2**20
 _MOST_CHUNK_ROWS = 4096
 
