@@ -12,6 +12,7 @@ import typer
 
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
+from seqaware.engine.ranks import quiet_libraries
 
 app = typer.Typer(add_completion=False)
 
@@ -29,10 +30,12 @@ def prepare(
     """
     with person_errors():
         settings = load_config(config, overrides or [])
+        quiet_libraries()
+        from seqaware.report.progress import RowCounter
         from seqaware.training.prepare import prepare_data
 
-        for store in prepare_data(settings):
-            typer.echo(store)
+        for store in prepare_data(settings, progress=RowCounter(typer.echo)):
+            typer.echo(f"prepared    {store}")
 
 
 if __name__ == "__main__":

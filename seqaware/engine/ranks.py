@@ -191,16 +191,6 @@ class Ranks:
         dist.all_gather_object(values, value)
         return values
 
-    def agree(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
-        import torch.distributed as dist
-
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
 
 def disconnect() -> None:
     """Meet once more and leave the group: gloo ranks that skip either now and then crash on the way out."""

@@ -77,7 +77,7 @@ def cross_entropy_from_logits(logits_NV: Tensor, labels_N: Tensor, weights_N: Te
             losses=losses_N,
             weights=weights_N,
             labels=labels_N,
-            correct=logits_NV.argmax(-1) == labels_N,
+            correct=logits_NV.gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1) == logits_NV.amax(-1),
             logsumexp=torch.logsumexp(logits_NV, -1),
         )
     return loss_sum, stats
@@ -100,7 +100,7 @@ def summarize(*, losses: Tensor, weights: Tensor, labels: Tensor, correct: Tenso
         losses: −log p(label); any finite value where there is no label.
         weights: w.
         labels: −100 where there is no loss.
-        correct: bool, the largest logit is the label's.
+        correct: bool, no logit is larger than the label's.
         logsumexp: log Σ exp z.
     """
     supervised = labels != IGNORED_LABEL

@@ -32,6 +32,9 @@ _CPU_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 512 * 2**20
 _MOST_CHUNK_ROWS = 4096
 
+# A CPU walks the rows of a chunk in blocks that stay in its cache between the passes of softmax and gradient.
+_CPU_BLOCK_BYTES = 2 * 2**20
+
 # Largest |dz| in float16, a power of two: far below overflow (65504), and what rounds to 0 is below 1e-10 of it.
 _FLOAT16_UNIT = 1024.0
 
@@ -136,6 +139,7 @@ class _Forward:
         self.call, self.hidden_NH = call, hidden_NH
         self.rows = len(hidden_NH) if call.rows is None else len(call.rows)
         self.chunk_rows = _even_chunk_rows(self.rows, call.chunk_rows or _most_chunk_rows(weight))
+        self.block_rows = _block_rows(weight, self.chunk_rows)
         self.products = HeadProducts(weight, chunk_rows=self.chunk_rows)
         wide = wide_dtype(weight.dtype)
         self.bias_V = None if bias is None else bias.to(wide)
@@ -178,13 +182,12 @@ class _Forward:
         hidden_CH = chosen_CH.to(self.products.operand)
         self.products.logits(hidden_CH, out_CV=buffer_CV)
         slope_CV = self._cap(buffer_CV)
-        self._softmax(buffer_CV, chunk)
+        for start in range(0, len(buffer_CV), self.block_rows):
+            block_BV = buffer_CV[start : start + self.block_rows]
+            first = chunk.start + start
+            self._softmax_gradient(block_BV, slice(first, first + len(block_BV)))
         if not call.needs.any:
             return
-        targets_C1 = self.targets_M1[chunk]
-        # p − 1 at the label before the weight multiplies: the difference is exact where p is near 1.
-        buffer_CV.scatter_(1, targets_C1, buffer_CV.gather(1, targets_C1) - 1.0)
-        buffer_CV.mul_(self.factors_M1[chunk])
         if slope_CV is not None:
             buffer_CV.mul_(slope_CV)
         if self.grad_bias_V is not None:
@@ -209,19 +212,22 @@ class _Forward:
         logits_CV.mul_(head.softcap)
         return slope_CV
 
-    def _softmax(self, logits_CV: Tensor, chunk: slice) -> None:
-        """z to p, in place; losses and statistics of the chunk on the way."""
-        largest_C, argmax_C = logits_CV.max(-1)
-        targets_C1 = self.targets_M1[chunk]
-        target_C = logits_CV.gather(1, targets_C1).squeeze(1)
+    def _softmax_gradient(self, logits_BV: Tensor, block: slice) -> None:
+        """z to p to dz (but for the slope of a cap), in place; losses and statistics of the rows on the way."""
+        targets_B1 = self.targets_M1[block]
+        target_B = logits_BV.gather(1, targets_B1).squeeze(1)
+        largest_B = logits_BV.amax(-1)
         # Into its own input: every row is reduced before any of its places is written.
-        torch.softmax(logits_CV, -1, out=logits_CV)
-        # The largest probability is 1 / Σ exp(z − max): at least 1 / V, so its logarithm is safe, and the sum over the
-        # vocabulary need not be taken again.
-        surplus_C = -logits_CV.gather(1, argmax_C.unsqueeze(1)).squeeze(1).log()
-        self.losses_M[chunk] = (largest_C - target_C) + surplus_C
-        self.logsumexp_M[chunk] = largest_C + surplus_C
-        self.correct_M[chunk] = argmax_C == targets_C1.squeeze(1)
+        torch.softmax(logits_BV, -1, out=logits_BV)
+        # The largest probability is 1 / Σ exp(z − max): at least 1 / V, so its logarithm is safe.
+        surplus_B = -logits_BV.amax(-1).log()
+        self.losses_M[block] = (largest_B - target_B) + surplus_B
+        self.logsumexp_M[block] = largest_B + surplus_B
+        self.correct_M[block] = target_B == largest_B
+        if self.call.needs.any:
+            # p − 1 at the label before the weight multiplies: the difference is exact where p is near 1.
+            logits_BV.scatter_(1, targets_B1, logits_BV.gather(1, targets_B1) - 1.0)
+            logits_BV.mul_(self.factors_M1[block])
 
     def result(self) -> tuple[Tensor, LossStats]:
         """The plain loss's formulas over the rows that were multiplied."""
@@ -270,3 +276,10 @@ def _even_chunk_rows(rows: int, most: int) -> int:
     """Chunks of equal size: a short last one would multiply at a bad shape."""
     chunks = max(1, -(-rows // most))
     return max(1, -(-rows // chunks))
+
+
+def _block_rows(weight: Tensor, chunk_rows: int) -> int:
+    """Rows that softmax and gradient are worked out for at once; on a GPU all of a chunk, for few large kernels."""
+    if weight.device.type != "cpu":
+        return chunk_rows
+    return max(1, _CPU_BLOCK_BYTES // (4 * len(weight)))

@@ -25,7 +25,7 @@ STATS = (
     "weight",  # Σ w over the supervised tokens
     "supervised_tokens",  # tokens with a label
     "scored_tokens",  # tokens with a label and a weight that is not zero: only these are multiplied with the head
-    "correct",  # scored tokens whose largest logit is the label's
+    "correct",  # scored tokens of which no logit is larger than the label's: a tie counts
     "logsumexp",  # Σ log Σ_v exp z_v over the scored tokens
     "logsumexp_squared",
 )

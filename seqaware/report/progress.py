@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -79,6 +79,20 @@ def _figures(line: Mapping[str, Any]) -> str:
         f"loss {line['loss']:.4f}  unweighted {line['unweighted_loss']:.4f}  accuracy {line['accuracy']:.3f}  "
         f"grad {line['grad_norm']:.3g}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tok/s"
     )
+
+
+class RowCounter:
+    """Says how many rows are tokenised, every few seconds; call it with the rows done so far."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._last = time.monotonic()
+
+    def __call__(self, rows: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= _SECONDS_BETWEEN_LINES:
+            self._last = now
+            self._say(f"tokenised   {rows:,} rows")
 
 
 def duration(seconds: float) -> str:

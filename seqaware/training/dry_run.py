@@ -9,6 +9,7 @@ from seqaware.data.store import TokenStore
 from seqaware.data.store_index import find_store
 from seqaware.plan.facts import DataFacts, World, model_facts, rows_of_local_file
 from seqaware.plan.plan import Plan, make_plan
+from seqaware.training.facts import data_facts
 
 
 def plan_without_torch(config: Config, *, deepspeed_path: Path | None, ranks: int, gpu: bool) -> Plan:
@@ -26,12 +27,4 @@ def _known_data(config: Config) -> DataFacts | None:
     found = find_store(config)
     if found is None:
         return rows_of_local_file(config.dataset)
-    facts = TokenStore.open(found).facts()
-    return DataFacts(
-        documents=facts.documents,
-        tokens=facts.tokens,
-        supervised_tokens=facts.supervised_tokens,
-        longest=facts.longest,
-        fingerprint=facts.fingerprint,
-        exact=True,
-    )
+    return data_facts(TokenStore.open(found), None)

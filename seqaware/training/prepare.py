@@ -6,6 +6,7 @@ so a long tokenising runs into no collective's timeout, and every contradiction 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,9 @@ from seqaware.engine.model import check_model_source, check_vocabulary, initial_
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.batches import max_seq_length
-from seqaware.plan.facts import DataFacts, World, facts_from_dict
+from seqaware.plan.facts import World, facts_from_dict
 from seqaware.plan.plan import Plan, make_plan
+from seqaware.training.facts import data_facts
 
 Progress = Callable[[int], None]
 
@@ -65,13 +67,14 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
         _tokenised(config, draft, tokenizer, training=False, progress=progress) if config.evaluation.dataset else None
     )
     order = step_order(store, draft)
+    steps_per_epoch = tuple(map(order.steps_in_epoch, range(math.ceil(config.training.schedule.num_epochs))))
     plan = make_plan(
-        config, world=world, deepspeed_path=deepspeed_path, model=model, data=data_facts(store, order, config)
+        config, world=world, deepspeed_path=deepspeed_path, model=model, data=data_facts(store, steps_per_epoch)
     )
     return Prepared(plan, tokenizer, store, order, held_out, weighting, count_parameters(model_config))
 
 
-def prepare_data(config: Config) -> list[Path]:
+def prepare_data(config: Config, *, progress: Progress | None) -> list[Path]:
     """Tokenise the training rows and the held-out rows, if that is not done; returns the stores.
 
     Raises:
@@ -83,7 +86,9 @@ def prepare_data(config: Config) -> list[Path]:
     length, _ = max_seq_length(config.training.parameters, model)
     datasets = [(config.dataset, True), (config.evaluation.dataset, False)]
     return [
-        prepare_store(dataset, config=config, tokenizer=tokenizer, max_seq_length=length, training=training)
+        prepare_store(
+            dataset, config=config, tokenizer=tokenizer, max_seq_length=length, training=training, progress=progress
+        )
         for dataset, training in datasets
         if dataset is not None
     ]
@@ -148,19 +153,4 @@ def step_order(store: TokenStore, plan: Plan) -> StepOrder:
         global_batch_size=plan.batches.global_batch_size,
         global_batch_tokens=plan.batches.global_batch_tokens,
         parts=store.facts().parts,
-    )
-
-
-def data_facts(store: TokenStore, order: StepOrder, config: Config) -> DataFacts:
-    """A store's figures, as the Plan wants them."""
-    facts = store.facts()
-    epochs = range(max(1, -int(-config.training.schedule.num_epochs // 1)))
-    return DataFacts(
-        documents=facts.documents,
-        tokens=facts.tokens,
-        supervised_tokens=facts.supervised_tokens,
-        longest=facts.longest,
-        fingerprint=facts.fingerprint,
-        exact=True,
-        steps_per_epoch=tuple(order.steps_in_epoch(epoch) for epoch in epochs),
     )

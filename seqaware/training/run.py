@@ -17,7 +17,7 @@ from seqaware.engine.ranks import RankAddress, Ranks, connect, gpu_is_visible
 from seqaware.plan.facts import World
 from seqaware.plan.plan import Plan
 from seqaware.report.metrics import MetricsFile
-from seqaware.report.progress import ProgressDisplay
+from seqaware.report.progress import ProgressDisplay, RowCounter
 from seqaware.report.steps import StepReporter
 from seqaware.training.batches import RowFormat, StepBatches
 from seqaware.training.folder import RunFolder, check_claim, check_disk, check_resume, claim, find_resume
@@ -60,7 +60,9 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
     Args:
         say: shows a line to the person (rank 0's goes to the screen).
     """
-    prepared = prepare(request.config, world=world_of(address), deepspeed_path=request.deepspeed_path, progress=None)
+    prepared = prepare(
+        request.config, world=world_of(address), deepspeed_path=request.deepspeed_path, progress=RowCounter(say)
+    )
     plan = prepared.plan
     folder = RunFolder(Path(plan.config.output_dir))
     checkpoint = _claim(request, prepared, folder, address=address)

@@ -13,16 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests import launch
 from tests.hub import hub
 from tests.small_tokenizers import byte_level
+from tests.unit.config.test_load import FIRST_VERSION
 
-FIRST_VERSION = """
-model: {base_name: "gpt2", output_name: "sequence-aware-model"}
-dataset: {name: "gsm8k", max_examples: 100}
-training:
-  optimizer: {lr: 2e-5, weight_decay: 0.01}
-  schedule: {num_epochs: 3, batch_size: 4, grad_accumulation_steps: 4}
-  sft: {gamma: 0.98}
-format: {prompt_template: "Question: {question}\\nAnswer:"}
-"""
 ROWS = [{"question": f"What is {i} + 2?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"} for i in range(130)]
 
 

@@ -1,7 +1,7 @@
 """What may be chosen beside the layout: precision, activation checkpointing, optimizers, attention, data shapes.
 
-Each variant trains the workshop's rows on two ranks; all share one launch. A variant that is only another way to compute
-the same is compared with the plain run; one that computes something else must learn.
+Each variant trains the workshop's rows on two ranks; all share one launch. A variant that is only another way to
+compute the same is compared with the plain run; one that computes something else must learn.
 """
 
 from __future__ import annotations

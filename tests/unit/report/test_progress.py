@@ -1,0 +1,49 @@
+"""Progress reads well in a log file and says times as people do."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from seqaware.report.progress import ProgressDisplay, duration
+
+LINE = {
+    "loss": 1.5,
+    "unweighted_loss": 1.25,
+    "accuracy": 0.5,
+    "grad_norm": 2.0,
+    "lr": 1e-3,
+    "tokens_per_second": 12345.6,
+}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def _shown(style: str, *, done: int = 0) -> list[str]:
+    output = io.StringIO()
+    display = ProgressDisplay(3, done=done, style=style, console=Console(file=output, width=200))
+    for step in range(done + 1, 4):
+        display.step({"step": step, **LINE})
+    display.close()
+    return output.getvalue().splitlines()
+
+
+def test_a_log_file_gets_the_first_and_the_last_step_and_no_control_characters() -> None:
+    lines = _shown("auto")
+    assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
+    assert "loss 1.5000" in lines[0] and "12,346 tok/s" in lines[0] and "\x1b" not in "".join(lines)
+
+
+def test_a_resumed_run_starts_where_it_stopped() -> None:
+    assert [line.split()[1] for line in _shown("lines", done=1)] == ["2/3", "3/3"]
+
+
+def test_off_shows_nothing() -> None:
+    assert _shown("off") == []
