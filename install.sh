@@ -75,6 +75,9 @@ make_venv() {
 build_operators() {
     say "building DeepSpeed's CPU operators (once, one to two minutes)"
     if ! "$VENV/bin/python" - >"$VENV/operators.log" 2>&1 <<'PY'
+from seqaware.engine.ranks import prepare_environment
+
+prepare_environment()
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 

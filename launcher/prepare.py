@@ -12,7 +12,7 @@ import typer
 
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
-from seqaware.engine.ranks import quiet_libraries
+from seqaware.engine.ranks import prepare_environment
 
 app = typer.Typer(add_completion=False)
 
@@ -30,7 +30,7 @@ def prepare(
     """
     with person_errors():
         settings = load_config(config, overrides or [])
-        quiet_libraries()
+        prepare_environment()
         from seqaware.report.progress import RowCounter
         from seqaware.training.prepare import prepare_data
 

@@ -12,7 +12,7 @@ import typer
 
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
-from seqaware.engine.ranks import RankAddress, disconnect, find_address, gpu_is_visible, quiet_libraries
+from seqaware.engine.ranks import RankAddress, disconnect, find_address, gpu_is_visible, prepare_environment
 
 app = typer.Typer(add_completion=False)
 
@@ -55,7 +55,7 @@ def _train(
     path: Path | None, deepspeed: Path | None, overrides: list[str], *, resume: str, address: RankAddress
 ) -> None:
     config = load_config(path, overrides)
-    quiet_libraries()
+    prepare_environment()
     from seqaware.training.run import RunRequest, run
 
     run(RunRequest(config, deepspeed, resume), address=address, say=_say if address.rank == 0 else _silence)

@@ -235,11 +235,15 @@ def connect(address: RankAddress, *, timeout_minutes: float = 30.0) -> Ranks:
     return Ranks(address, torch.device("cuda", address.local_rank) if cuda else torch.device("cpu"))
 
 
-def quiet_libraries() -> None:
-    """Keep the libraries' notices off the screen: a person reads our lines, and errors.
+def prepare_environment() -> None:
+    """Keep the libraries' notices off the screen, and their compiled operators with this Python.
 
-    Called before the libraries are imported; whatever a person set themselves stays.
+    A person reads our lines, and errors. DeepSpeed's operators are compiled against the installed packages: two
+    environments that shared one cache would rebuild them in turn. Called before the libraries are imported; whatever a
+    person set themselves stays.
     """
+    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     for name, value in {
         "DS_LOG_LEVEL": "error",
         "TRANSFORMERS_VERBOSITY": "error",

@@ -12,14 +12,14 @@ import sys
 from pathlib import Path
 
 from seqaware.config.load import load_config
-from seqaware.engine.ranks import disconnect, find_address, quiet_libraries
+from seqaware.engine.ranks import disconnect, find_address, prepare_environment
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("requests", type=Path)
     requests = json.loads(parser.parse_known_args()[0].requests.read_text())
-    quiet_libraries()
+    prepare_environment()
     from seqaware.training.run import RunRequest, run
 
     address = find_address()

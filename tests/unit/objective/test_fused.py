@@ -182,6 +182,22 @@ def test_chunks_are_bounded_by_the_budget_or_the_gradient(vocabulary: int, hidde
     assert fused._most_chunk_rows(weight) == rows
 
 
+def test_blocks_of_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(Shape(rows=40, vocabulary=30, bias=True, softcap=4.0, scale=0.5))
+    whole = evaluate(fused_cross_entropy, case, chunk_rows=16)
+    monkeypatch.setattr(fused, "_CPU_BLOCK_BYTES", 3 * 4 * 30)  # 3 rows, which do not divide a chunk
+    parts = evaluate(fused_cross_entropy, case, chunk_rows=16)
+    assert torch.equal(parts.loss, whole.loss) and torch.equal(parts.stats, whole.stats)
+    assert all(torch.equal(a, b) for a, b in zip(parts.gradients, whole.gradients, strict=True))
+
+
+@pytest.mark.parametrize("loss", [fused_cross_entropy, plain_cross_entropy])
+def test_a_tie_counts_as_correct(loss: Any) -> None:
+    head = Head(torch.tensor([[1.0], [1.0], [0.0]]))
+    _, stats = loss(torch.ones(3, 1), head=head, labels_N=torch.tensor([0, 1, 2]), weights_N=torch.ones(3))
+    assert stats[STATS.index("correct")] == 2.0
+
+
 def test_only_wanted_products_are_made() -> None:
     case = make_case(Shape(rows=16, ignored=0.0, zero_weight=0.0, bias=True))
     frozen = Head(case.head.weight.detach(), case.head.bias.detach() if case.head.bias is not None else None)
