@@ -33,7 +33,7 @@ def test_a_plan_says_everything_that_follows() -> None:
     # 100 000 tokens in 63 steps are 1587 a step; 1024 fit a rank at once.
     assert "about 1,587 tokens, in 2 micro-batches or more" in lines["rows"]
     assert "adamw, lr 2e-05" in lines["optimizer"]
-    assert lines["schedule"] == "cosine, from 2e-05 down to 0"
+    assert lines["schedule"] == "cosine, from 2e-05 towards 0"
 
 
 def test_every_derived_deepspeed_value_is_shown() -> None:
@@ -74,11 +74,11 @@ def test_the_ends_of_gamma_have_a_plan(gamma: int) -> None:
         ({"scheduler_type": "constant"}, "constant at 2e-05"),
         (
             {"scheduler_type": "wsd", "decay_ratio": 0.2},
-            "wsd, decaying over the last 20% of the steps, from 2e-05 down to 0",
+            "wsd, decaying over the last 20% of the steps, from 2e-05 towards 0",
         ),
         (
             {"scheduler_type": "polynomial", "power": 2, "min_lr_ratio": 0.1},
-            "polynomial of power 2, from 2e-05 down to 2e-06",
+            "polynomial of power 2, from 2e-05 towards 2e-06",
         ),
     ],
 )
