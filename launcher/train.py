@@ -36,7 +36,8 @@ def train(
         python launcher/train.py train_configs/demo.yaml --set training.sft.gamma=0.9 --dry-run
     """
     del local_rank  # appended by the deepspeed launcher, which says the same in the environment
-    address = find_address()
+    with person_errors():
+        address = find_address()
     with person_errors(address.rank):
         if dry_run:
             _dry_run(config, deepspeed, overrides or [], ranks or address.size)

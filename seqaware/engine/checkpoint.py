@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,31 +47,83 @@ def save_checkpoint(engine: Engine, folder: Path, *, state: RunState, keep_last:
     ranks = engine.ranks
     final = folder / f"step-{state.step:08d}"
     partial = folder / f"{final.name}.partial"
-    if ranks.is_first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True, exist_ok=True)
-    ranks.barrier()
-    problem = _write_shards(engine, partial)
-    problems = [text for text in ranks.gather(problem) if text]
-    if problems:
-        raise CheckpointError("the checkpoint could not be written", got=problems[0], do="free some disk space")
-    if ranks.is_first:
-        _complete(partial, final, state, ranks)
+    _together(ranks, lambda: _make_empty(partial), on_first_only=True)
+    _write_shards(engine, partial)
+
+    def complete() -> None:
+        _complete(partial, final, state, engine)
         _forget_old(folder, keep_last)
-    ranks.barrier()
+
+    _together(ranks, complete, on_first_only=True)
     return final
 
 
-def _write_shards(engine: Engine, partial: Path) -> str | None:
+def _together(ranks: Ranks, action: Callable[[], None], *, on_first_only: bool) -> None:
+    """Do something that may fail on one rank, and let all ranks know: none is left waiting for it.
+
+    Raises:
+        CheckpointError: on every rank, with the first problem.
+    """
+    problem = None
+    if ranks.is_first or not on_first_only:
+        try:
+            action()
+        except (OSError, RuntimeError) as error:
+            problem = f"rank {ranks.rank}: {error}"
+    problems = [text for text in ranks.gather(problem) if text]
+    if problems:
+        raise CheckpointError(
+            "the model's state could not be written",
+            got=problems[0],
+            do="see to the disk's space and rights, and rerun",
+        )
+
+
+def _make_empty(partial: Path) -> None:
+    for stale in partial.parent.glob("*.partial"):
+        shutil.rmtree(stale, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+class _GuardedWriter:
+    """DeepSpeed's checkpoint writer, which keeps an error for later instead of raising it.
+
+    DeepSpeed meets at a barrier after every rank has written. A rank that raised would never come to it, and the others
+    would wait for the collective's timeout.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+        self.problem: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def save(self, *arguments: Any, **options: Any) -> Any:
+        try:
+            return self._writer.save(*arguments, **options)
+        except (OSError, RuntimeError) as error:
+            self.problem = error
+
+
+def _write_shards(engine: Engine, partial: Path) -> None:
+    writer = engine.deepspeed.checkpoint_engine
+    guard = _GuardedWriter(writer)
+    engine.deepspeed.checkpoint_engine = guard
     try:
-        torch.save(_rng_state(), partial / f"rng-{engine.ranks.rank}.pt")
         engine.deepspeed.save_checkpoint(str(partial.parent), tag=partial.name, client_state={}, save_latest=False)
-    except (OSError, RuntimeError) as error:
-        return f"rank {engine.ranks.rank}: {error}"
-    return None
+    finally:
+        engine.deepspeed.checkpoint_engine = writer
+
+    def finish() -> None:
+        if guard.problem is not None:
+            raise RuntimeError(str(guard.problem)) from guard.problem
+        torch.save(_rng_state(), partial / f"rng-{engine.ranks.rank}.pt")
+
+    _together(engine.ranks, finish, on_first_only=False)
 
 
-def _complete(partial: Path, final: Path, state: RunState, ranks: Ranks) -> None:
+def _complete(partial: Path, final: Path, state: RunState, engine: Engine) -> None:
     files = {
         str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
     }
@@ -79,7 +132,8 @@ def _complete(partial: Path, final: Path, state: RunState, ranks: Ranks) -> None
         "epoch": state.epoch,
         "data_fingerprint": state.data_fingerprint,
         "mathematics": dict(state.mathematics),
-        "world_size": ranks.size,
+        "world_size": engine.ranks.size,
+        "zero_stage": engine.zero_stage,
         "files": files,
     }
     for name in files:
@@ -90,6 +144,13 @@ def _complete(partial: Path, final: Path, state: RunState, ranks: Ranks) -> None
     partial.rename(final)
     _fsync(final.parent)
     write_durably(final.parent / _LATEST, final.name)
+
+
+def set_aside_later(folder: Path, step: int) -> None:
+    """Rename the checkpoints of later steps, when a run goes back to an earlier one: they are no part of it now."""
+    for checkpoint in list(complete_checkpoints(folder)):
+        if read_state(checkpoint).step > step:
+            checkpoint.rename(folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{checkpoint.name}")
 
 
 def _forget_old(folder: Path, keep_last: int) -> None:
@@ -125,14 +186,16 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     """Put model, optimizer and random state of `checkpoint` into the engine. Collective.
 
     Raises:
-        CheckpointError: it was written by another number of ranks.
+        CheckpointError: it was written by another number of ranks, or another ZeRO stage with files of another kind.
     """
-    saved_by = json.loads((checkpoint / MANIFEST).read_text())["world_size"]
-    if saved_by != engine.ranks.size:
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    ranks, stage = manifest["world_size"], manifest["zero_stage"]
+    same_kind = stage == engine.zero_stage or {stage, engine.zero_stage} == {1, 2}
+    if ranks != engine.ranks.size or not same_kind:
         raise CheckpointError(
-            "the checkpoint was written by another number of ranks",
-            got=f"{saved_by} ranks then, {engine.ranks.size} now",
-            do=f"resume on {saved_by} ranks",
+            "the checkpoint was written on another topology",
+            got=f"{ranks} ranks with ZeRO-{stage} then, {engine.ranks.size} with ZeRO-{engine.zero_stage} now",
+            do=f"resume on {ranks} ranks with ZeRO-{stage}",
         )
     path, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
@@ -150,8 +213,8 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def export_model(engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
-    """Write a Hugging Face folder of the trained model: safetensors, config, tokenizer, model card. Collective.
+def export_model(engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a Hugging Face folder of the trained model: safetensors, config, generation config, tokenizer. Collective.
 
     Under ZeRO-3 one parameter at a time is gathered; only rank 0 holds the whole, on the CPU.
     """
@@ -163,7 +226,8 @@ def export_model(engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizer
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if engine.ranks.is_first:
                 weights[name] = parameter.detach().cpu().clone()
-    if engine.ranks.is_first:
+
+    def write() -> None:
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         weights.update(
@@ -173,10 +237,10 @@ def export_model(engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizer
         model.save_pretrained(partial, state_dict=weights)
         model.config.use_cache = False
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-    engine.ranks.barrier()
+
+    _together(engine.ranks, write, on_first_only=True)
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -24,9 +24,12 @@ from seqaware.engine.attention import Documents
 from seqaware.engine.model import ModelInput, WeightedCausalLM
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
 from seqaware.engine.ranks import Ranks
+from seqaware.errors import ConfigError
 from seqaware.objective.sums import StepSums
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.plan import Plan
+
+_LOSS_SCALES = 40  # from 2^16 down to 2^-24, far below anything that is still of use
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,10 @@ class Engine:
         self.max_grad_norm = plan.config.training.optimizer.max_grad_norm
         self.attention_backend = attention_backend
         self.wrapped = model
-        self._stage = plan.zero_stage
+        self.zero_stage = plan.zero_stage
+        self._loss_scaled = plan.dtype == "float16"
         self.deepspeed = _initialize(plan, model)
-        if self._stage == 0:
+        if self.zero_stage == 0:
             # Stage 0 has no optimizer wrapper: we reduce, measure and clip the gradient before its step.
             self.deepspeed.enable_backward_allreduce = False
 
@@ -68,22 +72,34 @@ class Engine:
         Args:
             batches: this rank's micro-batches, on the host or the device.
             learning_rate: for this step, in every parameter group.
+
+        Raises:
+            ConfigError: float16 overflows at every loss scale.
         """
         self.deepspeed.train()
         placed = [batch.to(self.ranks.device) for batch in batches]
         weights = [self.weights(batch) for batch in placed]
         denominator = self.denominator(placed, weights)
         scale = (self.ranks.size / denominator).to(torch.float32)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        for _ in range(_LOSS_SCALES):
+            sums = self._accumulate(placed, weights, scale)
+            grad_norm = self._step()
+            # In float16 DeepSpeed passes over a step that overflows and halves its loss scale: we do the step again.
+            if not (self._loss_scaled and self.deepspeed.optimizer.overflow):
+                self.ranks.sum(sums.vector)
+                return StepResult(sums, grad_norm)
+        raise ConfigError("float16 overflows at every loss scale", do="write model.dtype: bfloat16 or float32")
+
+    def _accumulate(self, batches: Sequence[Batch], weights: Sequence[Tensor], scale: Tensor) -> StepSums:
+        """Gradients of all micro-batches; returns this rank's sums."""
         sums = StepSums.zeros(self.ranks.device)
-        for batch, weights_RT in zip(placed, weights, strict=True):
+        for batch, weights_RT in zip(batches, weights, strict=True):
             loss, stats = self._forward(batch, weights_RT)
             self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
             sums = sums + StepSums.of(stats, sequences=batch.sequences, tokens=batch.tokens)
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
-        grad_norm = self._step()
-        self.ranks.sum(sums.vector)
-        return StepResult(sums, grad_norm)
+        return sums
 
     @torch.no_grad()
     def evaluate_step(self, batches: Sequence[Batch]) -> StepSums:
@@ -121,7 +137,7 @@ class Engine:
         return loss
 
     def _step(self) -> Tensor | float:
-        if self._stage > 0:
+        if self.zero_stage > 0:
             self.deepspeed.step()
             norm: float = self.deepspeed.get_global_grad_norm()
             return norm

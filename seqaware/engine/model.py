@@ -7,6 +7,7 @@ Letters: R rows, T columns, N = R·T tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import difflib
 import json
 import shutil
 from collections.abc import Mapping
@@ -58,6 +59,12 @@ def check_model_source(model: ModelConfig) -> None:
         )
 
 
+def local_or_hub(name: str) -> str:
+    """A folder's path with ~ expanded, or a hub id as it is."""
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
 def check_vocabulary(model_vocabulary: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a tokenizer whose ids the embedding does not have."""
     if len(tokenizer) > model_vocabulary:
@@ -101,6 +108,7 @@ def initial_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     """
     rest = dict(fields)
     model_type = rest.pop("model_type")
+    _check_fields(model_type, rest)
     rest.setdefault("vocab_size", len(tokenizer))
     rest.setdefault("bos_token_id", tokenizer.bos_token_id)
     rest.setdefault("eos_token_id", tokenizer.eos_token_id)
@@ -108,6 +116,42 @@ def initial_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
         return AutoConfig.for_model(model_type, **rest)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError("model.from_scratch is not a config transformers can build", got=error) from error
+
+
+def _check_fields(model_type: str, fields: Mapping[str, Any]) -> None:
+    """transformers takes any key and keeps it without a word; a mistyped one would train a model of another size."""
+    try:
+        default = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise ConfigError("model.from_scratch: transformers knows no such model_type", got=model_type) from error
+    known = {*default.to_dict(), *default.attribute_map}
+    for name in fields:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise ConfigError(
+                f"model.from_scratch: a {model_type} has no such field",
+                got=name,
+                do=f"did you mean {near[0]}?" if near else "see the config class of the model in transformers",
+            )
+
+
+def check_causal_lm(config: Any) -> int:
+    """The number of weights of the model that a config describes, counted without memory on the meta device.
+
+    Raises:
+        ConfigError: it is no causal language model, contradicts itself, or does not take our attention.
+    """
+    if not getattr(config.get_text_config(), "num_attention_heads", None):
+        raise ConfigError("a model without attention heads cannot be trained here", got=config.model_type)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=OUR_ATTENTION)
+    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, AssertionError) as error:
+        first_line = f"{config.model_type}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        raise ConfigError(
+            "this config makes no causal language model that can be trained here", got=first_line
+        ) from error
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @dataclass(frozen=True)

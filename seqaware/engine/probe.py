@@ -15,7 +15,22 @@ from seqaware.engine.attention import Documents
 from seqaware.engine.model import ModelInput, WeightedCausalLM, output_head
 from seqaware.errors import ConfigError
 
-_LENGTHS = (7, 12, 5)
+_PACKED = (7, 12, 5)
+_ALONE = (12,)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the probes need to know of the run.
+
+    Attributes:
+        packed: whether rows hold several documents; a run that packs nothing is probed on a document alone.
+    """
+
+    backend: str
+    vocabulary: int
+    device: torch.device
+    packed: bool
 
 
 @dataclass(frozen=True)
@@ -34,8 +49,8 @@ class ProbeReport:
 
 
 @torch.no_grad()
-def probe_isolation(model: WeightedCausalLM, *, backend: str, vocabulary: int, device: torch.device) -> ProbeReport:
-    """Perturb one document of a packed row and watch the others; compare a packed document with itself alone.
+def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
+    """Perturb one document of a row and watch the others; compare a packed document with itself alone.
 
     Collective under ZeRO-3: every rank must call it.
 
@@ -44,15 +59,17 @@ def probe_isolation(model: WeightedCausalLM, *, backend: str, vocabulary: int, d
     """
     was_training = model.training
     model.eval()
-    ids = _probe_ids(sum(_LENGTHS), vocabulary, device)
-    first, second = _LENGTHS[0], _LENGTHS[1]
-    middle = slice(first, first + second)
-    logits = _logits(model, ids, _LENGTHS, backend)
+    lengths = _PACKED if probe.packed else _ALONE
+    vocabulary, backend = probe.vocabulary, probe.backend
+    ids = _probe_ids(sum(lengths), vocabulary, probe.device)
+    first = lengths[0] if probe.packed else 0
+    middle = slice(first, first + _ALONE[0])
+    logits = _logits(model, ids, lengths, backend)
     perturbed = ids.clone()
     # The last token of the middle document: nothing else in the row may move, its own past included.
     perturbed[middle.stop - 1] = (perturbed[middle.stop - 1] + 1) % vocabulary
-    moved = _logits(model, perturbed, _LENGTHS, backend)
-    alone = _logits(model, ids[middle], (second,), backend)
+    moved = _logits(model, perturbed, lengths, backend)
+    alone = _logits(model, ids[middle], _ALONE, backend)
     model.train(was_training)
 
     size = logits.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -67,16 +84,17 @@ def probe_isolation(model: WeightedCausalLM, *, backend: str, vocabulary: int, d
         tolerance=64 * torch.finfo(next(model.parameters()).dtype).eps,
     )
     if report.leak > report.tolerance or report.packed > report.tolerance:
+        what = "documents of one row see each other" if probe.packed else "tokens see what comes after them"
         raise ConfigError(
-            "documents of one row see each other in this model",
+            f"{what} in this model",
             got=f"a change of {max(report.leak, report.packed):.1e} relative, rounding explains {report.tolerance:.1e}",
-            do="write packing.enabled: false if the model mixes tokens outside attention, or another model.attention",
+            do="write packing.enabled: false if the model mixes tokens outside attention" if probe.packed else None,
         )
     return report
 
 
 @torch.no_grad()
-def probe_head(model: WeightedCausalLM, *, backend: str, vocabulary: int, device: torch.device) -> float:
+def probe_head(model: WeightedCausalLM, probe: Probe) -> float:
     """Compare the fused loss's head with the model's own logits; returns the largest relative difference.
 
     Raises:
@@ -84,8 +102,7 @@ def probe_head(model: WeightedCausalLM, *, backend: str, vocabulary: int, device
     """
     was_training = model.training
     model.eval()
-    ids = _probe_ids(_LENGTHS[0], vocabulary, device)
-    inputs = _inputs(ids, (_LENGTHS[0],), backend)
+    inputs = _inputs(_probe_ids(_ALONE[0], probe.vocabulary, probe.device), _ALONE, probe.backend)
     own = model.logits(inputs).float().squeeze(0)
     hidden = model.hidden(inputs).squeeze(0)
     with gathered_head(model):

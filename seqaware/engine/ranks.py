@@ -57,6 +57,13 @@ def find_address(environment: Mapping[str, str] | None = None) -> RankAddress:
         ConfigError: the launcher's variables contradict each other.
     """
     env = os.environ if environment is None else environment
+    try:
+        return _address_in(env)
+    except ValueError as error:
+        raise ConfigError("the launcher's variables are no numbers", got=error) from error
+
+
+def _address_in(env: Mapping[str, str]) -> RankAddress:
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_torch_variables(env)
     # SLURM_STEP_ID tells srun's tasks from the batch script, which carries SLURM_PROCID and SLURM_NTASKS as well.
@@ -167,6 +174,16 @@ class Ranks:
         self.is_first = address.rank == 0
         self.is_first_on_host = address.local_rank == 0
 
+    def agree(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank. Pickled: for small things."""
+        import torch.distributed as dist
+
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
     def sum(self, tensor: Tensor) -> Tensor:
         """Add `tensor` over all ranks, in place; returns it."""
         import torch.distributed as dist
@@ -219,7 +236,8 @@ def connect(address: RankAddress, *, timeout_minutes: float = 30.0) -> Ranks:
         MASTER_PORT=str(address.master_port),
     )
     if cuda:
-        torch.cuda.set_device(address.local_rank)
+        # srun may show each task its own GPU only: every local rank then calls it number 0.
+        torch.cuda.set_device(address.local_rank % torch.cuda.device_count())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -232,7 +250,7 @@ def connect(address: RankAddress, *, timeout_minutes: float = 30.0) -> Ranks:
             timeout=timedelta(minutes=timeout_minutes),
             verbose=False,
         )
-    return Ranks(address, torch.device("cuda", address.local_rank) if cuda else torch.device("cpu"))
+    return Ranks(address, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
 
 
 def prepare_environment() -> None:

@@ -56,7 +56,6 @@ class StepReporter:
         self._blame = blame
         self._pending: list[PendingStep] = []
         self._clock = time.perf_counter()
-        self.last: dict[str, Any] | None = None
 
     def step(self, pending: PendingStep) -> None:
         """Take in a step; report all that wait when their time has come."""
@@ -97,7 +96,6 @@ class StepReporter:
         }
 
     def _report(self, line: dict[str, Any]) -> None:
-        self.last = line
         if self._metrics is not None:
             self._metrics.write(line)
         if self._progress is not None:

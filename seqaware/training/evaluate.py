@@ -20,15 +20,7 @@ from seqaware.engine.attention import standard_attention
 from seqaware.engine.engine import Engine
 from seqaware.objective.sums import NormalizeBy
 from seqaware.training.answers import exact_match, extract_answer
-
-
-@dataclass(frozen=True)
-class Question:
-    """A held-out row as the model sees it: the prompt's token ids, and the reference's final answer."""
-
-    name: str
-    prompt_ids: tuple[int, ...]
-    reference: str
+from seqaware.training.questions import Question
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str) -> None:
         raise ConfigError("output.dir is not empty and holds no run", got=path, do="choose another output.dir")
     if resume == "never":
         raise ConfigError("output.dir already holds a run", got=path, do="choose another output.dir, or --resume auto")
+    if not folder.metrics.exists() and next(complete_checkpoints(folder.checkpoints), None) is None:
+        return  # claimed by a run that stopped before its first step: nothing is lost
     before = json.loads(folder.manifest.read_text())["mathematics"]
     now = _as_json(plan.mathematics())
     if before != now:
@@ -130,34 +132,51 @@ def check_disk(path: Path, plan: Plan, parameters: int | None) -> None:
         )
 
 
-def find_resume(folder: RunFolder, resume: str) -> Path | None:
-    """The checkpoint to go on from, or None for a fresh start."""
-    if resume == "never":
-        return None
-    if resume != "auto":
-        checkpoint = Path(resume)
-        read_state(checkpoint)
-        return checkpoint
-    return next(complete_checkpoints(folder.checkpoints), None)
-
-
-def check_resume(checkpoint: Path, plan: Plan) -> int:
-    """The step a checkpoint stands at.
+def resume_point(folder: RunFolder, plan: Plan, *, resume: str) -> tuple[Path | None, int]:
+    """The checkpoint to go on from and its step; (None, 0) for a fresh start.
 
     Raises:
-        CheckpointError: it belongs to another run.
+        CheckpointError: the one that was asked for is torn, of another run, or later than this run's end.
     """
+    if resume == "auto":
+        checkpoint = next(complete_checkpoints(folder.checkpoints), None)
+    else:
+        checkpoint = None if resume == "never" else Path(resume)
+    if checkpoint is None:
+        return None, 0
     state = read_state(checkpoint)
     now = _as_json(plan.mathematics())
     if dict(state.mathematics) != now:
         raise CheckpointError("the checkpoint belongs to another run", got=_difference(dict(state.mathematics), now))
-    return state.step
+    if plan.total_steps is not None and state.step > plan.total_steps:
+        raise CheckpointError(
+            "the checkpoint is later than the end of this run",
+            got=f"{checkpoint} at step {state.step}, and the run has {plan.total_steps} steps",
+            do="name an earlier one with --resume, or raise training.schedule.max_steps",
+        )
+    return checkpoint, state.step
+
+
+def is_finished(folder: RunFolder, plan: Plan) -> bool:
+    """Whether the run's last step, export and evaluation are all done, as `finish` has noted."""
+    manifest = json.loads(folder.manifest.read_text())
+    return bool(manifest.get("finished_steps") == plan.total_steps)
+
+
+def finish(folder: RunFolder, plan: Plan, *, card: str) -> None:
+    """Note that the run is complete, and put the card beside the model. Rank 0 alone calls it."""
+    if plan.config.output.save_model:
+        write_durably(folder.model / "README.md", card)
+    manifest = json.loads(folder.manifest.read_text())
+    manifest["finished_steps"] = plan.total_steps
+    write_durably(folder.manifest, json.dumps(manifest, indent=1))
 
 
 def claim(folder: RunFolder, plan: Plan, *, address: RankAddress) -> None:
     """Write config.yaml, plan.json and manifest.json. Rank 0 alone calls it."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    config = plan.config.model_dump(mode="json", exclude_none=True)
+    # Nulls are written too: leaving one out would bring back a default. The DeepSpeed file is the one that is used.
+    config = {**plan.config.model_dump(mode="json"), "deepspeed": str(plan.deepspeed_path)}
     write_durably(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     write_durably(folder.path / "plan.json", json.dumps(plan.to_json(), indent=1))
     attempts = json.loads(folder.manifest.read_text())["attempts"] if folder.manifest.is_file() else []

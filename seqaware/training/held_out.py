@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,10 @@ from seqaware.config.schema import EvaluationConfig
 from seqaware.data.batch import Batch
 from seqaware.data.store import TokenStore
 from seqaware.engine.engine import Engine
-from seqaware.errors import DataError
-from seqaware.training.answers import extract_answer
 from seqaware.training.batches import RowFormat, rank_batches
-from seqaware.training.evaluate import GenerationOptions, Question, accuracy, as_lines, generate_answers, held_out_loss
+from seqaware.training.evaluate import GenerationOptions, accuracy, as_lines, generate_answers, held_out_loss
 from seqaware.training.prepare import Prepared
+from seqaware.training.questions import Question
 
 _DOCUMENTS_AT_ONCE = 512
 
@@ -38,18 +36,11 @@ class HeldOut:
 
     @classmethod
     def of(cls, prepared: Prepared, engine: Engine, *, rows: RowFormat) -> HeldOut | None:
-        """The run's held-out rows, or None if the config names none.
-
-        Raises:
-            DataError: an answer is asked for, but a row has none that `evaluation.answer_pattern` finds.
-        """
+        """The run's held-out rows, or None if the config names none."""
         if prepared.held_out is None:
             return None
         config = prepared.plan.config.evaluation
-        questions = []
-        if config.metric == "exact_match":
-            questions = list(read_questions(prepared.held_out, prepared.tokenizer, config.answer_pattern))
-        return cls(engine, prepared.held_out, rows, config, prepared.tokenizer, questions)
+        return cls(engine, prepared.held_out, rows, config, prepared.tokenizer, prepared.questions)
 
     def loss(self) -> dict[str, float]:
         """The objective over all held-out rows; the same on every rank."""
@@ -75,26 +66,3 @@ class HeldOut:
         for first in range(0, len(self.store), _DOCUMENTS_AT_ONCE):
             ids = np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(self.store)), dtype=np.int64)
             yield rank_batches(self.store, ids, rows=self.rows, rank=ranks.rank, size=ranks.size)
-
-
-def read_questions(store: TokenStore, tokenizer: PreTrainedTokenizerBase, answer_pattern: str) -> Iterator[Question]:
-    """Prompts as they were tokenised for training: what comes before a document's first assistant turn.
-
-    Raises:
-        DataError: a row has no prompt, or its reference has no answer that the pattern finds.
-    """
-    pattern = re.compile(answer_pattern)
-    for index in range(len(store)):
-        document = store.document(index)
-        starts = np.flatnonzero(document.turn_start)
-        if starts.size == 0 or starts[0] == 0:
-            raise DataError("evaluation.metric: exact_match needs rows with a prompt", got=document.name)
-        prompt, completion = document.tokens[: starts[0]], document.tokens[starts[0] :]
-        reference = extract_answer(str(tokenizer.decode(completion.tolist(), skip_special_tokens=True)), pattern)
-        if reference is None:
-            raise DataError(
-                f"{document.name}: evaluation.answer_pattern finds no answer in this held-out row",
-                got=answer_pattern,
-                do="mend the pattern, or lengthen training.parameters.max_seq_length if the row was truncated",
-            )
-        yield Question(document.name, tuple(prompt.tolist()), reference)

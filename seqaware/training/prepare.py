@@ -12,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from seqaware.config.schema import Config, ModelConfig
 from seqaware.data.order import StepOrder
 from seqaware.data.store import TokenStore
 from seqaware.data.tokenize import load_tokenizer, prepare_store
-from seqaware.engine.model import check_model_source, check_vocabulary, initial_config
+from seqaware.engine.model import check_causal_lm, check_model_source, check_vocabulary, initial_config, local_or_hub
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.batches import max_seq_length
 from seqaware.plan.facts import World, facts_from_dict
 from seqaware.plan.plan import Plan, make_plan
 from seqaware.training.facts import data_facts
+from seqaware.training.questions import Question, read_questions
 
 Progress = Callable[[int], None]
 
@@ -36,7 +36,8 @@ class Prepared:
 
     Attributes:
         plan: with the data's figures. order: which documents a step holds.
-        held_out: the tokenised evaluation rows, or None. parameters: number of the model's weights.
+        held_out: the tokenised evaluation rows, or None. questions: their prompts, where answers are asked for.
+        parameters: number of the model's weights.
     """
 
     plan: Plan
@@ -44,6 +45,7 @@ class Prepared:
     store: TokenStore
     order: StepOrder
     held_out: TokenStore | None
+    questions: list[Question]
     weighting: Weighting
     parameters: int
 
@@ -58,6 +60,7 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     check_model_source(config.model)
     tokenizer = load_tokenizer(config.model)
     model_config = resolve_model_config(config.model, tokenizer)
+    parameters = check_causal_lm(model_config)
     model = facts_from_dict(model_config.to_dict())
     if model.vocab_size is not None:
         check_vocabulary(model.vocab_size, tokenizer)
@@ -71,7 +74,25 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     plan = make_plan(
         config, world=world, deepspeed_path=deepspeed_path, model=model, data=data_facts(store, steps_per_epoch)
     )
-    return Prepared(plan, tokenizer, store, order, held_out, weighting, count_parameters(model_config))
+    questions = _questions(config, held_out, tokenizer, model.max_positions)
+    return Prepared(plan, tokenizer, store, order, held_out, questions, weighting, parameters)
+
+
+def _questions(
+    config: Config, held_out: TokenStore | None, tokenizer: PreTrainedTokenizerFast, max_positions: int | None
+) -> list[Question]:
+    if held_out is None or config.evaluation.metric != "exact_match":
+        return []
+    questions = list(read_questions(held_out, tokenizer, config.evaluation.answer_pattern))
+    longest = max(len(question.prompt_ids) for question in questions)
+    room = (max_positions or longest + config.evaluation.max_new_tokens) - longest
+    if room < config.evaluation.max_new_tokens:
+        raise ConfigError(
+            "evaluation.max_new_tokens: prompt and answer together are longer than the model can take",
+            got=f"{config.evaluation.max_new_tokens} after a prompt of {longest} tokens, of {max_positions} in all",
+            do=f"write at most {room}" if room > 0 else "shorten the held-out prompts",
+        )
+    return questions
 
 
 def prepare_data(config: Config, *, progress: Progress | None) -> list[Path]:
@@ -114,18 +135,11 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
     assert model.base_name is not None
     try:
         return AutoConfig.from_pretrained(
-            model.base_name, revision=model.revision, trust_remote_code=model.trust_remote_code
+            local_or_hub(model.base_name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError("model.base_name: the model's config cannot be read", got=first_line) from error
-
-
-def count_parameters(model_config: Any) -> int:
-    """The number of weights, counted on the meta device: exact, without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _tokenised(

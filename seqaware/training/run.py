@@ -9,10 +9,10 @@ from pathlib import Path
 
 from seqaware.config.schema import Config
 from seqaware.engine.attention import choose_backend
-from seqaware.engine.checkpoint import RunState, export_model, load_checkpoint, save_checkpoint
+from seqaware.engine.checkpoint import RunState, export_model, load_checkpoint, save_checkpoint, set_aside_later
 from seqaware.engine.engine import Engine
-from seqaware.engine.model import DTYPES, LoadOptions, WeightedCausalLM, build_initial_model, load_model
-from seqaware.engine.probe import probe_head, probe_isolation
+from seqaware.engine.model import DTYPES, LoadOptions, WeightedCausalLM, build_initial_model, load_model, local_or_hub
+from seqaware.engine.probe import Probe, probe_head, probe_isolation
 from seqaware.engine.ranks import RankAddress, Ranks, connect, gpu_is_visible
 from seqaware.plan.facts import World
 from seqaware.plan.plan import Plan
@@ -20,7 +20,7 @@ from seqaware.report.metrics import MetricsFile
 from seqaware.report.progress import ProgressDisplay, RowCounter
 from seqaware.report.steps import StepReporter
 from seqaware.training.batches import RowFormat, StepBatches
-from seqaware.training.folder import RunFolder, check_claim, check_disk, check_resume, claim, find_resume
+from seqaware.training.folder import RunFolder, check_claim, check_disk, claim, finish, is_finished, resume_point
 from seqaware.training.held_out import HeldOut
 from seqaware.training.loop import Due, train_steps
 from seqaware.training.prepare import Prepared, prepare
@@ -65,34 +65,42 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
     )
     plan = prepared.plan
     folder = RunFolder(Path(plan.config.output_dir))
-    checkpoint = _claim(request, prepared, folder, address=address)
-    done = check_resume(checkpoint, plan) if checkpoint else 0
-    source = _model_source(prepared, folder, address)
-    say(plan.render(settings=False))
+    standing = _standing(request, prepared, folder) if address.rank == 0 else None
     ranks = connect(address)
-    engine = _build_engine(prepared, source, ranks=ranks, say=say)
+    # Rank 0 alone decides where to go on: hosts may see different files.
+    checkpoint, done, finished = ranks.agree(standing)
+    if finished:
+        say(f"complete: all {done} steps of this run are done; its model and results are in {folder.path}")
+        return folder.path
+    say(plan.render(settings=False))
+    engine = _build_engine(prepared, _model_source(prepared, folder), ranks=ranks, say=say)
+    if ranks.is_first:
+        claim(folder, plan, address=address)
+        set_aside_later(folder.checkpoints, done)
+    ranks.barrier()
     if checkpoint:
         load_checkpoint(engine, checkpoint)
-        say(f"resumed after step {done} from {checkpoint}")
+        say(f"resumed     after step {done}, from {checkpoint}")
     _train(prepared, engine, folder=folder, done=done, say=say)
     return folder.path
 
 
-def _claim(request: RunRequest, prepared: Prepared, folder: RunFolder, *, address: RankAddress) -> Path | None:
-    if address.rank == 0:
-        check_claim(folder, prepared.plan, resume=request.resume)
-        check_disk(folder.path, prepared.plan, prepared.parameters)
-    checkpoint = find_resume(folder, request.resume)
-    if address.rank == 0:
-        claim(folder, prepared.plan, address=address)
-    return checkpoint
+def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder) -> tuple[Path | None, int, bool]:
+    """The checkpoint to go on from, its step, and whether nothing is left to do; refuses a folder of another run."""
+    plan = prepared.plan
+    check_claim(folder, plan, resume=request.resume)
+    checkpoint, done = resume_point(folder, plan, resume=request.resume)
+    finished = done == plan.total_steps and is_finished(folder, plan)
+    if not finished:
+        check_disk(folder.path, plan, prepared.parameters)
+    return checkpoint, done, finished
 
 
-def _model_source(prepared: Prepared, folder: RunFolder, address: RankAddress) -> str:
+def _model_source(prepared: Prepared, folder: RunFolder) -> str:
     model = prepared.plan.config.model
     if model.from_scratch is None:
         assert model.base_name is not None
-        return model.base_name
+        return local_or_hub(model.base_name)
     folder.path.mkdir(parents=True, exist_ok=True)
     built = build_initial_model(
         model.from_scratch,
@@ -121,10 +129,11 @@ def _build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) ->
     say(f"attention   {choice.backend} ({choice.reason})")
     engine = Engine(plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend)
     vocabulary = text_config.vocab_size
-    report = probe_isolation(model, backend=choice.backend, vocabulary=vocabulary, device=ranks.device)
+    probe = Probe(choice.backend, vocabulary, ranks.device, packed=plan.config.packing.enabled)
+    report = probe_isolation(model, probe)
     say(f"isolation   documents of one row do not see each other (change {report.leak:.1e} of {report.tolerance:.1e})")
     if config.loss_kernel == "fused":
-        probe_head(model, backend=choice.backend, vocabulary=vocabulary, device=ranks.device)
+        probe_head(model, probe)
     return engine
 
 
@@ -146,22 +155,21 @@ def _train(prepared: Prepared, engine: Engine, *, folder: RunFolder, done: int, 
             reporter.event(held_out.evaluate(step, answers=None))
 
     try:
-        before = held_out.loss() if held_out is not None and done == 0 else None
+        if held_out is not None and done == 0:
+            reporter.event({"kind": "evaluation", "step": 0, **held_out.loss()})
         train_steps(plan, engine=engine, batches=batches, reporter=reporter, due=Due(save, evaluate), done=done)
-        after = None
+        if plan.config.output.save_model:
+            export_model(engine, folder.model, tokenizer=prepared.tokenizer)
         if held_out is not None:
-            after = held_out.evaluate(plan.total_steps or 0, answers=folder.answers)
-            reporter.event(after)
+            reporter.event(held_out.evaluate(plan.total_steps or 0, answers=folder.answers))
     finally:
         reporter.close()
-    lines = summary_lines(
-        plan, folder, before=before, after=after, last=reporter.last, seconds=time.monotonic() - started
-    )
-    if plan.config.output.save_model:
-        card = model_card(plan, lines)
-        export_model(engine, folder.model, tokenizer=prepared.tokenizer, card=card)
-    for line in lines:
-        say(line)
+    if ranks.is_first:
+        lines = summary_lines(plan, folder, seconds=time.monotonic() - started)
+        finish(folder, plan, card=model_card(plan, lines))
+        for line in lines:
+            say(line)
+    ranks.barrier()
 
 
 def row_format(plan: Plan, prepared: Prepared) -> RowFormat:

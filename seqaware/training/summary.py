@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqaware.plan.plan import Plan
+from seqaware.report.metrics import read_metrics
 from seqaware.report.progress import duration
 from seqaware.training.folder import RunFolder
 
 
-def summary_lines(
-    plan: Plan,
-    folder: RunFolder,
-    *,
-    before: Mapping[str, float] | None,
-    after: Mapping[str, Any] | None,
-    last: Mapping[str, Any] | None,
-    seconds: float,
-) -> list[str]:
-    """Four lines: what was learnt, on what, and where it lies."""
+def summary_lines(plan: Plan, folder: RunFolder, *, seconds: float) -> list[str]:
+    """Four lines, from what the run's metrics say: what was learnt, on what, and where it lies."""
+    lines = list(read_metrics(folder.metrics))
+    evaluations = [line for line in lines if line["kind"] == "evaluation"]
+    steps = [line for line in lines if line["kind"] == "step"]
+    saved = str(folder.model) if plan.config.output.save_model else "not saved (output.save_model: false)"
+    answers = f"; every answer: {folder.answers}" if folder.answers.exists() else ""
     return [
-        f"learnt      {_learnt(before, after, last)}",
+        f"learnt      {_learnt(evaluations) if evaluations else _last_loss(steps[-1])}",
         f"trained     {_trained(plan)} in {duration(seconds)}",
-        f"model       {folder.model}"
-        if plan.config.output.save_model
-        else "model       not saved (output.save_model: false)",
-        f"metrics     {folder.metrics}" + (f"; every answer: {folder.answers}" if _answered(after) else ""),
+        f"model       {saved}",
+        f"metrics     {folder.metrics}{answers}",
     ]
 
 
-def _answered(after: Mapping[str, Any] | None) -> bool:
-    return after is not None and "exact_match" in after
-
-
-def _learnt(before: Mapping[str, float] | None, after: Mapping[str, Any] | None, last: Mapping[str, Any] | None) -> str:
-    if after is None:
-        if last is None:
-            return "nothing: every step was already done"
-        losses = f"loss {last['loss']:.4f}, unweighted {last['unweighted_loss']:.4f}"
-        return f"last step: {losses}; no held-out rows to judge by"
-    text = f"held-out unweighted loss {after['unweighted_loss']:.4f}"
-    if before is not None:
-        text = f"held-out unweighted loss {before['unweighted_loss']:.4f} → {after['unweighted_loss']:.4f}"
-    if _answered(after):
-        text = f"exact match {after['exact_match']:.1%} of {after['questions']} held-out rows; {text}"
+def _learnt(evaluations: Sequence[Mapping[str, Any]]) -> str:
+    first, last = evaluations[0], evaluations[-1]
+    text = f"held-out unweighted loss {first['unweighted_loss']:.4f} → {last['unweighted_loss']:.4f}"
+    if "exact_match" in last:
+        text = f"exact match {last['exact_match']:.1%} of {last['questions']} held-out rows; {text}"
     return text
+
+
+def _last_loss(step: Mapping[str, Any]) -> str:
+    losses = f"loss {step['loss']:.4f}, unweighted {step['unweighted_loss']:.4f}"
+    return f"last step: {losses}; no held-out rows to judge by"
 
 
 def _trained(plan: Plan) -> str:

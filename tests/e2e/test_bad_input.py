@@ -112,7 +112,28 @@ def _huge(workshop: tiny.Workshop, config: dict[str, Any]) -> list[str]:
     return []
 
 
+def _questions_too_long(workshop: tiny.Workshop, config: dict[str, Any]) -> list[str]:
+    rows = workshop.folder / "held_out.jsonl"
+    rows.write_text('{"question": "one two", "answer": "three"}\n')
+    asked = {"metric": "exact_match", "max_new_tokens": 512, "answer_pattern": "(?P<answer>three)"}
+    config["evaluation"] = {"dataset": {"name": str(rows)}, **asked}
+    return []
+
+
+def _from_scratch(**fields: Any) -> Callable[[tiny.Workshop, dict[str, Any]], list[str]]:
+    def make(workshop: tiny.Workshop, config: dict[str, Any]) -> list[str]:
+        config["model"] = {"from_scratch": fields, "tokenizer": str(workshop.model)}
+        return []
+
+    return make
+
+
 CASES = {
+    "mistyped size": Bad(_from_scratch(model_type="llama", hiden_size=32), ("hiden_size", "hidden_size")),
+    "no causal model": Bad(_from_scratch(model_type="t5", d_model=32), ("t5", "causal")),
+    "heads that do not divide": Bad(_from_scratch(model_type="gpt2", n_embd=30, n_head=4), ("gpt2",)),
+    "no attention to register with": Bad(_from_scratch(model_type="gpt_neo", hidden_size=32), ("gpt_neo",)),
+    "answers too long": Bad(_questions_too_long, ("max_new_tokens", "512", "160")),
     "wrong type": Bad(_set("training.optimizer", lr="fast"), ("training.optimizer.lr", "fast")),
     "gamma outside": Bad(_set("training.sft", gamma=1.5), ("training.sft.gamma", "1.5")),
     "unknown key": Bad(_set("training.sft", gama=0.5), ("gama", "gamma")),

@@ -45,3 +45,43 @@ def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) 
     assert len(attempts) == 2
     kept = sorted(child.name for child in (parts / "checkpoints").glob("step-*"))
     assert kept == ["step-00000004", "step-00000005"]
+
+
+def test_a_rank_that_cannot_write_is_heard_by_all(tmp_path: Path) -> None:
+    workshop = tiny.build(tmp_path)
+    run = tmp_path / "run"
+    path = str(workshop.write("full", workshop.config(output__dir=str(run), training__schedule__max_steps=1)))
+    prepared = launch.python("launcher/prepare.py", path)
+    assert prepared.returncode == 0, prepared.stderr
+    done = launch.deepspeed("tests/e2e/failing_save.py", path, ranks=2, timeout=120)
+    assert done.returncode == 0, done.stderr[-4000:]
+    for rank in (0, 1):
+        assert f"rank {rank} heard: the model's state could not be written; got rank 1: " in done.stderr
+    assert not list((run / "checkpoints").glob("step-*[0-9]"))
+
+
+def test_a_finished_run_is_left_alone_and_an_earlier_checkpoint_can_be_gone_back_to(tmp_path: Path) -> None:
+    workshop = tiny.build(tmp_path)
+    run = tmp_path / "run"
+    schedule = {"num_epochs": 9, "max_steps": 4, "scheduler_type": "constant", "global_batch_size": 13}
+    config = workshop.config(output__dir=str(run), output__save_every=1, training__schedule=schedule)
+    config["output"]["keep_last"] = 4
+    path = str(workshop.write("again", config))
+    first = launch.python("launcher/train.py", path)
+    assert first.returncode == 0, first.stderr[-4000:]
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+    again = launch.python("launcher/train.py", path)
+    assert again.returncode == 0 and "complete: all 4 steps" in again.stdout
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+    steps = _steps(run)
+    back = launch.python("launcher/train.py", path, "--resume", str(run / "checkpoints" / "step-00000002"))
+    assert back.returncode == 0, back.stderr[-4000:]
+    assert "resumed     after step 2" in back.stdout
+    assert _steps(run) == steps
+    abandoned = [child.name[-8:] for child in sorted((run / "checkpoints").glob("abandoned-*"))]
+    assert abandoned == ["00000003", "00000004"]
+
+    late = launch.python("launcher/train.py", path, "--set", "training.schedule.max_steps=3")
+    assert late.returncode == 2 and "later than the end" in late.stderr

@@ -15,8 +15,12 @@ from tests.unit.engine.models import FAMILIES, VOCABULARY, tiny
 CPU = torch.device("cpu")
 
 
+def _settings(backend: str = "sdpa_per_document", *, packed: bool = True) -> probe.Probe:
+    return probe.Probe(backend, VOCABULARY, CPU, packed=packed)
+
+
 def _probe(model: WeightedCausalLM, backend: str = "sdpa_per_document") -> probe.ProbeReport:
-    return probe.probe_isolation(model, backend=backend, vocabulary=VOCABULARY, device=CPU)
+    return probe.probe_isolation(model, _settings(backend))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -43,10 +47,16 @@ def test_a_leak_is_found(leaking_backend: str) -> None:
         _probe(WeightedCausalLM(tiny("llama"), loss_kernel="fused"), leaking_backend)
 
 
+def test_rows_of_one_document_need_no_isolation(leaking_backend: str) -> None:
+    model = WeightedCausalLM(tiny("llama"), loss_kernel="fused")
+    report = probe.probe_isolation(model, _settings(leaking_backend, packed=False))
+    assert report.leak <= report.tolerance < report.response
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_our_head_is_the_models(family: str) -> None:
     model = WeightedCausalLM(tiny(family), loss_kernel="fused")
-    probe.probe_head(model, backend="sdpa_per_document", vocabulary=VOCABULARY, device=CPU)
+    probe.probe_head(model, _settings())
 
 
 def test_a_head_of_its_own_is_found() -> None:
@@ -60,4 +70,4 @@ def test_a_head_of_its_own_is_found() -> None:
 
     model.model.forward = doubled  # type: ignore[method-assign]
     with pytest.raises(ConfigError, match="loss_kernel: plain"):
-        probe.probe_head(model, backend="sdpa_per_document", vocabulary=VOCABULARY, device=CPU)
+        probe.probe_head(model, _settings())
