@@ -19,13 +19,16 @@ T tokens, D documents. `store_writer.py` writes what this module reads.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from seqaware.data.store_format import (
@@ -44,6 +47,10 @@ from seqaware.errors import DataError
 __all__ = ["Counted", "Document", "Documents", "Part", "StoreFacts", "StoreWriter", "TokenStore"]
 
 _INT32 = np.dtype(np.int32)
+
+# SHA-256 reads about 1 GB/s: a store up to this size is verified before it is used again.
+_VERIFIED_BYTES = 2**30
+_VERIFIED = "verified.json"
 
 
 class TokenStore:
@@ -152,6 +159,37 @@ class TokenStore:
             with (self.path / name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != written["sha256"]:
                     raise self._corrupt(f"{name} is not what was written (SHA-256 differs)")
+
+    def verify_once(self) -> None:
+        """`verify()`, unless the store is large or its files are as they were when some process last verified them.
+
+        Of the processes that come at once, one reads and the others wait; verified.json notes what it read. Where the
+        folder may only be read nothing can be noted, and every process reads.
+
+        Raises:
+            DataError: as `verify`.
+        """
+        size = sum(written["bytes"] for written in self._manifest["files"].values())
+        if size > _VERIFIED_BYTES or self._is_verified():
+            return
+        if not os.access(self.path, os.W_OK):
+            self.verify()
+            return
+        with FileLock(self.path / "verified.lock"):
+            if self._is_verified():
+                return
+            stamps = self._stamps()  # before the reading: what changes meanwhile is read again
+            self.verify()
+            (self.path / _VERIFIED).write_text(stamps, encoding="utf-8")
+
+    def _is_verified(self) -> bool:
+        note = self.path / _VERIFIED
+        return note.is_file() and note.read_bytes() == self._stamps().encode()
+
+    def _stamps(self) -> str:
+        """Name, size, times and inode of every file. The change time, unlike the other, cannot be set back."""
+        found = {name: (self.path / name).stat() for name in sorted(self._manifest["files"])}
+        return json.dumps({name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in found.items()})
 
     def _counted_rows(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int32] | None:
         if self._counted is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from seqaware.config.data import DatasetConfig
+from seqaware.config.data import DatasetConfig, Source
 from seqaware.config.schema import Config
 from seqaware.data.locate import Located, SourceSpec, locate
 from seqaware.data.store_format import MANIFEST, read_manifest
@@ -39,12 +39,26 @@ def prepared_store(dataset: DatasetConfig) -> Path | None:
     """The store, where `dataset.name` is one itself.
 
     Raises:
-        DataError: a store is part of a mixture, or there is no such source.
+        DataError: a store is part of a mixture, or rows of it are chosen or renamed; there is no such source.
     """
     found = [located.path for located in map(locate, sources_of(dataset)) if located.kind == "store"]
     if found and dataset.mixture is not None:
         raise DataError(f"{found[0]} is a prepared store and cannot be part of a mixture", do="name its source instead")
-    return found[0] if found else None
+    if not found:
+        return None
+    # A run's config.yaml writes every key: what is written as its default asks for nothing.
+    asked = [
+        f"{key}: {getattr(dataset, key)}"
+        for key, field in Source.model_fields.items()
+        if getattr(dataset, key) != field.get_default(call_default_factory=True)
+    ]
+    if asked:
+        raise DataError(
+            f"{found[0]} is a prepared store, whose rows were chosen when it was made",
+            got=", ".join(asked),
+            do="leave these keys out, or name the store's source instead",
+        )
+    return found[0]
 
 
 def request_key(config: Config, dataset: DatasetConfig) -> str:

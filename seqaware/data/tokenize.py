@@ -111,7 +111,7 @@ def prepare_store(
     section = "dataset" if training else "evaluation.dataset"
     own = prepared_store(dataset)
     if own is not None:
-        return _fitting(own, tokenizer, max_seq_length)
+        return _verified(_fitting(own, tokenizer, max_seq_length))
     recipe = recipe_of(dataset, config=config, tokenizer=tokenizer, max_seq_length=max_seq_length)
     folder, key = store_folder(dataset), request_key(config, dataset)
     identity = {
@@ -123,7 +123,7 @@ def prepare_store(
     # First without the lock: a folder of stores may be there to read only.
     found = _opened(matching_stores(folder, key, identity))
     if found is not None:
-        return found
+        return _verified(found)
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{key}.lock")
@@ -131,7 +131,7 @@ def prepare_store(
     try:
         found = _opened(matching_stores(folder, key, identity))
         if found is not None:
-            return found
+            return found  # made while we waited
         remove_unfinished(folder / key)
         writer = StoreWriter(
             folder / key,
@@ -180,8 +180,15 @@ def _check_content(writer: StoreWriter, section: str) -> None:
 
 
 def _opened(stores: list[Path]) -> Path | None:
-    """The newest of the stores, once it has shown that it is whole."""
+    """The newest of the stores, if its files are there in their sizes."""
     return TokenStore.open(stores[0]).path if stores else None
+
+
+def _verified(path: Path) -> Path:
+    """A store of an earlier run, once its contents are what was written then."""
+    with disk_errors(path):
+        TokenStore.open(path).verify_once()
+    return path
 
 
 def _fitting(path: Path, tokenizer: PreTrainedTokenizerFast, max_seq_length: int) -> Path:

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from seqaware.data.batch import Batch
 from seqaware.engine.attention import Documents
-from seqaware.engine.model import ModelInput, WeightedCausalLM
+from seqaware.engine.model import ModelInput, Targets, WeightedCausalLM
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
 from seqaware.engine.ranks import Ranks
 from seqaware.errors import ConfigError
 from seqaware.objective.sums import StepSums
-from seqaware.objective.weighting import Weighting
+from seqaware.objective.weighting import SCHEMES, Weighting
 from seqaware.plan.plan import Plan
 
 _LOSS_SCALES = 40  # from 2^16 down to 2^-24, far below anything that is still of use
@@ -128,12 +128,9 @@ class Engine:
         return self.ranks.sum(local.to(self.ranks.device))
 
     def _forward(self, batch: Batch, weights_RT: Tensor) -> tuple[Tensor, Tensor]:
-        loss: tuple[Tensor, Tensor] = self.deepspeed(
-            model_input(batch, self.attention_backend),
-            labels_RT=batch.labels,
-            weights_RT=weights_RT,
-            loss_rows=batch.loss_rows,
-        )
+        positive = self.weighting.scheme in SCHEMES and batch.token_weight is None
+        targets = Targets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive)
+        loss: tuple[Tensor, Tensor] = self.deepspeed(model_input(batch, self.attention_backend), targets)
         return loss
 
     def _step(self) -> Tensor | float:

@@ -238,11 +238,15 @@ class HeadLoss(nn.Module):
         super().__init__()
         self._model = (model,)  # in a tuple, so that the model is not registered a second time
 
-    def forward(
-        self, hidden_NH: Tensor, labels_N: Tensor, weights_N: Tensor, rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        head = output_head(self._model[0])
-        loss, stats = fused_cross_entropy(hidden_NH, head=head, labels_N=labels_N, weights_N=weights_N, rows=rows)
+    def forward(self, hidden_NH: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        loss, stats = fused_cross_entropy(
+            hidden_NH,
+            head=output_head(self._model[0]),
+            labels_N=targets.labels.flatten(),
+            weights_N=targets.weights.flatten(),
+            rows=targets.loss_rows,
+            weights_are_positive=targets.weights_are_positive,
+        )
         return loss, stats
 
 
@@ -253,6 +257,21 @@ class ModelInput:
     input_ids: Tensor
     position_ids: Tensor
     documents: Documents
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the loss needs of a micro-batch.
+
+    Attributes:
+        labels: int64 [R, T], shifted; weights: float32 [R, T].
+        loss_rows: int64 [M], the flat places with a label. weights_are_positive: none of them weighs zero.
+    """
+
+    labels: Tensor
+    weights: Tensor
+    loss_rows: Tensor
+    weights_are_positive: bool
 
 
 class WeightedCausalLM(nn.Module):
@@ -269,15 +288,12 @@ class WeightedCausalLM(nn.Module):
         self.loss_kernel = loss_kernel
         self.head_loss = HeadLoss(model)
 
-    def forward(
-        self, inputs: ModelInput, *, labels_RT: Tensor, weights_RT: Tensor, loss_rows: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: ModelInput, targets: Targets) -> tuple[Tensor, Tensor]:
         """Returns Σ w·l (float32, differentiable) and the statistics vector of `objective.sums`."""
-        labels_N, weights_N = labels_RT.flatten(), weights_RT.flatten()
         if self.loss_kernel == "plain":
             logits_NV = self.logits(inputs).flatten(0, 1)
-            return cross_entropy_from_logits(logits_NV, labels_N, weights_N)
-        loss: tuple[Tensor, Tensor] = self.head_loss(self.hidden(inputs).flatten(0, 1), labels_N, weights_N, loss_rows)
+            return cross_entropy_from_logits(logits_NV, targets.labels.flatten(), targets.weights.flatten())
+        loss: tuple[Tensor, Tensor] = self.head_loss(self.hidden(inputs).flatten(0, 1), targets)
         return loss
 
     def hidden(self, inputs: ModelInput) -> Tensor:

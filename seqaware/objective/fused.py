@@ -46,7 +46,7 @@ def fused_cross_entropy(
     labels_N: Tensor,
     weights_N: Tensor,
     rows: Tensor | None = None,
-    chunk_rows: int | None = None,
+    weights_are_positive: bool = False,
 ) -> tuple[Tensor, LossStats]:
     """Σ w·l of the head's cross-entropy, without ever holding the logits of all rows.
 
@@ -55,9 +55,9 @@ def fused_cross_entropy(
         head: weight, bias, scale and softcap; the weight may be tied to the input embedding, or frozen.
         labels_N: int64, already shifted; −100 where there is no loss.
         weights_N: float; constants, no gradient flows into them.
-        rows: int64 [M], distinct; the rows that have a label, when the caller knows them: finding them on a GPU waits
-            for the device. None finds them.
-        chunk_rows: rows of a chunk; None chooses.
+        rows: int64, distinct; the rows that have a label, when the caller knows them. None finds them. Those of
+            weight zero are never multiplied; telling which they are waits for a GPU, once.
+        weights_are_positive: no row in `rows` has weight zero: all of them are taken, and nothing waits.
 
     Returns:
         loss_sum (0-d, float32 or float64, differentiable by hidden and head) and the statistics vector of `sums`.
@@ -72,9 +72,8 @@ def fused_cross_entropy(
     call = _Call(
         labels=labels_N,
         weights=weights_N.detach(),
-        rows=_scored_rows(labels_N, weights_N, rows),
+        rows=_scored_rows(labels_N, weights_N, rows, weights_are_positive=weights_are_positive),
         head=head,
-        chunk_rows=chunk_rows,
         needs=_Needs(*differentiable),
     )
     result: tuple[Tensor, LossStats] = _FusedCrossEntropy.apply(hidden_NH, head.weight, head.bias, call)  # type: ignore[no-untyped-call]
@@ -102,7 +101,6 @@ class _Call:
     weights: Tensor  # [N]
     rows: Tensor | None  # [M]; None: every row
     head: Head
-    chunk_rows: int | None
     needs: _Needs
 
 
@@ -138,7 +136,7 @@ class _Forward:
     def __init__(self, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> None:
         self.call, self.hidden_NH = call, hidden_NH
         self.rows = len(hidden_NH) if call.rows is None else len(call.rows)
-        self.chunk_rows = _even_chunk_rows(self.rows, call.chunk_rows or _most_chunk_rows(weight))
+        self.chunk_rows = _even_chunk_rows(self.rows, _most_chunk_rows(weight))
         self.block_rows = _block_rows(weight, self.chunk_rows)
         self.products = HeadProducts(weight, chunk_rows=self.chunk_rows)
         wide = wide_dtype(weight.dtype)
@@ -244,17 +242,16 @@ class _Forward:
         return (losses_M * self.weights_M).sum(), stats
 
 
-def _scored_rows(labels_N: Tensor, weights_N: Tensor, rows: Tensor | None) -> Tensor | None:
-    """Indices of the rows to multiply; None for all of them.
-
-    Where the caller's rows lie on the host anyway, those of weight zero are taken out of them as well.
-    """
-    scored_N = (labels_N != IGNORED_LABEL) & (weights_N != 0)
-    if rows is None:
-        rows = scored_N.nonzero().squeeze(1)
-    elif rows.device.type == "cpu":
-        rows = rows[scored_N[rows]]
-    return None if len(rows) == len(labels_N) else rows
+def _scored_rows(
+    labels_N: Tensor, weights_N: Tensor, rows: Tensor | None, *, weights_are_positive: bool
+) -> Tensor | None:
+    """Indices of the rows to multiply; None for all of them."""
+    if rows is not None and weights_are_positive:
+        scored = rows
+    else:
+        scored_N = (labels_N != IGNORED_LABEL) & (weights_N != 0)
+        scored = scored_N.nonzero().squeeze(1) if rows is None else rows[scored_N[rows]]
+    return None if len(scored) == len(labels_N) else scored
 
 
 def _select(values_N: Tensor, rows: Tensor | None) -> Tensor:

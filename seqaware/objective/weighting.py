@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal, TypeAlias
 
 import torch
@@ -126,7 +129,7 @@ def log_suffix_weight(k: Tensor, gamma: float) -> Tensor:
 
 @cache
 def resolve_scheme(name: str) -> Scheme:
-    """The function that `module:function` names.
+    """The function that `module:function` names; the module is looked for in the working directory too.
 
     Raises:
         ValueError: not of that form, no such module, or nothing callable of that name in it.
@@ -135,13 +138,28 @@ def resolve_scheme(name: str) -> Scheme:
     if not colon or not module_name or not function_name:
         raise ValueError(f"weighting must be one of {', '.join(SCHEMES)}, or module:function; got {name!r}")
     try:
-        module = importlib.import_module(module_name)
+        with _working_directory_searched():
+            module = importlib.import_module(module_name)
     except ImportError as error:
         raise ValueError(f"weighting {name!r}: cannot import {module_name!r} ({error})") from error
     function: Scheme | None = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"weighting {name!r}: {module_name!r} has no function {function_name!r}")
     return function
+
+
+@contextmanager
+def _working_directory_searched() -> Iterator[None]:
+    """A launched script searches its own folder, not the one it was started in. Last, so that it hides nothing."""
+    here = str(Path.cwd())
+    sys.path.append(here)
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        # Not the last entry blindly: the module may have changed the path itself.
+        if here in sys.path:
+            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
 
 
 def _log_suffix(k: Tensor, gamma: float) -> Tensor:

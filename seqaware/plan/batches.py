@@ -31,7 +31,8 @@ class BatchPlan:
     Attributes:
         global_batch_size, global_batch_tokens: the size of a step over all ranks; exactly one of them is None.
         micro_batch_tokens: what one rank holds at once. max_seq_length: tokens a document may have.
-        steps_per_epoch: of every epoch that is begun; None while the data is not known.
+        length_known: False while the model's maximum, not known here, may make max_seq_length smaller.
+        steps_per_epoch: of every epoch that is begun, up to max_steps; None while the data is not known.
         total_steps, warmup_steps: of the run; None while they are not known.
         exact: the steps were counted, not guessed from rows or tokens.
         derivation: how each figure came about, a line each.
@@ -41,6 +42,7 @@ class BatchPlan:
     global_batch_tokens: int | None
     micro_batch_tokens: int
     max_seq_length: int
+    length_known: bool
     steps_per_epoch: tuple[int, ...] | None
     total_steps: int | None
     warmup_steps: int | None
@@ -59,14 +61,17 @@ def derive_batches(
     length, why = max_seq_length(training.parameters, model)
     lines = [why]
     schedule = training.schedule
-    size, tokens = _step_size(schedule, length, lines)
+    known = training.parameters.max_seq_length is not None or _maximum_is_known(model)
+    # A length that may yet become smaller refuses nothing.
+    least = length if known else 1
+    size, tokens = _step_size(schedule, least, lines)
     _check_shared(size, world, lines)
-    micro = _micro_batch_tokens(schedule, length, lines)
-    per_epoch = _steps_per_epoch(schedule.num_epochs, size, tokens, data)
+    micro = _micro_batch_tokens(schedule, length, least, lines)
+    per_epoch = _steps_per_epoch(schedule, size, tokens, data)
     exact = data is not None and data.exact and (size is not None or data.steps_per_epoch is not None)
     total = _total_steps(schedule, per_epoch, exact=exact, lines=lines)
     warmup = _warmup_steps(schedule, total, exact=exact, lines=lines)
-    return BatchPlan(size, tokens, micro, length, per_epoch, total, warmup, exact, tuple(lines))
+    return BatchPlan(size, tokens, micro, length, known, per_epoch, total, warmup, exact, tuple(lines))
 
 
 def max_seq_length(parameters: ParametersConfig, model: ModelFacts | None) -> tuple[int, str]:
@@ -79,8 +84,7 @@ def max_seq_length(parameters: ParametersConfig, model: ModelFacts | None) -> tu
     maximum = model.max_positions if model else None
     if written is None:
         length = min(maximum or DEFAULT_MAX_SEQ_LENGTH, DEFAULT_MAX_SEQ_LENGTH)
-        unknown = "the model's maximum is not known here" if model is None else "the model names no maximum"
-        why = f"min(the model's maximum {maximum}, {DEFAULT_MAX_SEQ_LENGTH})" if maximum else f"default; {unknown}"
+        why = f"min(the model's maximum {maximum}, {DEFAULT_MAX_SEQ_LENGTH})" if maximum else _no_maximum(model)
         return length, f"sequence: at most {length} tokens = {why}"
     if maximum is not None and written > maximum:
         raise ConfigError(
@@ -89,6 +93,18 @@ def max_seq_length(parameters: ParametersConfig, model: ModelFacts | None) -> tu
             do=f"write at most {maximum}, and set format.on_overlong for longer examples",
         )
     return written, f"sequence: at most {written} tokens, as written (the model's maximum: {maximum or 'not known'})"
+
+
+def _maximum_is_known(model: ModelFacts | None) -> bool:
+    return model is not None and (model.max_positions is not None or model.defaults_known)
+
+
+def _no_maximum(model: ModelFacts | None) -> str:
+    if model is None:
+        return "default; the model's maximum is not known here"
+    if model.defaults_known:
+        return "default; the model names no maximum"
+    return f"default, or less: model.from_scratch writes no maximum, {model.model_type}'s own decides, not known here"
 
 
 def _step_size(schedule: ScheduleConfig, length: int, lines: list[str]) -> tuple[int | None, int | None]:
@@ -128,36 +144,43 @@ def _check_shared(size: int | None, world: World, lines: list[str]) -> None:
     lines.append(f"ranks: {world.size} on {world.nodes} node(s), {share}, balanced by tokens and Σ length²")
 
 
-def _micro_batch_tokens(schedule: ScheduleConfig, length: int, lines: list[str]) -> int:
+def _micro_batch_tokens(schedule: ScheduleConfig, length: int, least: int, lines: list[str]) -> int:
     written = schedule.micro_batch_tokens
     if written is None:
         rows = schedule.batch_size or 1
-        lines.append(f"micro-batch: {rows * length} tokens a rank holds at once = {rows} × max_seq_length {length}")
+        most = "" if least == length else "at most "
+        lines.append(
+            f"micro-batch: {most}{rows * length} tokens a rank holds at once = {rows} × max_seq_length {length}"
+        )
         return rows * length
-    if written < length:
+    if written < least:
         raise ConfigError(
             "training.schedule.micro_batch_tokens is less than one sequence may have",
-            got=f"{written}, with max_seq_length {length}",
-            do=f"write at least {length}, or a shorter training.parameters.max_seq_length",
+            got=f"{written}, with max_seq_length {least}",
+            do=f"write at least {least}, or a shorter training.parameters.max_seq_length",
         )
     lines.append(f"micro-batch: {written} tokens a rank holds at once, as written")
     return written
 
 
 def _steps_per_epoch(
-    num_epochs: float, size: int | None, tokens: int | None, data: DataFacts | None
+    schedule: ScheduleConfig, size: int | None, tokens: int | None, data: DataFacts | None
 ) -> tuple[int, ...] | None:
     if data is None:
         return None
-    epochs = math.ceil(_exactly(num_epochs))
+    epochs = math.ceil(_exactly(schedule.num_epochs))
     if data.steps_per_epoch is not None:
         return data.steps_per_epoch[:epochs]
     if size is not None:
-        return (math.ceil(data.documents / size),) * epochs
-    if data.tokens == 0:
+        steps = -(-data.documents // size)
+    elif data.tokens:
+        assert tokens is not None, "a step has a size in sequences or in tokens"
+        steps = -(-data.tokens // tokens)
+    else:
         return None
-    assert tokens is not None, "a step has a size in sequences or in tokens"
-    return (math.ceil(data.tokens / tokens),) * epochs
+    if schedule.max_steps is not None:
+        epochs = min(epochs, -(-schedule.max_steps // steps))
+    return (steps,) * epochs
 
 
 def steps_of_epochs(num_epochs: float, steps_per_epoch: Sequence[int]) -> int:
@@ -187,7 +210,8 @@ def _total_steps(
     about = "" if exact else "about "
     line = f"steps: {about}{total} = {schedule.num_epochs:g} epoch(s) of {about}{_spread(per_epoch)} steps"
     if schedule.max_steps is not None:
-        line += f", max_steps {schedule.max_steps} {'stops the run first' if total < in_epochs else 'is not exceeded'}"
+        stops = total < in_epochs or not known
+        line += f", max_steps {schedule.max_steps} {'stops the run first' if stops else 'is not exceeded'}"
     lines.append(line if exact else f"{line}; exact once the data is tokenised and in order, when the run starts")
     return total
 

@@ -15,6 +15,7 @@ from seqaware.config.messages import nearest, show
 from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.facts import World
+from seqaware.plan.zero_keys import check_zero_keys
 
 # What a person's JSON may hold. DeepSpeed ignores a key it does not know, so a misspelt one must not get that far.
 COMMUNICATION_KEYS = (
@@ -116,6 +117,7 @@ def check_owned_keys(raw: Mapping[str, Any], *, origin: str) -> None:
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ConfigError(f"{origin}: zero_optimization.stage must be 0, 1, 2 or 3", got=show(stage))
+    check_zero_keys(zero, origin=origin)
 
 
 def _instead(value: object, yaml_key: str) -> str:

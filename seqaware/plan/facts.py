@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ class ModelFacts:
 
     Attributes:
         max_positions: the longest sequence, in tokens. parameters: number of weights.
+        defaults_known: False where only written fields were read, and the family's defaults fill in the others.
     """
 
     vocab_size: int | None
@@ -48,6 +49,7 @@ class ModelFacts:
     layers: int | None
     parameters: int | None
     model_type: str
+    defaults_known: bool = True
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,12 @@ class DataFacts:
 
     Attributes:
         documents, tokens, supervised_tokens: counts over one epoch; 0 tokens where they were not counted.
-        longest: tokens of the longest document.
+        longest: tokens of the longest document, of those that an epoch leaves out too.
         fingerprint: of the prepared data; empty where there is none yet.
         exact: counted in a prepared store, not guessed from rows.
-        steps_per_epoch: of epoch 0, 1, …, where a step is bounded by tokens and the order decides.
+        steps_per_epoch: of epoch 0, 1, … as the order of the data has them, up to max_steps; None: so many as
+            `documents` make.
+        tokens_exact: False where every epoch draws other documents, so that its tokens are known on average only.
     """
 
     documents: int
@@ -69,6 +73,7 @@ class DataFacts:
     fingerprint: str
     exact: bool
     steps_per_epoch: tuple[int, ...] | None = None
+    tokens_exact: bool = True
 
 
 def model_facts(model: ModelConfig) -> ModelFacts | None:
@@ -81,7 +86,7 @@ def model_facts(model: ModelConfig) -> ModelFacts | None:
         ConfigError: `model.base_name` is a folder without a readable config.json.
     """
     if model.from_scratch is not None:
-        return facts_from_dict(model.from_scratch)
+        return replace(facts_from_dict(model.from_scratch), defaults_known=False)
     assert model.base_name is not None, "the schema wants one of base_name and from_scratch"
     folder = Path(model.base_name)
     if folder.is_dir():

@@ -92,10 +92,10 @@ class Plan:
             shape = training.schedule.model_dump(mode="json", include={"min_lr_ratio", "power", "decay_ratio"})
             schedule |= {**shape, "total_steps": batches.total_steps}
         objective = training.sft.model_dump(mode="json", exclude={"gamma", "half_life", "horizon"})
-        of_model = {"base_name", "from_scratch", "tokenizer", "revision", "dropout", "dtype"}
+        of_model = {"base_name", "from_scratch", "tokenizer", "revision", "dropout"}
         return {
             "objective": {"gamma": training.sft.discount, **objective},
-            "model": config.model.model_dump(mode="json", include=of_model),
+            "model": {**config.model.model_dump(mode="json", include=of_model), "dtype": self.dtype},
             "data": self._data_identity(),
             "batch": {
                 "global_batch_size": batches.global_batch_size,
@@ -110,6 +110,15 @@ class Plan:
     def mathematics_hash(self) -> str:
         """SHA-256 of `mathematics()`, hexadecimal."""
         return hashlib.sha256(json.dumps(self.mathematics(), sort_keys=True).encode()).hexdigest()
+
+    def unknown_mathematics(self) -> tuple[str, ...]:
+        """What is not known here and will change `mathematics()` in the run; empty where its hash is final."""
+        unknown = []
+        if not self.batches.length_known:
+            unknown.append("the model's maximum")
+        if self.data is None or not self.data.fingerprint:
+            unknown.append("the tokenised data")
+        return tuple(unknown)
 
     def _data_identity(self) -> dict[str, Any]:
         if self.data is not None and self.data.fingerprint:

@@ -31,7 +31,7 @@ def render_plan(plan: Plan, *, settings: bool) -> str:
         _line("deepspeed", f"ZeRO stage {plan.zero_stage}, from {plan.deepspeed_path}"),
         *(_line("", f"{key} = {value}") for key, value in _flat(plan.deepspeed) if settings),
         *(_line("note", note) for note in plan.notes),
-        _line("identity", f"{plan.mathematics_hash()[:16]} (objective, data, batch, seed, optimizer, schedule)"),
+        _line("identity", _identity(plan)),
     ]
     return "\n".join(lines)
 
@@ -83,8 +83,11 @@ def _data(plan: Plan) -> str:
         return f"{name}: {WHEN_TOKENISED}"
     if not data.exact:
         return f"{name}: about {data.documents:,} rows; tokens: {WHEN_TOKENISED}"
+    # A mixture with proportions draws other documents in every epoch.
+    each, about = ("", "") if data.tokens_exact else (" an epoch", "about ")
     return (
-        f"{name}: {data.documents:,} sequences, {data.tokens:,} tokens, {data.supervised_tokens:,} of them supervised, "
+        f"{name}: {data.documents:,} sequences{each}, {about}{data.tokens:,} tokens, "
+        f"{about}{data.supervised_tokens:,} of them supervised, "
         f"the longest {data.longest:,}; fingerprint {data.fingerprint[:16]}"
     )
 
@@ -139,6 +142,12 @@ def _evaluation(plan: Plan) -> str:
     when = f"every {evaluation.every_steps} steps and at the end" if evaluation.every_steps else "at the end"
     what = "loss and exact match" if evaluation.metric == "exact_match" else "loss"
     return f"{what} over {evaluation.dataset.name or 'a mixture'} ({evaluation.dataset.split}), {when}"
+
+
+def _identity(plan: Plan) -> str:
+    digest = f"{plan.mathematics_hash()[:16]} (objective, model, data, batch, seed, optimizer, schedule)"
+    unknown = plan.unknown_mathematics()
+    return f"{digest}; not final: {' and '.join(unknown)} will change it" if unknown else digest
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -1,7 +1,8 @@
-"""The Plan without starting anything: no torch, no process group, answers in under a second."""
+"""The Plan without starting anything: no torch, no process group, and no numba where no order must be computed."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from seqaware.config.schema import Config
@@ -9,7 +10,7 @@ from seqaware.data.store import TokenStore
 from seqaware.data.store_index import find_store
 from seqaware.plan.facts import DataFacts, World, model_facts, rows_of_local_file
 from seqaware.plan.plan import Plan, make_plan
-from seqaware.training.facts import data_facts
+from seqaware.training.facts import data_facts, needs_order, step_order
 
 
 def plan_without_torch(config: Config, *, deepspeed_path: Path | None, ranks: int, gpu: bool) -> Plan:
@@ -19,12 +20,14 @@ def plan_without_torch(config: Config, *, deepspeed_path: Path | None, ranks: in
         ConfigError: the config contradicts itself, the ranks or the model.
     """
     world = World(size=ranks, local_size=ranks, nodes=1, device="cuda" if gpu else "cpu", bf16=True)
-    data = _known_data(config)
-    return make_plan(config, world=world, deepspeed_path=deepspeed_path, model=model_facts(config.model), data=data)
+    plan = partial(make_plan, config, world=world, deepspeed_path=deepspeed_path, model=model_facts(config.model))
+    return plan(data=_known_data(config, draft=plan(data=None)))
 
 
-def _known_data(config: Config) -> DataFacts | None:
+def _known_data(config: Config, *, draft: Plan) -> DataFacts | None:
     found = find_store(config)
     if found is None:
         return rows_of_local_file(config.dataset)
-    return data_facts(TokenStore.open(found), None)
+    store = TokenStore.open(found)
+    order = step_order(store, draft) if needs_order(store.facts(), draft) else None
+    return data_facts(store, order, config.training.schedule)

@@ -6,7 +6,6 @@ so a long tokenising runs into no collective's timeout, and every contradiction 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from seqaware.objective.weighting import Weighting
 from seqaware.plan.batches import max_seq_length
 from seqaware.plan.facts import World, facts_from_dict
 from seqaware.plan.plan import Plan, make_plan
-from seqaware.training.facts import data_facts
+from seqaware.training.facts import data_facts, step_order
 from seqaware.training.questions import Question, read_questions
 
 Progress = Callable[[int], None]
@@ -70,10 +69,8 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
         _tokenised(config, draft, tokenizer, training=False, progress=progress) if config.evaluation.dataset else None
     )
     order = step_order(store, draft)
-    steps_per_epoch = tuple(map(order.steps_in_epoch, range(math.ceil(config.training.schedule.num_epochs))))
-    plan = make_plan(
-        config, world=world, deepspeed_path=deepspeed_path, model=model, data=data_facts(store, steps_per_epoch)
-    )
+    facts = data_facts(store, order, config.training.schedule)
+    plan = make_plan(config, world=world, deepspeed_path=deepspeed_path, model=model, data=facts)
     questions = _questions(config, held_out, tokenizer, model.max_positions)
     return Prepared(plan, tokenizer, store, order, held_out, questions, weighting, parameters)
 
@@ -156,15 +153,3 @@ def _tokenised(
         progress=progress,
     )
     return TokenStore.open(path)
-
-
-def step_order(store: TokenStore, plan: Plan) -> StepOrder:
-    """The order of a run over a store: fixed by data, seed and the size of a step."""
-    return StepOrder(
-        store.lengths,
-        fingerprint=store.fingerprint,
-        seed=plan.config.training.control.seed,
-        global_batch_size=plan.batches.global_batch_size,
-        global_batch_tokens=plan.batches.global_batch_tokens,
-        parts=store.facts().parts,
-    )

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from seqaware.data.order import StepOrder
+from seqaware.data.store import TokenStore
 from tests import launch, tiny
 
 WITHOUT_TORCH = """
@@ -44,6 +46,38 @@ def test_the_plan_before_and_after_preparing(tmp_path: Path) -> None:
     assert "12 = 3 epoch(s) of 4 steps" in exact
     assert "13 sequences" in exact
     assert not (tmp_path / "run").exists()
+
+
+def test_the_steps_of_a_proportioned_mixture_and_of_tokens(tmp_path: Path) -> None:
+    workshop = tiny.build(tmp_path)
+    more = tmp_path / "more.jsonl"
+    tiny.write_rows(more, [100] * 20)
+    mixture = [{"name": str(workshop.rows), "proportion": 0.5}, {"name": str(more), "proportion": 0.5}]
+    dataset = {"mixture": mixture, "store_dir": str(tmp_path / "stores"), "workers": 1}
+    by_size = workshop.config(dataset=dataset, training__schedule={"num_epochs": 2, "global_batch_size": 4})
+    by_tokens = workshop.config(
+        dataset=dataset, training__schedule={"num_epochs": 1e9, "max_steps": 20, "global_batch_tokens": 256}
+    )
+    prepared = launch.python("launcher/prepare.py", str(workshop.write("by_size", by_size)))
+    assert prepared.returncode == 0, prepared.stderr
+    store = TokenStore.open(Path(prepared.stdout.split()[-1]))
+    arguments = [str(workshop.write("by_size", by_size)), "--dry-run"]
+    planned = launch.python("launcher/train.py", *arguments)
+    # 13 rows of each source, not all 33: 26 in steps of 4.
+    assert "steps       14 = 2 epoch(s) of 7 steps" in planned.stdout, planned.stdout + planned.stderr
+    lengths = store.lengths
+    about = round(13 * lengths[:13].mean() + 13 * lengths[13:].mean())
+    assert f"26 sequences an epoch, about {about:,} tokens" in planned.stdout
+
+    order = StepOrder(
+        lengths, fingerprint=store.fingerprint, seed=42, global_batch_tokens=256, parts=store.facts().parts
+    )
+    steps = order.steps_per_epoch(1e9, 20)
+    assert len(steps) > 1
+    planned = launch.python("launcher/train.py", str(workshop.write("by_tokens", by_tokens)), "--dry-run")
+    few, many = min(steps), max(steps)
+    spread = f"{few}" if few == many else f"{few} to {many}"
+    assert f"20 = 1e+09 epoch(s) of {spread} steps, max_steps 20 stops the run first" in planned.stdout, planned.stdout
 
 
 def test_without_a_config_the_default_is_planned() -> None:

@@ -15,6 +15,7 @@ import pytest
 
 from seqaware.config.schema import Config
 from seqaware.data import encode_pool
+from seqaware.data import store as store_module
 from seqaware.data.encode_pool import CHUNK_RECORDS
 from seqaware.data.store import TokenStore
 from seqaware.data.store_format import MANIFEST
@@ -235,6 +236,84 @@ def test_a_damaged_store_is_refused_not_replaced(tmp_path: Path, tokenizer_folde
     (path / "tokens.bin").write_bytes(b"")
     with pytest.raises(DataError, match=r"corrupt: tokens\.bin.*delete the folder and prepare"):
         prepare(config(tmp_path))
+
+
+def test_a_store_that_was_altered_at_the_same_size_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    path = prepare(config(tmp_path))
+    named = config(tmp_path, dataset={"name": str(path)})
+    prepare(config(tmp_path))
+    written = (path / "tokens.bin").read_bytes()
+    times = (path / "tokens.bin").stat()
+    (path / "tokens.bin").write_bytes(bytes([written[0] ^ 1]) + written[1:])
+    os.utime(path / "tokens.bin", ns=(times.st_atime_ns, times.st_mtime_ns))
+    for made in (config(tmp_path), named, named):
+        with pytest.raises(DataError, match=rf"{path.name} is corrupt: tokens\.bin is not what.*delete the folder and"):
+            prepare(made)
+    (path / "tokens.bin").write_bytes(written)
+    assert prepare(config(tmp_path)) == prepare(named) == path
+
+
+def test_a_store_is_verified_when_it_is_used_again_and_then_no_more(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    read: list[Path] = []
+    verify = TokenStore.verify
+
+    def recorded(self: TokenStore) -> None:
+        read.append(self.path)
+        verify(self)
+
+    monkeypatch.setattr(TokenStore, "verify", recorded)
+    path = prepare(config(tmp_path))
+    assert read == []  # it has just been written
+    for _ in range(3):
+        prepare(config(tmp_path))
+    assert read == [path]
+    (path / "rows.bin").touch()
+    monkeypatch.setattr(store_module, "_VERIFIED_BYTES", 0)
+    prepare(config(tmp_path))
+    assert read == [path]  # too large to be read for this alone
+
+
+def test_a_store_in_a_folder_that_may_only_be_read_is_verified(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    path = prepare(config(tmp_path))
+    before = sorted(path.iterdir())
+    monkeypatch.setattr(os, "access", lambda place, mode: False)
+    assert prepare(config(tmp_path)) == path
+    assert sorted(path.iterdir()) == before
+    written = (path / "tokens.bin").read_bytes()
+    (path / "tokens.bin").write_bytes(bytes(len(written)))
+    with pytest.raises(DataError, match=r"corrupt: tokens\.bin"):
+        prepare(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("max_examples", 3), ("split", "test"), ("columns", {"question": "problem"}), ("subset", "en"), ("revision", "a")],
+)
+def test_rows_of_a_prepared_store_cannot_be_chosen_again(
+    tmp_path: Path, tokenizer_folder: Path, key: str, value: Any
+) -> None:
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    path = prepare(config(tmp_path))
+    made = config(tmp_path, dataset={"name": str(path), key: value})
+    for use in (prepare, find_store):
+        with pytest.raises(DataError, match=rf"is a prepared store.*; got {key}: .*; leave these keys out, or name"):
+            use(made)
+
+
+def test_a_prepared_store_may_be_named_in_a_config_that_writes_every_key(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    jsonl(tmp_path / "rows.jsonl", ROWS)
+    path = prepare(config(tmp_path))
+    short = config(tmp_path, dataset={"name": str(path)})
+    assert prepare(Config.model_validate(short.model_dump(mode="json"))) == path
 
 
 def test_a_prepared_store_may_be_named_itself(tmp_path: Path, tokenizer_folder: Path) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
+from seqaware.objective import fused
 from seqaware.objective.cross_entropy import Head, plain_cross_entropy
 from seqaware.objective.sums import LossStats
 
@@ -77,9 +79,14 @@ def make_case(shape: Shape, dtype: torch.dtype = torch.float64) -> Case:
     return Case(normal(shape.rows, shape.hidden), head, labels, weights)
 
 
-def evaluate(loss: Loss, case: Case, *, factor: float = 1.0, **options: object) -> Outcome:
-    """Loss, statistics and the gradients of factor · loss."""
-    value, stats = loss(case.hidden, head=case.head, labels_N=case.labels, weights_N=case.weights, **options)
+def evaluate(
+    loss: Loss, case: Case, *, factor: float = 1.0, chunk_rows: int | None = None, **options: object
+) -> Outcome:
+    """Loss, statistics and the gradients of factor · loss; chunk_rows: at most so many rows in a chunk of ours."""
+    with pytest.MonkeyPatch.context() as patch:
+        if chunk_rows is not None:
+            patch.setattr(fused, "_most_chunk_rows", lambda weight: chunk_rows)
+        value, stats = loss(case.hidden, head=case.head, labels_N=case.labels, weights_N=case.weights, **options)
     return Outcome(value.detach(), stats, torch.autograd.grad(value * factor, case.inputs))
 
 

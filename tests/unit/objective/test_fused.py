@@ -155,6 +155,30 @@ def test_rows_without_weight_are_never_multiplied(given_rows: bool) -> None:
     assert_within(ours, exact(case), Bounds.of(case, EPS64))
 
 
+def test_rows_that_the_caller_vouches_for_are_taken_as_they_are() -> None:
+    case = make_case(Shape(rows=50, zero_weight=0.0, ignored=0.2))
+    rows = (case.labels != -100).nonzero().squeeze(1)
+    looked, taken = (
+        evaluate(fused_cross_entropy, case, rows=rows, weights_are_positive=vouched) for vouched in (False, True)
+    )
+    assert torch.equal(looked.loss, taken.loss) and torch.equal(looked.stats, taken.stats)
+    assert all(torch.equal(a, b) for a, b in zip(looked.gradients, taken.gradients, strict=True))
+    assert fused._scored_rows(case.labels, case.weights, rows, weights_are_positive=True) is rows
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="waiting for the device needs a device")
+def test_on_a_gpu_only_rows_that_are_vouched_for_need_no_wait() -> None:
+    labels, weights = torch.tensor([3, -100, 5, 7]).cuda(), torch.tensor([1.0, 1.0, 0.0, 2.0]).cuda()
+    labelled, positive = torch.tensor([0, 2, 3]).cuda(), torch.tensor([0, 3]).cuda()
+    found = fused._scored_rows(labels, weights, labelled, weights_are_positive=False)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert fused._scored_rows(labels, weights, positive, weights_are_positive=True) is positive
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found is not None and found.tolist() == [0, 3]
+
+
 def test_rows_of_the_caller_may_lie_anywhere() -> None:
     case = make_case(Shape(rows=30))
     rows = (case.labels != -100).nonzero().squeeze(1)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +210,23 @@ def test_mean_one_asks_for_the_offsets() -> None:
 
 def test_a_scheme_is_imported_once() -> None:
     assert resolve_scheme(f"{__name__}:square_root") is square_root
+
+
+def test_a_scheme_is_found_in_the_working_directory(tmp_path: Path) -> None:
+    """As under the launcher: a script in another folder, which Python searches in place of the working directory."""
+    (tmp_path / "launcher").mkdir()
+    (tmp_path / "my_scheme_module.py").write_text("def ones(k, length):\n    return k.new_ones(k.shape).float()\n")
+    (tmp_path / "launcher" / "train.py").write_text(
+        "import os, sys\n"
+        f"sys.path.append({str(Path(__file__).resolve().parents[3])!r})\n"
+        "from seqaware.objective.weighting import Weighting\n"
+        "import torch\n"
+        "before = list(sys.path)\n"
+        "k = torch.tensor([1, 2])\n"
+        "assert Weighting(0.9, 'my_scheme_module:ones').weights(k, k).tolist() == [1.0, 1.0]\n"
+        "assert sys.path == before and os.getcwd() not in before\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    script = [sys.executable, "launcher/train.py"]
+    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

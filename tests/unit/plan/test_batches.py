@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,7 +89,7 @@ def test_a_step_of_tokens_holds_every_sequence() -> None:
         ({"num_epochs": 3}, (7, 7, 7), 21),
         ({"num_epochs": 0.5}, (7,), 4),
         ({"num_epochs": 2.1}, (7, 7, 7), 15),
-        ({"num_epochs": 3, "max_steps": 10}, (7, 7, 7), 10),
+        ({"num_epochs": 3, "max_steps": 10}, (7, 7), 10),
         ({"num_epochs": 1, "max_steps": 10}, (7,), 7),
     ],
 )
@@ -126,6 +127,35 @@ def test_steps_before_the_data_is_known() -> None:
     assert not plan.exact
     assert any("run `python launcher/prepare.py CONFIG`" in line for line in plan.derivation)
     assert any("at most 5" in line for line in derive(max_steps=5).derivation)
+
+
+@pytest.mark.parametrize("size", [{"global_batch_size": 16}, {"global_batch_tokens": 256}])
+def test_epochs_without_end_cost_no_more_than_max_steps(size: dict[str, Any]) -> None:
+    steps = (7, 7) if "global_batch_size" in size else (8, 9)
+    plan = derive(facts=data(steps=steps), num_epochs=1e12, max_steps=sum(steps), **size)
+    assert plan.steps_per_epoch == steps
+    assert plan.total_steps == sum(steps)
+    assert any(line.endswith(f"max_steps {sum(steps)} stops the run first") for line in plan.derivation)
+    assert derive(facts=data(), num_epochs=1e12, max_steps=14).steps_per_epoch == (7, 7)
+
+
+@pytest.mark.parametrize(("epochs", "cut", "total"), [(2.5, (7, 7), 14), (1.5, (7, 7), 11), (0.5, (7,), 4)])
+def test_steps_cut_by_max_steps_in_an_epoch_begun(epochs: float, cut: tuple[int, ...], total: int) -> None:
+    plan = derive(facts=data(steps=cut), num_epochs=epochs, max_steps=14)
+    assert (plan.steps_per_epoch, plan.total_steps) == (cut, total)
+
+
+def test_a_family_default_is_not_guessed() -> None:
+    written_only = replace(SMALL, max_positions=None, model_type="gpt2", defaults_known=False)
+    plan = derive(model=written_only, global_batch_tokens=1500, micro_batch_tokens=1100)
+    assert (plan.max_seq_length, plan.length_known) == (2048, False)
+    assert plan.derivation[0].startswith("sequence: at most 2048 tokens = default, or less")
+    assert "gpt2's own decides, not known here" in plan.derivation[0]
+    assert "at most 2048 tokens a rank" in derive(model=written_only).derivation[3]
+    assert derive(model=written_only, max_seq_length=64).length_known
+    assert derive().length_known
+    assert derive(model=replace(SMALL, max_positions=None)).length_known
+    assert not derive(model=None).length_known
 
 
 def test_a_guess_from_rows_says_so() -> None:

@@ -33,7 +33,7 @@ def test_llama_spelling(tmp_path: Path) -> None:
 def test_gpt2_spelling() -> None:
     config = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 1024, "n_ctx": 9, "n_embd": 768, "n_layer": 12}
     facts = model_facts(ModelConfig(from_scratch=config, tokenizer="t"))
-    assert facts == ModelFacts(50257, 1024, 768, 12, parameters=None, model_type="gpt2")
+    assert facts == ModelFacts(50257, 1024, 768, 12, parameters=None, model_type="gpt2", defaults_known=False)
 
 
 def test_a_model_of_several_modalities(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from seqaware.config.load import REPOSITORY, load_config
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
-from seqaware.plan.facts import DataFacts, ModelFacts, World
+from seqaware.plan.facts import DataFacts, ModelFacts, World, model_facts
 from seqaware.plan.plan import Plan, make_plan
 
 DS_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -83,7 +83,8 @@ def test_precision(asked: str, world: World, dtype: str) -> None:
 
 TOPOLOGY: list[dict[str, Any]] = [
     {"world": replace(CPU, size=1, local_size=1)},
-    {"world": GPU},
+    {"world": replace(CPU, size=16, local_size=8, nodes=2)},
+    {"world": GPU, "written": config(model={"base_name": "gpt2", "dtype": "float32"})},
     {"deepspeed_path": REPOSITORY / "ds_configs" / "zero3_offload_cpu.json"},
     {"written": config(packing={"enabled": False})},
     {"written": config(model={"base_name": "gpt2", "loss_kernel": "plain", "activation_checkpointing": True})},
@@ -119,6 +120,28 @@ MATHEMATICS: list[tuple[str, dict[str, Any]]] = [
     ("schedule", {"written": config(training={"schedule": {"warmup_steps": 5}})}),
     ("schedule", {"written": config(training={"schedule": {"max_steps": 5}})}),
 ]
+
+
+def test_the_numbers_depend_on_the_dtype_that_auto_comes_to() -> None:
+    written = config(model={"base_name": "gpt2", "dtype": "bf16"})
+    assert plan(world=GPU).mathematics()["model"]["dtype"] == "bfloat16"
+    assert plan(world=GPU).mathematics_hash() == plan(written).mathematics_hash() != plan().mathematics_hash()
+
+
+def test_what_is_not_known_here_is_named() -> None:
+    scratch = config(model={"from_scratch": {"model_type": "gpt2"}, "tokenizer": "gpt2"})
+    written_only = model_facts(scratch.model)
+    assert plan().unknown_mathematics() == ()
+    assert plan(model=None).unknown_mathematics() == ("the model's maximum",)
+    assert plan(scratch, model=written_only).unknown_mathematics() == ("the model's maximum",)
+    assert plan(scratch, model=written_only, data=None).unknown_mathematics() == (
+        "the model's maximum",
+        "the tokenised data",
+    )
+    length = {"parameters": {"max_seq_length": 64}}
+    assert (
+        plan(config(model=scratch.model.model_dump(), training=length), model=written_only).unknown_mathematics() == ()
+    )
 
 
 @pytest.mark.parametrize(("part", "change"), MATHEMATICS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -55,6 +56,17 @@ def test_unknown_figures_say_what_would_make_them_known() -> None:
     assert "the model's maximum is not known here" in lines["sequence"]
     for label in ("steps", "data", "rows"):
         assert "python launcher/prepare.py CONFIG" in lines[label]
+
+
+def test_an_identity_that_will_change_says_so() -> None:
+    assert "not final" not in rendered()["identity"]
+    assert rendered(data=None)["identity"].endswith("not final: the tokenised data will change it")
+    assert "not final: the model's maximum and the tokenised data" in rendered(model=None, data=None)["identity"]
+
+
+def test_tokens_known_on_average_are_marked() -> None:
+    line = rendered(data=replace(DATA, tokens_exact=False))["data"]
+    assert "1,000 sequences an epoch, about 100,000 tokens, about 60,000 of them supervised" in line
 
 
 def test_a_guess_is_marked() -> None:
