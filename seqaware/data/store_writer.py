@@ -274,7 +274,7 @@ class StoreWriter:
                 raise
             if not (goal / MANIFEST).is_file():
                 raise DataError(f"{goal} is in the way of a token store", do="move it away") from error
-        _sync_folder(goal.parent)
+        sync_to_disk(goal.parent)
         return goal
 
     def _fingerprint(self, files: Mapping[str, Mapping[str, Any]]) -> str:
@@ -313,7 +313,7 @@ class StoreWriter:
         manifest = json.loads(json.dumps(manifest))  # what a reader will see: its checksum is taken of that
         manifest["checksum"] = manifest_checksum(manifest)
         _write_durably(self._folder / MANIFEST, json.dumps(manifest, indent=1))
-        _sync_folder(self._folder)
+        sync_to_disk(self._folder)
 
     def _write_optional(self, name: str, values: NDArray[Any] | None, neutral: NDArray[Any]) -> None:
         """A file that only stores with such values have: on the first of them it is filled up with neutral ones."""
@@ -335,7 +335,8 @@ def _write_durably(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -9,7 +9,6 @@ A folder without a `seqaware.json` whose sizes agree with the files is not a che
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from seqaware.data.store_writer import sync_to_disk
 from seqaware.engine.engine import Engine
 from seqaware.engine.ranks import Ranks
 from seqaware.errors import CheckpointError
@@ -137,12 +137,12 @@ def _complete(partial: Path, final: Path, state: RunState, engine: Engine) -> No
         "files": files,
     }
     for name in files:
-        _fsync(partial / name)
+        sync_to_disk(partial / name)
     write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)
-    _fsync(final.parent)
+    sync_to_disk(final.parent)
     write_durably(final.parent / _LATEST, final.name)
 
 
@@ -247,14 +247,6 @@ def write_durably(path: Path, text: str) -> None:
     """Replace a small file so that a crash leaves the old one or the new one, never a torn one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
-    _fsync(partial)
+    sync_to_disk(partial)
     partial.replace(path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_to_disk(path.parent)

@@ -172,7 +172,6 @@ class Ranks:
         self.rank = address.rank
         self.size = address.size
         self.is_first = address.rank == 0
-        self.is_first_on_host = address.local_rank == 0
 
     def agree(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank. Pickled: for small things."""
