@@ -5,12 +5,13 @@ One process, one document at a time, no packing, no fused loss, float64, transfo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 
 def suffix_weights(count: int, gamma: float) -> list[float]:
@@ -20,10 +21,26 @@ def suffix_weights(count: int, gamma: float) -> list[float]:
 
 @dataclass(frozen=True)
 class OracleDocument:
-    """Token ids, and for each whether it carries loss when it is predicted."""
+    """Token ids, and for each whether it carries loss when it is predicted.
+
+    Attributes:
+        weights: of the tokens that carry loss, in their order; None: by their number among them.
+    """
 
     tokens: Sequence[int]
     supervised: Sequence[bool]
+    weights: Sequence[float] | None = None
+
+
+def question_rows(rows: Path, tokenizer: PreTrainedTokenizerBase) -> list[OracleDocument]:
+    """Rows of tests.tiny, tokenised by hand: the prompt, then a blank and the answer, then the end."""
+    documents = []
+    for line in rows.read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer.encode(f"Q: {row['question']} A:")
+        completion = [*tokenizer.encode(f" {row['answer']}"), tokenizer.eos_token_id]
+        documents.append(OracleDocument(prompt + completion, [False] * len(prompt) + [True] * len(completion)))
+    return documents
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,11 @@ def train(model_folder: Path, steps: Sequence[Sequence[OracleDocument]], setting
     """Train over the given documents of each optimizer step with AdamW, clipping and the given learning rates."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float64, attn_implementation="eager")
     model.train()
+    return descend(model, steps, settings)
+
+
+def descend(model, steps: Sequence[Sequence[OracleDocument]], settings: OracleSettings) -> OracleRun:
+    """Train every parameter of a float64 model, whatever it is made of."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -73,7 +95,8 @@ def _step(model, optimizer, documents, *, settings, rate, run) -> None:
         targets = ids[0, 1:]
         losses = -torch.log_softmax(logits, dim=-1)[torch.arange(len(targets)), targets]
         places = [i for i in range(len(targets)) if document.supervised[i + 1]]
-        weights = torch.tensor(suffix_weights(len(places), settings.gamma), dtype=torch.float64)
+        given = suffix_weights(len(places), settings.gamma) if document.weights is None else document.weights
+        weights = torch.tensor(given, dtype=torch.float64)
         weighted = weighted + (weights * losses[places]).sum()
         plain += float(losses[places].sum().detach())
         weight_sum += float(weights.sum())

@@ -13,10 +13,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from seqaware.config.data import DatasetConfig, EvaluationConfig, FormatConfig, MixturePart, Source
+from seqaware.config.model import LoraConfig, ModelConfig, ParallelConfig
 from seqaware.config.values import (
     Count,
     CountOrZero,
-    DType,
     Flag,
     FromOne,
     NonNegative,
@@ -37,11 +37,13 @@ __all__ = [
     "EvaluationConfig",
     "FormatConfig",
     "LoggingConfig",
+    "LoraConfig",
     "MixturePart",
     "ModelConfig",
     "OptimizerConfig",
     "OutputConfig",
     "PackingConfig",
+    "ParallelConfig",
     "ParametersConfig",
     "ScheduleConfig",
     "Section",
@@ -63,49 +65,6 @@ def _nothing_is_default(value: Any) -> Any:
 
 
 _OrDefaults = BeforeValidator(_nothing_is_default)
-
-
-class ModelConfig(Section):
-    """The model: pretrained (`base_name`) or with fresh weights drawn from the seed (`from_scratch`)."""
-
-    base_name: Text | None = None
-    """Hub id or folder of a pretrained causal LM; exactly one of base_name and from_scratch."""
-    from_scratch: dict[str, Any] | None = None
-    """A transformers configuration with its model_type; weights are drawn from training.control.seed."""
-    tokenizer: Text | None = None
-    """Hub id or folder of the tokenizer; default: base_name. Required with from_scratch."""
-    output_name: Text = "seqaware-model"
-    """Name of the trained model: in its model card, and of the run's folder if output.dir is not written."""
-    dtype: DType = "auto"
-    """Weights while computing: auto (bfloat16 on GPUs that have it, else float32), float32, bfloat16 or float16."""
-    attention: Literal["auto", "sdpa_per_document", "varlen", "flash_attention_2", "flash_attention_3", "eager"] = (
-        "auto"
-    )
-    """How attention is computed; packed documents never see each other whichever it is."""
-    loss_kernel: Literal["fused", "plain"] = "fused"
-    """fused never holds the logits of all tokens at once; plain is the reference."""
-    activation_checkpointing: Flag = False
-    """Recompute activations in the backward: less memory, about a third more time."""
-    dropout: ShareBelowOne | None = 0.0
-    """Sets every dropout of the model's configuration; null keeps them. Above 0, masks depend on the ranks and rows."""
-    revision: Text | None = None
-    """Branch, tag or commit of base_name on the hub."""
-    trust_remote_code: Flag = False
-    """Run code that comes with the model."""
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        origins = self.written("base_name", "from_scratch")
-        if len(origins) != 1:
-            found = "both are written" if origins else "neither is written"
-            raise ValueError(f"exactly one of base_name and from_scratch is needed; {found}")
-        if self.from_scratch is None:
-            return self
-        if not self.from_scratch.get("model_type"):
-            raise ValueError("from_scratch needs a model_type, such as llama or gpt2")
-        if self.tokenizer is None:
-            raise ValueError("from_scratch needs a tokenizer: write model.tokenizer (hub id or folder)")
-        return self
 
 
 class ParametersConfig(Section):
@@ -162,7 +121,8 @@ class ScheduleConfig(Section):
     global_batch_tokens: Count | None = None
     """Tokens an optimizer step holds at most, over all ranks."""
     micro_batch_tokens: Count | None = None
-    """Tokens one rank holds at once: memory and speed only. null: (batch_size, if written, ×) max_seq_length."""
+    """Tokens a rank (or the parallel.sequence ranks of a group) holds at once: memory and speed only.
+    null: (batch_size, if written, ×) max_seq_length."""
 
     @model_validator(mode="after")
     def _one_spelling(self) -> Self:
@@ -280,6 +240,9 @@ class Config(Section):
     format: Annotated[FormatConfig, _OrDefaults] = FormatConfig()
     training: Annotated[TrainingConfig, _OrDefaults] = TrainingConfig()
     packing: Annotated[PackingConfig, _OrDefaults] = PackingConfig()
+    parallel: Annotated[ParallelConfig, _OrDefaults] = ParallelConfig()
+    lora: LoraConfig | None = None
+    """Low-rank adapters instead of full fine-tuning; null: the whole model is trained."""
     evaluation: Annotated[EvaluationConfig, _OrDefaults] = EvaluationConfig()
     output: Annotated[OutputConfig, _OrDefaults] = OutputConfig()
     logging: Annotated[LoggingConfig, _OrDefaults] = LoggingConfig()

@@ -62,6 +62,27 @@ class Batch:
     supervised_tokens: int
     document_names: tuple[str, ...]
 
+    def shard(self, index: int, count: int) -> Batch:
+        """The `index`-th of `count` equal runs of columns; T must be a multiple of `count`.
+
+        cu_seqlens, sequence_offsets and lengths stay those of the whole rows, and so do k and length: a document may
+        lie across a cut. Documents and tokens are counted with run 0 alone, so that the runs' counts add up.
+        """
+        width, rest = divmod(self.input_ids.shape[1], count)
+        assert rest == 0, "rows that several ranks share are built with a multiple of them as columns"
+        columns = slice(index * width, (index + 1) * width)
+        names = ("input_ids", "position_ids", "labels", "k", "length", "token_weight")
+        cut = {name: None if getattr(self, name) is None else getattr(self, name)[:, columns] for name in names}
+        loss_rows = (cut["labels"] != NO_LABEL).flatten().nonzero().squeeze(1)
+        return replace(
+            self,
+            **cut,
+            loss_rows=loss_rows,
+            sequences=self.sequences if index == 0 else 0,
+            tokens=self.tokens if index == 0 else 0,
+            supervised_tokens=len(loss_rows),
+        )
+
     @property
     def max_seqlen(self) -> int:
         """The length of the longest segment."""
@@ -78,12 +99,19 @@ class Batch:
 
 
 def build_batch(
-    store: TokenStore, rows: Sequence[Sequence[int]], *, positions: str, on_split: str, pad_id: int
+    store: TokenStore,
+    rows: Sequence[Sequence[int]],
+    *,
+    positions: str,
+    on_split: str,
+    pad_id: int,
+    columns_multiple_of: int = 1,
 ) -> Batch:
     """Read the documents of a micro-batch and lay them out, row by row.
 
     Args:
         rows: document ids; shorter rows are padded to the longest. No rows: 1 × 2 places of padding, without loss.
+        columns_multiple_of: pad the rows to such a length, so that so many ranks can share them.
         positions: what k counts. `supervised`: the document's predicted tokens that carry loss; `sequence`: all its
             predicted tokens; `turn`: those that carry loss, anew in every turn.
         on_split: `continue`: k and length go over all pieces of a split document; `restart`: each piece is its own.
@@ -96,12 +124,12 @@ def build_batch(
         raise ConfigError("training.sft.on_split must be continue or restart", got=on_split)
     ids = list(chain.from_iterable(rows))
     if not ids:
-        return _padding_only(pad_id)
+        return _padding_only(pad_id, columns=max(2, columns_multiple_of))
     documents = store.documents(ids)
     if on_split == "restart":
         documents = replace(documents, counted=None)
     k_N, length_N = _positions(documents, positions)
-    frame = _Frame.of([len(row) for row in rows], np.diff(documents.offsets))
+    frame = _Frame.of([len(row) for row in rows], np.diff(documents.offsets), columns_multiple_of)
     # Token 0 of a document never carries loss, so moving everything one place forward never crosses a border.
     loss_N = _carries_loss(documents)
     ahead = np.flatnonzero(loss_N)
@@ -137,11 +165,11 @@ class _Frame:
     borders: NDArray[np.int64]
 
     @classmethod
-    def of(cls, documents_R: Sequence[int], lengths_D: NDArray[np.int64]) -> _Frame:
-        """For rows of so many documents each (at least one), and the documents' lengths."""
+    def of(cls, documents_R: Sequence[int], lengths_D: NDArray[np.int64], multiple: int) -> _Frame:
+        """For rows of so many documents each (at least one), the documents' lengths, and a divisor of the columns."""
         row_of_D = np.repeat(np.arange(len(documents_R)), documents_R)
         tokens_R = np.bincount(row_of_D, weights=lengths_D).astype(np.int64)
-        columns = int(tokens_R.max())
+        columns = -(-int(tokens_R.max()) // multiple) * multiple
         padding_R = columns - tokens_R
         padding_before_D = (np.cumsum(padding_R) - padding_R)[row_of_D]
         ends_D = np.cumsum(lengths_D) + padding_before_D
@@ -225,19 +253,19 @@ def _count(
     return k_N, np.repeat(np.maximum(own + bases, totals), sizes)
 
 
-def _padding_only(pad_id: int) -> Batch:
-    shape = (1, 2)
+def _padding_only(pad_id: int, *, columns: int) -> Batch:
+    shape = (1, columns)
     return Batch(
         input_ids=torch.full(shape, pad_id, dtype=torch.int64),
-        position_ids=torch.arange(2).view(shape),
+        position_ids=torch.arange(columns).view(shape),
         labels=torch.full(shape, NO_LABEL, dtype=torch.int64),
         k=torch.zeros(shape, dtype=torch.int32),
         length=torch.zeros(shape, dtype=torch.int32),
         token_weight=None,
-        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
-        sequence_offsets=torch.tensor([0, 2]),
+        cu_seqlens=torch.tensor([0, columns], dtype=torch.int32),
+        sequence_offsets=torch.tensor([0, columns]),
         loss_rows=torch.zeros(0, dtype=torch.int64),
-        lengths=(2,),
+        lengths=(columns,),
         sequences=0,
         tokens=0,
         supervised_tokens=0,

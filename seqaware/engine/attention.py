@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from seqaware.engine.ranks import SequenceGroup
+from seqaware.engine.sequence_parallel import gather_tokens, scatter_tokens
 from seqaware.errors import ConfigError
 
 NAME = "seqaware"
@@ -36,11 +38,14 @@ class Documents:
         cu_seqlens: int32 [S + 1] on the device, from 0 to R·T; padding is a segment of its own.
         lengths: the S lengths on the host, so that no backend has to ask the device.
         backend: one of BACKENDS.
+        sequence: the ranks that share these rows, each with its run of columns; None where every rank has its own.
+            The borders are those of the whole rows.
     """
 
     cu_seqlens: Tensor
     lengths: tuple[int, ...]
     backend: str
+    sequence: SequenceGroup | None = None
 
     @property
     def longest(self) -> int:
@@ -109,7 +114,7 @@ def attention(
     """Causal attention inside each document: the function transformers calls in every layer.
 
     Args:
-        query: [R, A, T, D]; key, value: [R, G, T, D].
+        query: [R, A, T, D]; key, value: [R, G, T, D]. T is this rank's columns where ranks share the rows.
         attention_mask: must be None: what may see what is told by `documents` alone.
         options: transformers' (scaling, dropout, sliding_window, softcap, …) and our `documents`.
 
@@ -133,12 +138,16 @@ def attention(
         window=options.get("sliding_window"),
         softcap=options.get("softcap"),
     )
-    # [R, A, T, D] -> [N, A, D]: one flat run of tokens, cut by cu_seqlens.
-    flat = [tensor.transpose(1, 2).reshape(rows * columns, -1, head_dim) for tensor in (query, key, value)]
     backend = documents.backend
     if call.softcap is not None and backend in ("sdpa_per_document", "varlen"):
         backend = "eager"  # neither kernel caps its scores
-    output_NAD = BACKENDS[backend](flat[0], flat[1], flat[2], documents, call)
+    if documents.sequence is not None:
+        q, k, v = gather_tokens(query, key, value, group=documents.sequence)
+        output_NAD = BACKENDS[backend](q, k, v, documents, call)
+        return scatter_tokens(output_NAD, rows=rows, group=documents.sequence), None
+    # [R, A, T, D] -> [N, A, D]: one flat run of tokens, cut by cu_seqlens.
+    q, k, v = (tensor.transpose(1, 2).reshape(rows * columns, -1, head_dim) for tensor in (query, key, value))
+    output_NAD = BACKENDS[backend](q, k, v, documents, call)
     return output_NAD.view(rows, columns, heads, -1), None
 
 

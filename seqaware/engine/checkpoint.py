@@ -13,12 +13,14 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial as partial_call
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from seqaware.config.schema import LoraConfig
 from seqaware.data.store_writer import sync_to_disk
 from seqaware.engine.engine import Engine
 from seqaware.engine.ranks import Ranks
@@ -111,7 +113,14 @@ def _write_shards(engine: Engine, partial: Path) -> None:
     guard = _GuardedWriter(writer)
     engine.deepspeed.checkpoint_engine = guard
     try:
-        engine.deepspeed.save_checkpoint(str(partial.parent), tag=partial.name, client_state={}, save_latest=False)
+        engine.deepspeed.save_checkpoint(
+            str(partial.parent),
+            tag=partial.name,
+            client_state={},
+            save_latest=False,
+            # The weights that adapters leave alone are in the base model already.
+            exclude_frozen_parameters=engine.wrapped.adapters is not None,
+        )
     finally:
         engine.deepspeed.checkpoint_engine = writer
 
@@ -197,7 +206,9 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
             got=f"{ranks} ranks with ZeRO-{stage} then, {engine.ranks.size} with ZeRO-{engine.zero_stage} now",
             do=f"resume on {ranks} ranks with ZeRO-{stage}",
         )
-    path, _ = engine.deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    path, _ = engine.deepspeed.load_checkpoint(
+        str(checkpoint.parent), tag=checkpoint.name, load_module_strict=engine.wrapped.adapters is None
+    )
     if path is None:
         raise CheckpointError("DeepSpeed could not read the checkpoint", got=checkpoint)
     rng = torch.load(checkpoint / f"rng-{engine.ranks.rank}.pt", weights_only=True)
@@ -213,11 +224,43 @@ def _rng_state() -> dict[str, torch.Tensor]:
     return state
 
 
-def export_model(engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizerBase) -> None:
+def export_model(
+    engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizerBase, lora: LoraConfig | None = None
+) -> None:
     """Write a Hugging Face folder of the trained model: safetensors, config, generation config, tokenizer. Collective.
 
+    With adapters, `lora.export` says whether it is the whole model with the update added in, or the adapter alone.
     Under ZeRO-3 one parameter at a time is gathered; only rank 0 holds the whole, on the CPU.
     """
+    adapters, first = engine.wrapped.adapters, engine.ranks.is_first
+    write_weights: Callable[[Path, dict[str, torch.Tensor]], None]
+    if adapters is None or lora is None:
+        weights, write_weights = _whole_weights(engine), partial_call(_write_model, engine.wrapped.model)
+    elif lora.export == "merged":
+        weights, write_weights = adapters.merged_weights(keep=first), adapters.write_merged
+    else:
+        weights, write_weights = adapters.adapter_weights(keep=first), adapters.write_adapter
+
+    def write() -> None:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_weights(partial, weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    _together(engine.ranks, write, on_first_only=True)
+
+
+def _write_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    weights |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=weights)
+    model.config.use_cache = False
+
+
+def _whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every weight on the CPU of rank 0, and none elsewhere. Collective."""
     import deepspeed
 
     model = engine.wrapped.model
@@ -226,21 +269,7 @@ def export_model(engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizer
         with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if engine.ranks.is_first:
                 weights[name] = parameter.detach().cpu().clone()
-
-    def write() -> None:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        weights.update(
-            {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
-        )
-        model.config.use_cache = True
-        model.save_pretrained(partial, state_dict=weights)
-        model.config.use_cache = False
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-
-    _together(engine.ranks, write, on_first_only=True)
+    return weights
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -7,6 +7,9 @@ The algebra, for a step over the micro-batches b of the ranks r:
 D is one all-reduce, known before the first backward. DeepSpeed averages gradients over the R data-parallel ranks, so
 every rank hands `R / D · Σ_b Σ_t w_t · l_t` to backward, unscaled by the accumulation: the average is then the gradient
 of the loss above, whatever the number of ranks and of micro-batches, which may differ from step to step.
+
+Ranks that share a sequence (`sequence_parallel.py`) hold parts of the same micro-batch: its positions and weights are
+worked out for the whole rows and then cut, and r runs over all ranks as before.
 """
 
 from __future__ import annotations
@@ -34,10 +37,11 @@ _LOSS_SCALES = 40  # from 2^16 down to 2^-24, far below anything that is still o
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves, still on the device: the global sums and the gradient's norm before clipping."""
+    """What a step leaves, still on the device: the global sums, the gradient's norm before clipping, and D."""
 
     sums: StepSums
     grad_norm: Tensor | float
+    denominator: Tensor
 
 
 class Engine:
@@ -56,6 +60,7 @@ class Engine:
         self.normalize_by = plan.config.training.sft.normalize_by
         self.max_grad_norm = plan.config.training.optimizer.max_grad_norm
         self.attention_backend = attention_backend
+        self.sequence = ranks.sequence_group(plan.world.sequence)
         self.wrapped = model
         self.zero_stage = plan.zero_stage
         self._loss_scaled = plan.dtype == "float16"
@@ -77,8 +82,7 @@ class Engine:
             ConfigError: float16 overflows at every loss scale.
         """
         self.deepspeed.train()
-        placed = [batch.to(self.ranks.device) for batch in batches]
-        weights = [self.weights(batch) for batch in placed]
+        placed, weights = self._placed(batches)
         denominator = self.denominator(placed, weights)
         scale = (self.ranks.size / denominator).to(torch.float32)
         for group in self.deepspeed.optimizer.param_groups:
@@ -89,7 +93,7 @@ class Engine:
             # In float16 DeepSpeed passes over a step that overflows and halves its loss scale: we do the step again.
             if not (self._loss_scaled and self.deepspeed.optimizer.overflow):
                 self.ranks.sum(sums.vector)
-                return StepResult(sums, grad_norm)
+                return StepResult(sums, grad_norm, denominator)
         raise ConfigError("float16 overflows at every loss scale", do="write model.dtype: bfloat16 or float32")
 
     def _accumulate(self, batches: Sequence[Batch], weights: Sequence[Tensor], scale: Tensor) -> StepSums:
@@ -107,10 +111,21 @@ class Engine:
         self.deepspeed.eval()
         sums = StepSums.zeros(self.ranks.device)
         for batch in batches:
-            placed = batch.to(self.ranks.device)
-            _, stats = self._forward(placed, self.weights(placed))
+            (placed,), (weights_RT,) = self._placed([batch])
+            _, stats = self._forward(placed, weights_RT)
             sums = sums + StepSums.of(stats, sequences=placed.sequences, tokens=placed.tokens)
         return sums
+
+    def _placed(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Tensor]]:
+        """The micro-batches on the device, with their weights; of rows that ranks share, this rank's columns."""
+        device, group = self.ranks.device, self.sequence
+        whole = [batch.to(device) for batch in batches]
+        weights = [self.weights(batch) for batch in whole]
+        if group is None:
+            return whole, weights
+        # Cut on the host, where the places that carry loss are found without waiting for the device.
+        parts = [batch.shard(group.index, group.size).to(device) for batch in batches]
+        return parts, [group.columns(weights_RT) for weights_RT in weights]
 
     def weights(self, batch: Batch) -> Tensor:
         """Float32 weights [R, T] from the batch's integer positions, on its device; 0 where there is no loss."""
@@ -130,8 +145,12 @@ class Engine:
     def _forward(self, batch: Batch, weights_RT: Tensor) -> tuple[Tensor, Tensor]:
         positive = self.weighting.scheme in SCHEMES and batch.token_weight is None
         targets = Targets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive)
-        loss: tuple[Tensor, Tensor] = self.deepspeed(model_input(batch, self.attention_backend), targets)
+        loss: tuple[Tensor, Tensor] = self.deepspeed(self._model_input(batch), targets)
         return loss
+
+    def _model_input(self, batch: Batch) -> ModelInput:
+        documents = Documents(batch.cu_seqlens, batch.lengths, self.attention_backend, self.sequence)
+        return ModelInput(batch.input_ids, batch.position_ids, documents)
 
     def _step(self) -> Tensor | float:
         if self.zero_stage > 0:
@@ -150,12 +169,6 @@ class Engine:
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         self.deepspeed.buffered_allreduce_fallback()
-
-
-def model_input(batch: Batch, attention_backend: str) -> ModelInput:
-    """A batch as the model sees it."""
-    documents = Documents(batch.cu_seqlens, batch.lengths, attention_backend)
-    return ModelInput(batch.input_ids, batch.position_ids, documents)
 
 
 def _initialize(plan: Plan, model: WeightedCausalLM) -> Any:

@@ -17,13 +17,15 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from seqaware.config.schema import ModelConfig
+from seqaware.config.schema import LoraConfig, ModelConfig
 from seqaware.engine.attention import NAME as OUR_ATTENTION
 from seqaware.engine.attention import Documents
+from seqaware.engine.lora import Adapters, quantization
 from seqaware.errors import ConfigError
 from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits
 from seqaware.objective.fused import fused_cross_entropy
@@ -94,7 +96,10 @@ def build_initial_model(
         config = initial_config(fields, tokenizer)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(partial)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Of connected ranks transformers lets rank 0 alone write, which need not be the one that holds the lock.
+        model.should_save_on_this_rank = lambda is_main_process: True
+        model.save_pretrained(partial)
         (partial / mark.name).write_text(json.dumps(wanted))
         partial.rename(folder)
     return folder
@@ -135,8 +140,8 @@ def _check_fields(model_type: str, fields: Mapping[str, Any]) -> None:
             )
 
 
-def check_causal_lm(config: Any) -> int:
-    """The number of weights of the model that a config describes, counted without memory on the meta device.
+def empty_causal_lm(config: Any) -> PreTrainedModel:
+    """The model that a config describes, on the meta device: every module and shape, and no memory.
 
     Raises:
         ConfigError: it is no causal language model, contradicts itself, or does not take our attention.
@@ -145,13 +150,13 @@ def check_causal_lm(config: Any) -> int:
         raise ConfigError("a model without attention heads cannot be trained here", got=config.model_type)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=OUR_ATTENTION)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=OUR_ATTENTION)
     except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, AssertionError) as error:
         first_line = f"{config.model_type}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise ConfigError(
             "this config makes no causal language model that can be trained here", got=first_line
         ) from error
-    return sum(parameter.numel() for parameter in model.parameters())
+    return model
 
 
 @dataclass(frozen=True)
@@ -161,14 +166,15 @@ class LoadOptions:
     Attributes:
         dtype: of the module's parameters. dropout: overrides every dropout of the model's config; None keeps them.
         deepspeed: the complete DeepSpeed dict; with stage 3 the parameters are sharded while they load.
+        lora: says in how many bits the frozen weights are held.
     """
 
     dtype: torch.dtype
     dropout: float | None
-    activation_checkpointing: bool
     revision: str | None
     trust_remote_code: bool
     deepspeed: Mapping[str, Any]
+    lora: LoraConfig | None = None
 
 
 def load_model(source: str, options: LoadOptions) -> PreTrainedModel:
@@ -178,7 +184,7 @@ def load_model(source: str, options: LoadOptions) -> PreTrainedModel:
         ConfigError: it cannot be found or read, or does not follow transformers' attention interface.
     """
     sharded = options.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
-    where = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **where)
         if options.dropout is not None:
@@ -186,6 +192,8 @@ def load_model(source: str, options: LoadOptions) -> PreTrainedModel:
         config.use_cache = False
         # Kept alive while the model loads: transformers looks for it to know that ZeRO-3 shards the parameters.
         sharding = _hf_deepspeed_config(options.deepspeed) if sharded else None
+        if options.lora is not None and options.lora.quantize_base != "none":
+            where["quantization_config"] = quantization(options.lora, empty_causal_lm(config), options.dtype)
         model = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=options.dtype, attn_implementation=OUR_ATTENTION, **where
         )
@@ -193,8 +201,6 @@ def load_model(source: str, options: LoadOptions) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError("the model cannot be loaded", got=f"{source}: {first_line}") from error
-    if options.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loaded: PreTrainedModel = model
     return loaded
 
@@ -220,7 +226,7 @@ def output_head(model: PreTrainedModel) -> Head:
     start-up probe, which compares this head's logits with the model's own.
     """
     module = model.get_output_embeddings()
-    assert module is not None
+    assert module is not None and not isinstance(module, LoraLayer), "an adapted head is not one matrix"
     scale = float(getattr(model.config, "logit_scale", None) or 1.0)
     scale /= float(getattr(model.config, "logits_scaling", None) or 1.0)
     softcap = getattr(model.config, "final_logit_softcapping", None)
@@ -280,11 +286,13 @@ class WeightedCausalLM(nn.Module):
     Args:
         model: a transformers causal LM.
         loss_kernel: "fused" never builds the [N, V] logits; "plain" takes the model's own logits (the reference).
+        adapters: those inside `model`, where only they are trained.
     """
 
-    def __init__(self, model: PreTrainedModel, *, loss_kernel: str) -> None:
+    def __init__(self, model: PreTrainedModel, *, loss_kernel: str, adapters: Adapters | None = None) -> None:
         super().__init__()
         self.model = model
+        self.adapters = adapters
         self.loss_kernel = loss_kernel
         self.head_loss = HeadLoss(model)
 

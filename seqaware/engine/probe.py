@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seqaware.engine.attention import Documents
 from seqaware.engine.model import ModelInput, WeightedCausalLM, output_head
+from seqaware.engine.ranks import SequenceGroup
 from seqaware.errors import ConfigError
 
 _PACKED = (7, 12, 5)
@@ -25,12 +26,14 @@ class Probe:
 
     Attributes:
         packed: whether rows hold several documents; a run that packs nothing is probed on a document alone.
+        sequence: the ranks that share each row, where several do: the probes go the way of the run's batches.
     """
 
     backend: str
     vocabulary: int
     device: torch.device
     packed: bool
+    sequence: SequenceGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -48,28 +51,43 @@ class ProbeReport:
     tolerance: float
 
 
-@torch.no_grad()
 def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
-    """Perturb one document of a row and watch the others; compare a packed document with itself alone.
-
-    Collective under ZeRO-3: every rank must call it.
+    """Look whether documents of a row are apart, as `measure_isolation`, and refuse a model in which they are not.
 
     Raises:
         ConfigError: documents leak into each other, or tokens into their own past.
     """
+    report = measure_isolation(model, probe)
+    seen = max(report.leak, report.packed)
+    if seen > report.tolerance:
+        what = "documents of one row see each other" if probe.packed else "tokens see what comes after them"
+        raise ConfigError(
+            f"{what} in this model",
+            got=f"a change of {seen:.1e} relative, rounding explains {report.tolerance:.1e}",
+            do="write packing.enabled: false if the model mixes tokens outside attention" if probe.packed else None,
+        )
+    return report
+
+
+@torch.no_grad()
+def measure_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
+    """Perturb one document of a row and watch the others; compare a packed document with itself alone.
+
+    Collective under ZeRO-3: every rank must call it.
+    """
     was_training = model.training
     model.eval()
     lengths = _PACKED if probe.packed else _ALONE
-    vocabulary, backend = probe.vocabulary, probe.backend
+    vocabulary = probe.vocabulary
     ids = _probe_ids(sum(lengths), vocabulary, probe.device)
     first = lengths[0] if probe.packed else 0
     middle = slice(first, first + _ALONE[0])
-    logits = _logits(model, ids, lengths, backend)
+    logits = _logits(model, ids, lengths, probe)
     perturbed = ids.clone()
     # The last token of the middle document: nothing else in the row may move, its own past included.
     perturbed[middle.stop - 1] = (perturbed[middle.stop - 1] + 1) % vocabulary
-    moved = _logits(model, perturbed, lengths, backend)
-    alone = _logits(model, ids[middle], _ALONE, backend)
+    moved = _logits(model, perturbed, lengths, probe)
+    alone = _logits(model, ids[middle], _ALONE, probe)
     model.train(was_training)
 
     size = logits.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
@@ -77,32 +95,39 @@ def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
     untouched = torch.ones_like(change, dtype=torch.bool)
     untouched[middle.stop - 1] = False
     # A row of another length may take another GEMM kernel: rounding of the dtype times a small multiple, no more.
-    report = ProbeReport(
+    return ProbeReport(
         leak=float(change[untouched].max()),
         packed=float((alone - logits[middle]).abs().max() / size),
         response=float(change[~untouched].max()),
         tolerance=64 * torch.finfo(next(model.parameters()).dtype).eps,
     )
-    if report.leak > report.tolerance or report.packed > report.tolerance:
-        what = "documents of one row see each other" if probe.packed else "tokens see what comes after them"
-        raise ConfigError(
-            f"{what} in this model",
-            got=f"a change of {max(report.leak, report.packed):.1e} relative, rounding explains {report.tolerance:.1e}",
-            do="write packing.enabled: false if the model mixes tokens outside attention" if probe.packed else None,
-        )
-    return report
 
 
-@torch.no_grad()
 def probe_head(model: WeightedCausalLM, probe: Probe) -> float:
-    """Compare the fused loss's head with the model's own logits; returns the largest relative difference.
+    """Compare heads, as `measure_head`, and refuse a model whose head is not ours; returns the difference.
 
     Raises:
         ConfigError: the model does something to its logits that the fused loss does not know.
     """
+    difference, tolerance = measure_head(model, probe)
+    if difference > tolerance:
+        raise ConfigError(
+            "this model does more to its logits than the fused loss knows",
+            got=f"a relative difference of {difference:.1e}, rounding explains {tolerance:.1e}",
+            do="write model.loss_kernel: plain",
+        )
+    return difference
+
+
+@torch.no_grad()
+def measure_head(model: WeightedCausalLM, probe: Probe) -> tuple[float, float]:
+    """The largest relative difference between the fused loss's logits and the model's own, and what rounding explains.
+
+    Collective under ZeRO-3: every rank must call it.
+    """
     was_training = model.training
     model.eval()
-    inputs = _inputs(_probe_ids(_ALONE[0], probe.vocabulary, probe.device), _ALONE, probe.backend)
+    inputs = _inputs(_probe_ids(_ALONE[0], probe.vocabulary, probe.device), _ALONE, probe)
     own = model.logits(inputs).float().squeeze(0)
     hidden = model.hidden(inputs).squeeze(0)
     with gathered_head(model):
@@ -114,14 +139,7 @@ def probe_head(model: WeightedCausalLM, probe: Probe) -> float:
     model.train(was_training)
     size = own.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
     difference = float((own - ours).abs().max() / size)
-    tolerance = 64 * torch.finfo(next(model.parameters()).dtype).eps
-    if difference > tolerance:
-        raise ConfigError(
-            "this model does more to its logits than the fused loss knows",
-            got=f"a relative difference of {difference:.1e}, rounding explains {tolerance:.1e}",
-            do="write model.loss_kernel: plain",
-        )
-    return difference
+    return difference, 64 * torch.finfo(next(model.parameters()).dtype).eps
 
 
 def gathered_head(model: WeightedCausalLM) -> torch.autograd.grad_mode.no_grad:
@@ -138,11 +156,19 @@ def _probe_ids(count: int, vocabulary: int, device: torch.device) -> Tensor:
     return (torch.arange(1, count + 1, device=device) * 7919) % vocabulary
 
 
-def _inputs(ids: Tensor, lengths: tuple[int, ...], backend: str) -> ModelInput:
-    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=ids.device)
-    positions = torch.cat([torch.arange(length, device=ids.device) for length in lengths])
-    return ModelInput(ids.unsqueeze(0), positions.unsqueeze(0), Documents(borders, lengths, backend))
+def _inputs(ids: Tensor, lengths: tuple[int, ...], probe: Probe) -> ModelInput:
+    """A row of documents; where ranks share it, this rank's columns of the row, padded to a multiple of them."""
+    padding = -len(ids) % (probe.sequence.size if probe.sequence else 1)
+    segments = (*lengths, padding) if padding else lengths
+    borders = torch.tensor([0, *torch.tensor(segments).cumsum(0).tolist()], dtype=torch.int32, device=ids.device)
+    positions = torch.cat([torch.arange(length, device=ids.device) for length in segments]).unsqueeze(0)
+    row = torch.cat([ids, ids.new_zeros(padding)]).unsqueeze(0)
+    if probe.sequence is not None:
+        row, positions = probe.sequence.columns(row), probe.sequence.columns(positions)
+    return ModelInput(row, positions, Documents(borders, segments, probe.backend, probe.sequence))
 
 
-def _logits(model: WeightedCausalLM, ids: Tensor, lengths: tuple[int, ...], backend: str) -> Tensor:
-    return model.logits(_inputs(ids, lengths, backend)).float().squeeze(0)
+def _logits(model: WeightedCausalLM, ids: Tensor, lengths: tuple[int, ...], probe: Probe) -> Tensor:
+    logits = model.logits(_inputs(ids, lengths, probe)).float()
+    whole = logits if probe.sequence is None else probe.sequence.join(logits)
+    return whole.squeeze(0)[: len(ids)]

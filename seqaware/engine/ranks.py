@@ -208,6 +208,50 @@ class Ranks:
         return values
 
 
+    def sequence_group(self, size: int) -> SequenceGroup | None:
+        """The `size` neighbouring ranks that share each sequence with this one; None for one. Collective."""
+        import torch.distributed as dist
+
+        if size == 1:
+            return None
+        assert self.size % size == 0, "the plan lets a number of ranks through only if it divides the world"
+        groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.size, size)]
+        return SequenceGroup(groups[self.rank // size], index=self.rank % size, size=size)
+
+
+class SequenceGroup:
+    """The ranks that share each sequence: this one holds the `index`-th of `size` equal runs of columns."""
+
+    def __init__(self, handle: Any, *, index: int, size: int) -> None:
+        self._handle = handle
+        self.index = index
+        self.size = size
+
+    def exchange(self, tensor: Tensor) -> Tensor:
+        """All-to-all: slice i of the first dimension [n, …] goes to rank i, and slice i of the result came from it."""
+        import torch
+        import torch.distributed as dist
+
+        tensor = tensor.contiguous()
+        received = torch.empty_like(tensor)
+        dist.all_to_all_single(received, tensor, group=self._handle)
+        return received
+
+    def columns(self, tensor: Tensor) -> Tensor:
+        """This rank's run of the second dimension, which `size` divides."""
+        width = tensor.shape[1] // self.size
+        return tensor[:, self.index * width : (self.index + 1) * width]
+
+    def join(self, tensor: Tensor) -> Tensor:
+        """Put the runs of all ranks together again along the second dimension; no gradient flows back."""
+        import torch
+        import torch.distributed as dist
+
+        runs = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(runs, tensor.contiguous(), group=self._handle)
+        return torch.cat(runs, dim=1)
+
+
 def disconnect() -> None:
     """Meet once more and leave the group: gloo ranks that skip either now and then crash on the way out."""
     import torch.distributed as dist

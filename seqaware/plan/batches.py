@@ -131,17 +131,23 @@ def _step_size(schedule: ScheduleConfig, length: int, lines: list[str]) -> tuple
 
 
 def _check_shared(size: int | None, world: World, lines: list[str]) -> None:
+    where = f"{world.size} on {world.nodes} node(s)"
+    if world.sequence > 1:
+        where += f" = {world.groups} group(s) of {world.sequence} that share each sequence"
     if size is None:
-        lines.append(f"ranks: {world.size} on {world.nodes} node(s), which share the tokens of a step")
+        lines.append(f"ranks: {where}, which share the tokens of a step")
         return
-    if size < world.size:
+    groups = world.groups
+    if size < groups:
+        per_group = "" if world.sequence == 1 else f" in {groups} groups of {world.sequence}"
         raise ConfigError(
             "a batch that the ranks cannot share: fewer sequences in a step than ranks",
-            got=f"{size} sequences for {world.size} ranks",
-            do=f"write training.schedule.global_batch_size: {world.size} (or more), or start at most {size} ranks",
+            got=f"{size} sequences for {world.size} ranks{per_group}",
+            do=f"write training.schedule.global_batch_size: {groups} (or more), "
+            f"or start at most {size * world.sequence} ranks",
         )
-    share = f"{size / world.size:.4g} sequences each on average"
-    lines.append(f"ranks: {world.size} on {world.nodes} node(s), {share}, balanced by tokens and Σ length²")
+    share = f"{size / groups:.4g} sequences each on average"
+    lines.append(f"ranks: {where}, {share}, balanced by tokens and Σ length²")
 
 
 def _micro_batch_tokens(schedule: ScheduleConfig, length: int, least: int, lines: list[str]) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 
 from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
-from seqaware.plan.facts import World
+from seqaware.plan.capabilities import choices_of, refusals
+from seqaware.plan.facts import ModelFacts, World
 
 _GPU_OPTIMIZERS = ("fused_adam", "adamw_8bit")
 
@@ -24,16 +25,39 @@ def check_contradictions(config: Config, raw: Mapping[str, Any], *, world: World
     """
     zero = raw.get("zero_optimization", {})
     found = [
-        *_of_precision(config, zero, world, dtype),
+        *refusals(choices_of(config, stage=stage_of(raw), world=world, dtype=dtype)),
+        *_of_precision(world, dtype),
         *_of_optimizer(config.training.optimizer, zero, world),
         *_of_offload(zero),
         *_of_communication(zero, world),
-        *_of_attention(config.model.attention, world),
+        *_of_packages(config, world),
     ]
     if len(found) == 1:
         raise found[0]
     if found:
         raise ConfigError(f"{len(found)} contradictions:" + "".join(f"\n  - {error}" for error in found))
+
+
+def check_sequence_parallelism(ranks: int, *, world: World, model: ModelFacts | None) -> None:
+    """Refuse a number of ranks for one sequence that the world or the model's attention heads cannot share.
+
+    Raises:
+        ConfigError: it does not divide the ranks, or the query heads.
+    """
+    if world.size % ranks:
+        divisors = [n for n in range(1, world.size + 1) if world.size % n == 0]
+        raise ConfigError(
+            "parallel.sequence must divide the number of ranks",
+            got=f"{ranks}, with {world.size} ranks",
+            do=f"write one of {divisors}, or start a multiple of {ranks} ranks",
+        )
+    if model is not None and model.heads is not None and model.heads % ranks:
+        fitting = [n for n in range(1, world.size + 1) if world.size % n == 0 and model.heads % n == 0]
+        raise ConfigError(
+            "parallel.sequence must divide the model's attention heads: each rank computes whole heads",
+            got=f"{ranks} ranks to a sequence, {model.heads} heads",
+            do=f"write one of {fitting}",
+        )
 
 
 def stage_of(raw: Mapping[str, Any]) -> int:
@@ -48,18 +72,7 @@ def offload_device(zero: Mapping[str, Any], what: str) -> str | None:
     return None if device == "none" else str(device)
 
 
-def _of_precision(config: Config, zero: Mapping[str, Any], world: World, dtype: str) -> Iterator[ConfigError]:
-    if dtype == "float16" and world.device == "cpu":
-        yield ConfigError(
-            "model.dtype float16 cannot be trained on the CPU", do="write model.dtype: bfloat16, float32 or auto"
-        )
-    if dtype != "float32" and zero.get("stage", 0) == 0:
-        asked = f"model.dtype {config.model.dtype}"
-        yield ConfigError(
-            f"without ZeRO, DeepSpeed adds up micro-batches in {dtype}, and their number would change the gradient",
-            got=f"{asked} → {dtype} with ZeRO stage 0",
-            do="use ds_configs/zero1.json, or write model.dtype: float32",
-        )
+def _of_precision(world: World, dtype: str) -> Iterator[ConfigError]:
     if dtype == "bfloat16" and world.device == "cuda" and not world.bf16:
         yield ConfigError(
             "model.dtype bfloat16: these GPUs do not compute in it", do="write model.dtype: float16, float32 or auto"
@@ -70,9 +83,7 @@ def _of_optimizer(optimizer: OptimizerConfig, zero: Mapping[str, Any], world: Wo
     kind = optimizer.type
     offloaded = offload_device(zero, "offload_optimizer")
     name = f"training.optimizer.type {kind}"
-    if kind in _GPU_OPTIMIZERS and world.device == "cpu":
-        yield ConfigError(f"{name} runs on GPUs only, and this run has none", do="write adamw or cpu_adam")
-    elif kind in _GPU_OPTIMIZERS and offloaded:
+    if kind in _GPU_OPTIMIZERS and offloaded:
         yield ConfigError(
             f"{name} runs on the GPU, and the DeepSpeed config offloads the optimizer to {offloaded}",
             do="write training.optimizer.type: cpu_adam, or take a ds_config without offload_optimizer",
@@ -158,11 +169,17 @@ def _of_communication(zero: Mapping[str, Any], world: World) -> Iterator[ConfigE
         yield ConfigError(f"zero_optimization.{quantized[0]} needs GPUs", do="set it to false")
 
 
-def _of_attention(attention: str, world: World) -> Iterator[ConfigError]:
-    if world.device == "cpu" and attention in ("varlen", "flash_attention_2", "flash_attention_3"):
-        yield ConfigError(
-            f"model.attention {attention} needs GPUs", do="write model.attention: auto or sdpa_per_document"
-        )
+def _of_packages(config: Config, world: World) -> Iterator[ConfigError]:
+    attention, lora = config.model.attention, config.lora
     package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
     if package and world.device == "cuda" and importlib.util.find_spec(package) is None:
         yield ConfigError(f"model.attention {attention} needs {package}, which is not installed", do="write auto")
+    if lora is None or lora.quantize_base == "none":
+        return
+    name = f"lora.quantize_base {lora.quantize_base}"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield ConfigError(f"{name} needs bitsandbytes, which is not installed", do="pip install bitsandbytes")
+    if lora.dora and lora.quantize_base == "int8":
+        yield ConfigError(
+            f"{name} loses the scales of its weights where DoRA measures them", do="write nf4, or lora.dora: false"
+        )

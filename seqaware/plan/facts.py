@@ -16,6 +16,9 @@ _MAX_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_le
 _HIDDEN_SIZE = ("hidden_size", "n_embd", "d_model", "dim")
 _LAYERS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _PARAMETERS = ("num_parameters", "n_parameters")
+_HEADS = ("num_attention_heads", "n_head", "num_heads", "n_heads")
+_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+_INTERMEDIATE = ("intermediate_size", "n_inner", "ffn_dim", "d_ff")
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,9 @@ class World:
     """The ranks of a run.
 
     Attributes:
-        size: data-parallel ranks. local_size: ranks on one node. nodes: machines.
+        size: all ranks. local_size: ranks on one node. nodes: machines.
         bf16: the device computes in bfloat16.
+        sequence: ranks that share one sequence; each such group is one data-parallel rank.
     """
 
     size: int
@@ -32,6 +36,12 @@ class World:
     nodes: int
     device: Literal["cpu", "cuda"]
     bf16: bool
+    sequence: int = 1
+
+    @property
+    def groups(self) -> int:
+        """Data-parallel ranks: groups of ranks that hold sequences of their own."""
+        return self.size // self.sequence
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,8 @@ class ModelFacts:
 
     Attributes:
         max_positions: the longest sequence, in tokens. parameters: number of weights.
+        heads, key_value_heads, head_dim: of the attention. intermediate_size: of the MLP.
+        tied: the output head is the input embedding.
         defaults_known: False where only written fields were read, and the family's defaults fill in the others.
     """
 
@@ -50,6 +62,11 @@ class ModelFacts:
     parameters: int | None
     model_type: str
     defaults_known: bool = True
+    heads: int | None = None
+    key_value_heads: int | None = None
+    head_dim: int | None = None
+    intermediate_size: int | None = None
+    tied: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +105,7 @@ def model_facts(model: ModelConfig) -> ModelFacts | None:
     if model.from_scratch is not None:
         return replace(facts_from_dict(model.from_scratch), defaults_known=False)
     assert model.base_name is not None, "the schema wants one of base_name and from_scratch"
-    folder = Path(model.base_name)
+    folder = Path(model.base_name).expanduser()
     if folder.is_dir():
         return _facts_from_file(folder / "config.json")
     if folder.is_absolute() or model.base_name.startswith("."):
@@ -104,13 +121,19 @@ def facts_from_dict(config: Mapping[str, Any]) -> ModelFacts:
     # Models of several modalities keep the language model's figures in a configuration of its own.
     inner = config.get("text_config")
     text = {**config, **inner} if isinstance(inner, Mapping) else config
+    hidden, heads = _figure(text, _HIDDEN_SIZE), _figure(text, _HEADS)
     return ModelFacts(
         vocab_size=_figure(text, ("vocab_size",)),
         max_positions=_figure(text, _MAX_POSITIONS),
-        hidden_size=_figure(text, _HIDDEN_SIZE),
+        hidden_size=hidden,
         layers=_figure(text, _LAYERS),
         parameters=_figure(text, _PARAMETERS),
         model_type=str(config.get("model_type", "unknown")),
+        heads=heads,
+        key_value_heads=_figure(text, _KEY_VALUE_HEADS) or heads,
+        head_dim=_figure(text, ("head_dim",)) or (hidden // heads if hidden and heads else None),
+        intermediate_size=_figure(text, _INTERMEDIATE),
+        tied=text.get("tie_word_embeddings") is True,
     )
 
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from seqaware.config.load import REPOSITORY
 from seqaware.config.schema import Config
 from seqaware.plan.batches import BatchPlan, derive_batches
-from seqaware.plan.contradictions import check_contradictions, offload_device, stage_of
+from seqaware.plan.contradictions import (
+    check_contradictions,
+    check_sequence_parallelism,
+    offload_device,
+    stage_of,
+)
 from seqaware.plan.deepspeed_config import build_deepspeed_config, read_deepspeed_json
 from seqaware.plan.facts import DataFacts, ModelFacts, World
 from seqaware.plan.render import render_plan
@@ -93,7 +98,9 @@ class Plan:
             schedule |= {**shape, "total_steps": batches.total_steps}
         objective = training.sft.model_dump(mode="json", exclude={"gamma", "half_life", "horizon"})
         of_model = {"base_name", "from_scratch", "tokenizer", "revision", "dropout"}
+        adapters = config.lora and {"lora": config.lora.model_dump(mode="json", exclude={"export"})}
         return {
+            **(adapters or {}),
             "objective": {"gamma": training.sft.discount, **objective},
             "model": {**config.model.model_dump(mode="json", include=of_model), "dtype": self.dtype},
             "data": self._data_identity(),
@@ -146,6 +153,8 @@ def make_plan(
     """
     path = deepspeed_path or (Path(config.deepspeed) if config.deepspeed else DEFAULT_DEEPSPEED)
     raw = read_deepspeed_json(path)
+    check_sequence_parallelism(config.parallel.sequence, world=world, model=model)
+    world = replace(world, sequence=config.parallel.sequence)
     dtype = _resolved_dtype(config.model.dtype, world)
     check_contradictions(config, raw, world=world, dtype=dtype)
     return Plan(

@@ -8,11 +8,15 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from seqaware.plan.batches import WHEN_TOKENISED
+from seqaware.plan.layout import layout_of
+from seqaware.plan.memory import memory
+from seqaware.plan.throughput import collectives
 
 if TYPE_CHECKING:
     from seqaware.plan.plan import Plan
 
 _LABEL_WIDTH = 12
+_GIB = 2**30
 
 
 def render_plan(plan: Plan, *, settings: bool) -> str:
@@ -30,6 +34,7 @@ def render_plan(plan: Plan, *, settings: bool) -> str:
         _line("output", plan.config.output_dir),
         _line("deepspeed", f"ZeRO stage {plan.zero_stage}, from {plan.deepspeed_path}"),
         *(_line("", f"{key} = {value}") for key, value in _flat(plan.deepspeed) if settings),
+        *(_line(label, text) for label, text in _cost(plan)),
         *(_line("note", note) for note in plan.notes),
         _line("identity", _identity(plan)),
     ]
@@ -61,8 +66,13 @@ def _model(plan: Plan) -> str:
 def _precision(plan: Plan) -> str:
     world, model = plan.world, plan.config.model
     how = "as written" if model.dtype == plan.dtype else f"{model.dtype} on {world.device}"
-    extra = ", activation checkpointing" if model.activation_checkpointing else ""
-    return f"{plan.dtype} ({how}), attention {plan.attention}, loss kernel {model.loss_kernel}{extra}"
+    extra = {"none": "", "full": ", activation checkpointing", "offload": ", activation checkpointing on the CPU"}
+    tiles = f", MLPs {model.mlp_tile_tokens} tokens at a time" if model.mlp_tile_tokens else ""
+    compiled = ", layers compiled" if model.compile else ""
+    return (
+        f"{plan.dtype} ({how}), attention {plan.attention}, loss kernel {model.loss_kernel}"
+        f"{extra[model.activation_checkpointing]}{tiles}{compiled}"
+    )
 
 
 def _objective(plan: Plan) -> str:
@@ -100,7 +110,7 @@ def _rows(plan: Plan) -> str:
     if data is None or not data.exact or not batches.steps_per_epoch:
         return f"{packed}; tokens of a step: {WHEN_TOKENISED}"
     tokens = data.tokens / batches.steps_per_epoch[0]
-    least = max(plan.world.size, math.ceil(tokens / batches.micro_batch_tokens))
+    least = max(plan.world.groups, math.ceil(tokens / batches.micro_batch_tokens))
     return f"{packed}; a step has about {tokens:,.0f} tokens, in {least:,} micro-batches or more over all ranks"
 
 
@@ -142,6 +152,23 @@ def _evaluation(plan: Plan) -> str:
     when = f"every {evaluation.every_steps} steps and at the end" if evaluation.every_steps else "at the end"
     what = "loss and exact match" if evaluation.metric == "exact_match" else "loss"
     return f"{what} over {evaluation.dataset.name or 'a mixture'} ({evaluation.dataset.split}), {when}"
+
+
+def _cost(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What a rank holds and sends, where the model's sizes are known."""
+    layout = layout_of(plan)
+    if layout is None:
+        return
+    estimate = memory(layout)
+    fullest = estimate.moments[estimate.moment]
+    parts = ", ".join(f"{part} {size / _GIB:.2f}" for part, size in fullest.items() if size >= _GIB / 200)
+    yield "memory", f"about {estimate.peak / _GIB:.2f} GiB of tensors a rank at the {estimate.moment}: {parts}"
+    if estimate.host:
+        yield "", f"and {estimate.host_peak / _GIB:.2f} GiB offloaded to the CPU"
+    traffic = collectives(layout, micro_batches=1)
+    if traffic:
+        sent = ", ".join(f"{each.kind} {each.bytes / 1e9:.3g} GB" for each in traffic)
+        yield "traffic", f"a step of one micro-batch, each rank: {sent}"
 
 
 def _identity(plan: Plan) -> str:

@@ -22,6 +22,7 @@ class RowFormat:
     Attributes:
         capacity: tokens a micro-batch may hold. packed: several documents to a row, or one.
         positions, on_split: what k counts (`training.sft`). pad_id: any id of the vocabulary; padding never counts.
+        sequence: ranks that share each row, by columns.
     """
 
     capacity: int
@@ -29,14 +30,27 @@ class RowFormat:
     positions: str
     on_split: str
     pad_id: int
+    sequence: int = 1
 
 
 def rank_batches(store: TokenStore, ids: NDArray[np.int64], *, rows: RowFormat, rank: int, size: int) -> list[Batch]:
-    """The share of one rank in a set of documents, as micro-batches; the same number for every rank."""
-    layout = layout_step(ids, store.lengths[ids], capacity=rows.capacity, ranks=size, packed=rows.packed)
+    """The share of one rank in a set of documents, as micro-batches; the same number for every rank.
+
+    Args:
+        rank, size: among all ranks; the rows.sequence neighbours that share their rows get the same, whole ones.
+    """
+    groups = size // rows.sequence
+    layout = layout_step(ids, store.lengths[ids], capacity=rows.capacity, ranks=groups, packed=rows.packed)
     return [
-        build_batch(store, each.rows, positions=rows.positions, on_split=rows.on_split, pad_id=rows.pad_id)
-        for each in layout.micro_batches(rank)
+        build_batch(
+            store,
+            each.rows,
+            positions=rows.positions,
+            on_split=rows.on_split,
+            pad_id=rows.pad_id,
+            columns_multiple_of=rows.sequence,
+        )
+        for each in layout.micro_batches(rank // rows.sequence)
     ]
 
 
@@ -44,7 +58,7 @@ class StepBatches:
     """Which documents a step holds comes from `order` alone; the ranks only share them.
 
     Args:
-        rank, size: this rank among the data-parallel ranks.
+        rank, size: this rank among all ranks.
     """
 
     def __init__(self, store: TokenStore, order: StepOrder, *, rows: RowFormat, rank: int, size: int) -> None:

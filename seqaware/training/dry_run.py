@@ -8,7 +8,7 @@ from pathlib import Path
 from seqaware.config.schema import Config
 from seqaware.data.store import TokenStore
 from seqaware.data.store_index import find_store
-from seqaware.plan.facts import DataFacts, World, model_facts, rows_of_local_file
+from seqaware.plan.facts import DataFacts, ModelFacts, World, model_facts, rows_of_local_file
 from seqaware.plan.plan import Plan, make_plan
 from seqaware.training.facts import data_facts, needs_order, step_order
 
@@ -20,7 +20,16 @@ def plan_without_torch(config: Config, *, deepspeed_path: Path | None, ranks: in
         ConfigError: the config contradicts itself, the ranks or the model.
     """
     world = World(size=ranks, local_size=ranks, nodes=1, device="cuda" if gpu else "cpu", bf16=True)
-    plan = partial(make_plan, config, world=world, deepspeed_path=deepspeed_path, model=model_facts(config.model))
+    return plan_for(config, world=world, deepspeed_path=deepspeed_path, model=model_facts(config.model))
+
+
+def plan_for(config: Config, *, world: World, deepspeed_path: Path | None, model: ModelFacts | None) -> Plan:
+    """The Plan for ranks that need not be here.
+
+    Raises:
+        ConfigError: the config contradicts itself, the ranks or the model.
+    """
+    plan = partial(make_plan, config, world=world, deepspeed_path=deepspeed_path, model=model)
     return plan(data=_known_data(config, draft=plan(data=None)))
 
 

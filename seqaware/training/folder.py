@@ -3,6 +3,7 @@
 config.yaml    the resolved config          metrics.jsonl   one line an optimizer step or evaluation
 plan.json      every derived number         checkpoints/    what a rerun resumes from
 manifest.json  what made the run            model/          the trained model, for transformers
+certificate.json   what launcher/verify.py found, before or after the run
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from seqaware.engine.ranks import RankAddress
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import Plan
 
-_VERSIONS_OF = ("torch", "deepspeed", "transformers", "datasets", "numpy", "numba", "pydantic")
+# What a run, or its verification, makes before the folder is claimed: with nothing else in it, the folder is free.
+_BEFORE_THE_CLAIM = ("initial", "initial.lock", "certificate.json")
+_VERSIONS_OF = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "numba", "pydantic")
 _BYTES_PER_PARAMETER_MODEL = 4
 _BYTES_PER_PARAMETER_CHECKPOINT = 14  # bfloat16 weights, float32 master weights and two moments
 
@@ -59,6 +62,10 @@ class RunFolder:
         return self.path / "answers.jsonl"
 
     @property
+    def certificate(self) -> Path:
+        return self.path / "certificate.json"
+
+    @property
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 
@@ -74,7 +81,7 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str) -> None:
     """
     path = folder.path
     _check_writable(path)
-    if not path.exists() or not any(child.name not in ("initial", "initial.lock") for child in path.iterdir()):
+    if not path.exists() or not any(child.name not in _BEFORE_THE_CLAIM for child in path.iterdir()):
         return
     if not folder.manifest.is_file():
         raise ConfigError("output.dir is not empty and holds no run", got=path, do="choose another output.dir")
@@ -110,18 +117,22 @@ def _nearest_existing(path: Path) -> Path:
     return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
-def check_disk(path: Path, plan: Plan, parameters: int | None) -> None:
+def check_disk(path: Path, plan: Plan, parameters: int, *, trained: int) -> None:
     """Refuse to start a run whose results cannot fit on the disk.
+
+    Args:
+        parameters: number of weights of the model. trained: of those that are trained, which checkpoints hold.
 
     Raises:
         ConfigError: less is free than the model folder and the kept checkpoints need.
     """
-    if parameters is None:
-        return
     output = plan.config.output
     checkpoints = (output.keep_last + 1) if output.save_every else 1
-    bytes_each = _BYTES_PER_PARAMETER_MODEL * (2 if plan.config.model.from_scratch else 1)
-    needed = parameters * (bytes_each * output.save_model + _BYTES_PER_PARAMETER_CHECKPOINT * checkpoints)
+    initial = parameters if plan.config.model.from_scratch else 0
+    lora = plan.config.lora
+    exported = trained if lora is not None and lora.export == "adapter" else parameters
+    models = _BYTES_PER_PARAMETER_MODEL * (initial + exported * output.save_model)
+    needed = models + trained * _BYTES_PER_PARAMETER_CHECKPOINT * checkpoints
     existing = _nearest_existing(path)
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -195,13 +206,18 @@ def claim(folder: RunFolder, plan: Plan, *, address: RankAddress) -> None:
     manifest = {
         "seqaware": __version__,
         "git_revision": git_revision(),
-        "versions": {"python": sys.version.split()[0], **{name: metadata.version(name) for name in _VERSIONS_OF}},
+        "versions": versions(),
         "data_fingerprint": plan.data.fingerprint if plan.data else None,
         "objective": plan.config.training.sft.model_dump(mode="json", exclude_none=True),
         "mathematics": plan.mathematics(),
         "attempts": attempts,
     }
     write_durably(folder.manifest, json.dumps(manifest, indent=1))
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that decide what a run computes."""
+    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in _VERSIONS_OF}}
 
 
 def git_revision() -> str | None:

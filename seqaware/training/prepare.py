@@ -17,7 +17,9 @@ from seqaware.config.schema import Config, ModelConfig
 from seqaware.data.order import StepOrder
 from seqaware.data.store import TokenStore
 from seqaware.data.tokenize import load_tokenizer, prepare_store
-from seqaware.engine.model import check_causal_lm, check_model_source, check_vocabulary, initial_config, local_or_hub
+from seqaware.engine.layers import check_layers
+from seqaware.engine.lora_targets import find_targets
+from seqaware.engine.model import check_model_source, check_vocabulary, empty_causal_lm, initial_config, local_or_hub
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.batches import max_seq_length
@@ -36,7 +38,7 @@ class Prepared:
     Attributes:
         plan: with the data's figures. order: which documents a step holds.
         held_out: the tokenised evaluation rows, or None. questions: their prompts, where answers are asked for.
-        parameters: number of the model's weights.
+        parameters: number of the model's weights. trained_parameters: of those that are trained, adapters or all.
     """
 
     plan: Plan
@@ -47,6 +49,7 @@ class Prepared:
     questions: list[Question]
     weighting: Weighting
     parameters: int
+    trained_parameters: int
 
 
 def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progress: Progress | None) -> Prepared:
@@ -59,7 +62,12 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     check_model_source(config.model)
     tokenizer = load_tokenizer(config.model)
     model_config = resolve_model_config(config.model, tokenizer)
-    parameters = check_causal_lm(model_config)
+    empty = empty_causal_lm(model_config)
+    check_layers(empty, config.model)
+    parameters = sum(parameter.numel() for parameter in empty.parameters())
+    trained = parameters
+    if config.lora is not None:
+        trained = find_targets(config.lora, empty, loss_kernel=config.model.loss_kernel).trained
     model = facts_from_dict(model_config.to_dict())
     if model.vocab_size is not None:
         check_vocabulary(model.vocab_size, tokenizer)
@@ -72,7 +80,7 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     facts = data_facts(store, order, config.training.schedule)
     plan = make_plan(config, world=world, deepspeed_path=deepspeed_path, model=model, data=facts)
     questions = _questions(config, held_out, tokenizer, model.max_positions)
-    return Prepared(plan, tokenizer, store, order, held_out, questions, weighting, parameters)
+    return Prepared(plan, tokenizer, store, order, held_out, questions, weighting, parameters, trained)
 
 
 def _questions(

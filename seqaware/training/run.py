@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from seqaware.config.schema import Config
-from seqaware.engine.attention import choose_backend
 from seqaware.engine.checkpoint import RunState, export_model, load_checkpoint, save_checkpoint, set_aside_later
 from seqaware.engine.engine import Engine
-from seqaware.engine.model import DTYPES, LoadOptions, WeightedCausalLM, build_initial_model, load_model, local_or_hub
-from seqaware.engine.probe import Probe, probe_head, probe_isolation
-from seqaware.engine.ranks import RankAddress, Ranks, connect, gpu_is_visible
-from seqaware.plan.facts import World
+from seqaware.engine.first_step import check_losses
+from seqaware.engine.probe import probe_head, probe_isolation
+from seqaware.engine.ranks import RankAddress, Ranks, connect
 from seqaware.plan.plan import Plan
 from seqaware.report.metrics import MetricsFile
 from seqaware.report.progress import ProgressDisplay, RowCounter
 from seqaware.report.steps import StepReporter
-from seqaware.training.batches import RowFormat, StepBatches
+from seqaware.training.assembly import Say, build_engine, model_source, probe_of, row_format, world_of
+from seqaware.training.batches import StepBatches
 from seqaware.training.folder import RunFolder, check_claim, check_disk, claim, finish, is_finished, resume_point
 from seqaware.training.held_out import HeldOut
 from seqaware.training.loop import Due, train_steps
 from seqaware.training.prepare import Prepared, prepare
 from seqaware.training.summary import model_card, summary_lines
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -41,17 +37,6 @@ class RunRequest:
     config: Config
     deepspeed_path: Path | None = None
     resume: str = "auto"
-
-
-def world_of(address: RankAddress) -> World:
-    """The ranks as the Plan counts them."""
-    cuda = gpu_is_visible()
-    bf16 = True
-    if cuda:
-        import torch
-
-        bf16 = torch.cuda.is_bf16_supported()
-    return World(address.size, address.local_size, address.nodes, "cuda" if cuda else "cpu", bf16)
 
 
 def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
@@ -73,7 +58,8 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
         say(f"complete: all {done} steps of this run are done; its model and results are in {folder.path}")
         return folder.path
     say(plan.render(settings=False))
-    engine = _build_engine(prepared, _model_source(prepared, folder), ranks=ranks, say=say)
+    engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=say)
+    _probe(engine, plan, say=say)
     if ranks.is_first:
         claim(folder, plan, address=address)
         set_aside_later(folder.checkpoints, done)
@@ -92,49 +78,16 @@ def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder) -> tup
     checkpoint, done = resume_point(folder, plan, resume=request.resume)
     finished = done == plan.total_steps and is_finished(folder, plan)
     if not finished:
-        check_disk(folder.path, plan, prepared.parameters)
+        check_disk(folder.path, plan, prepared.parameters, trained=prepared.trained_parameters)
     return checkpoint, done, finished
 
 
-def _model_source(prepared: Prepared, folder: RunFolder) -> str:
-    model = prepared.plan.config.model
-    if model.from_scratch is None:
-        assert model.base_name is not None
-        return local_or_hub(model.base_name)
-    folder.path.mkdir(parents=True, exist_ok=True)
-    built = build_initial_model(
-        model.from_scratch,
-        seed=prepared.plan.config.training.control.seed,
-        tokenizer=prepared.tokenizer,
-        folder=folder.initial,
-    )
-    return str(built)
-
-
-def _build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) -> Engine:
-    plan = prepared.plan
-    config = plan.config.model
-    options = LoadOptions(
-        dtype=DTYPES[plan.dtype],
-        dropout=config.dropout,
-        activation_checkpointing=config.activation_checkpointing,
-        revision=config.revision if config.from_scratch is None else None,
-        trust_remote_code=config.trust_remote_code,
-        deepspeed=plan.deepspeed,
-    )
-    model = WeightedCausalLM(load_model(source, options), loss_kernel=config.loss_kernel)
-    text_config = model.model.config.get_text_config()
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    choice = choose_backend(config.attention, device=ranks.device.type, dtype=options.dtype, head_dim=head_dim)
-    say(f"attention   {choice.backend} ({choice.reason})")
-    engine = Engine(plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend)
-    vocabulary = text_config.vocab_size
-    probe = Probe(choice.backend, vocabulary, ranks.device, packed=plan.config.packing.enabled)
-    report = probe_isolation(model, probe)
+def _probe(engine: Engine, plan: Plan, *, say: Say) -> None:
+    probe = probe_of(engine, plan)
+    report = probe_isolation(engine.wrapped, probe)
     say(f"isolation   documents of one row do not see each other (change {report.leak:.1e} of {report.tolerance:.1e})")
-    if config.loss_kernel == "fused":
-        probe_head(model, probe)
-    return engine
+    if plan.config.model.loss_kernel == "fused":
+        probe_head(engine.wrapped, probe)
 
 
 def _train(prepared: Prepared, engine: Engine, *, folder: RunFolder, done: int, say: Say) -> None:
@@ -155,11 +108,13 @@ def _train(prepared: Prepared, engine: Engine, *, folder: RunFolder, done: int, 
             reporter.event(held_out.evaluate(step, answers=None))
 
     try:
+        if plan.total_steps is not None and done < plan.total_steps:
+            check_losses(engine, batches.of_step(done + 1)[0])
         if held_out is not None and done == 0:
             reporter.event({"kind": "evaluation", "step": 0, **held_out.loss()})
         train_steps(plan, engine=engine, batches=batches, reporter=reporter, due=Due(save, evaluate), done=done)
         if plan.config.output.save_model:
-            export_model(engine, folder.model, tokenizer=prepared.tokenizer)
+            export_model(engine, folder.model, tokenizer=prepared.tokenizer, lora=plan.config.lora)
         if held_out is not None:
             reporter.event(held_out.evaluate(plan.total_steps or 0, answers=folder.answers))
     finally:
@@ -170,19 +125,6 @@ def _train(prepared: Prepared, engine: Engine, *, folder: RunFolder, done: int, 
         for line in lines:
             say(line)
     ranks.barrier()
-
-
-def row_format(plan: Plan, prepared: Prepared) -> RowFormat:
-    """How this run lays documents into rows."""
-    tokenizer, sft = prepared.tokenizer, plan.config.training.sft
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return RowFormat(
-        capacity=plan.batches.micro_batch_tokens,
-        packed=plan.config.packing.enabled,
-        positions=sft.positions,
-        on_split=sft.on_split,
-        pad_id=int(pad),
-    )
 
 
 def _reporter(plan: Plan, folder: RunFolder, *, batches: StepBatches, ranks: Ranks, done: int) -> StepReporter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from seqaware.config.schema import LoraConfig
 from seqaware.plan.plan import Plan
 from seqaware.report.metrics import read_metrics
 from seqaware.report.progress import duration
@@ -47,6 +48,19 @@ def _trained(plan: Plan) -> str:
     return f"{plan.total_steps} steps on {plan.data.documents:,} documents, {objective}, {ranks}"
 
 
+def _what_is_trained(lora: LoraConfig | None) -> str:
+    if lora is None:
+        return "all weights"
+    layers = lora.target_modules if isinstance(lora.target_modules, str) else ", ".join(lora.target_modules)
+    kind = ("DoRA" if lora.dora else "LoRA") + (", rank-stabilised" if lora.rslora else "")
+    text = f"{kind} adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {layers}"
+    if lora.modules_to_save:
+        text += f"; {', '.join(lora.modules_to_save)} whole"
+    if lora.quantize_base != "none":
+        text += f"; over a base in {lora.quantize_base}"
+    return text + ("; merged into the weights" if lora.export == "merged" else "; this folder holds the adapter alone")
+
+
 def model_card(plan: Plan, lines: list[str]) -> str:
     """A README.md for the model's folder: objective, data, outcome."""
     config = plan.config
@@ -54,8 +68,10 @@ def model_card(plan: Plan, lines: list[str]) -> str:
     origin = config.model.base_name or f"a {config.model.from_scratch['model_type']} from scratch"  # type: ignore[index]
     data = config.dataset.name or ", ".join(part.name for part in config.dataset.mixture or [])
     outcome = "\n".join(f"    {line}" for line in lines)
+    alone = config.lora is not None and config.lora.export == "adapter"
+    library = f"peft\nbase_model: {config.model.base_name}" if alone and config.model.base_name else "transformers"
     return f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags: [seqaware]
 ---
@@ -71,6 +87,7 @@ of the k-th token is weighted by w_k = (1 − γ^k) / (1 − γ).
 | positions counted | {sft.positions} |
 | normalised by | {sft.normalize_by} |
 | precision | {plan.dtype} |
+| trained | {_what_is_trained(config.lora)} |
 
 {outcome}
 

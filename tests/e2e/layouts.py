@@ -1,57 +1,58 @@
-"""The layouts a run may have and the objectives it may train, and a small set of them that covers every pair."""
+"""The layouts a run may have and the objectives it may train, and small sets of them in which all choices meet."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-CHOICES: dict[str, tuple[object, ...]] = {
-    "ranks": (1, 2),
+from tests.covering import Combination, covering
+
+CHOICES: Mapping[str, Sequence[Any]] = {
+    "ranks": (1, 2, 4),
+    "sequence": (1, 2, 4),
     "stage": (0, 1, 2, 3),
     "packed": (True, False),
     "micro_batch_tokens": (4096, 128),
     "kernel": ("fused", "plain"),
+    "checkpointing": ("none", "full", "offload"),
+    "mlp_tile": (None, 16),
     "gamma": (0.0, 0.9, 0.98, 1.0),
     "normalize_by": ("tokens", "weight", "sequences"),
+    "kind": ("questions", "places", "chat", "text"),
 }
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One cell of the matrix: the first five fields are topology, the last two the objective."""
+    """One cell of the matrix: all fields are topology but the last three, the objective and the kind of data."""
 
     ranks: int
+    sequence: int
     stage: int
     packed: bool
     micro_batch_tokens: int
     kernel: str
+    checkpointing: str
+    mlp_tile: int | None
     gamma: float
     normalize_by: str
+    kind: str = "questions"
 
     @property
     def name(self) -> str:
         rows = "packed" if self.packed else "rows"
         micro = "one" if self.micro_batch_tokens == CHOICES["micro_batch_tokens"][0] else "several"
-        return f"r{self.ranks}-z{self.stage}-{rows}-{micro}-{self.kernel}-g{self.gamma}-{self.normalize_by}"
-
-    def pairs(self) -> Iterator[tuple[object, ...]]:
-        """Every two choices that this layout brings together."""
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        yield from itertools.combinations(values, 2)
+        return (
+            f"r{self.ranks}-s{self.sequence}-z{self.stage}-{rows}-{micro}-{self.kernel}-{self.checkpointing}"
+            f"-t{self.mlp_tile or 0}-g{self.gamma}-{self.normalize_by}-{self.kind}"
+        )
 
 
-def every_layout() -> list[Layout]:
-    return [Layout(*values) for values in itertools.product(*CHOICES.values())]  # type: ignore[arg-type]
+def covering_layouts(strength: int) -> list[Layout]:
+    """Layouts in which any `strength` choices meet."""
+    return [Layout(**values) for values in covering(CHOICES, strength=strength, valid=_can_exist)]
 
 
-def covering_layouts() -> list[Layout]:
-    """A greedy set in which any two choices meet at least once: each step takes the layout with most new pairs."""
-    layouts = every_layout()
-    missing = {pair for layout in layouts for pair in layout.pairs()}
-    chosen = []
-    while missing:
-        best = max(layouts, key=lambda layout: len(missing.intersection(layout.pairs())))
-        chosen.append(best)
-        missing.difference_update(best.pairs())
-    return chosen
+def _can_exist(layout: Combination) -> bool:
+    return bool(layout["sequence"] <= layout["ranks"])  # the ranks that share a sequence are some of the ranks

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from seqaware.config.load import REPOSITORY, load_config, read_yaml
 from seqaware.config.messages import config_paths
-from seqaware.config.schema import Config, ModelConfig, ScheduleConfig, SftConfig, config_json_schema
+from seqaware.config.schema import Config, LoraConfig, ModelConfig, ScheduleConfig, SftConfig, config_json_schema
 
 TRAIN_CONFIGS = REPOSITORY / "train_configs"
 MODEL = {"base_name": "gpt2"}
@@ -178,8 +179,17 @@ def written_paths(values: dict[str, Any], prefix: str = "") -> set[str]:
 
 
 def test_the_default_file_shows_every_key() -> None:
-    inside_evaluation = {path for path in config_paths() if path.startswith("evaluation.dataset.")}
-    assert written_paths(read_yaml(TRAIN_CONFIGS / "default.yaml")) == set(config_paths()) - inside_evaluation
+    elsewhere = {path for path in config_paths() if path.startswith(("evaluation.dataset.", "lora."))}
+    assert written_paths(read_yaml(TRAIN_CONFIGS / "default.yaml")) == set(config_paths()) - elsewhere
+
+
+def test_the_default_file_shows_the_keys_of_a_section_that_is_off() -> None:
+    text = (TRAIN_CONFIGS / "default.yaml").read_text()
+    block = re.search(r"^lora: null.*\n((?:  # .*\n)+)", text, re.MULTILINE)
+    assert block is not None
+    shown = yaml.safe_load(re.sub(r"^  # ", "", block[1], flags=re.MULTILINE))
+    assert LoraConfig.model_validate(shown) == LoraConfig()
+    assert set(shown) == set(LoraConfig.model_fields)
 
 
 def test_the_default_file_states_the_defaults() -> None:

@@ -228,6 +228,32 @@ def test_an_empty_micro_batch_is_padding_without_loss():
             assert getattr(batch, name).dtype == value.dtype
 
 
+@unhurried
+@given(st.lists(st.integers(1, 9), max_size=5), st.booleans(), st.integers(1, 4), st.sampled_from(POSITIONS))
+def test_shards_put_together_are_the_whole_rows(lengths, packed, count, positions):
+    store = MemoryStore([document(list(range(1, length + 2))) for length in lengths])
+    ids = list(range(len(lengths)))
+    options = {"positions": positions, "on_split": "continue", "pad_id": 0, "columns_multiple_of": count}
+    whole = build_batch(store, ([ids] if packed else [[i] for i in ids]) if ids else [], **options)
+    shards = [whole.shard(index, count) for index in range(count)]
+    for name in ("input_ids", "position_ids", "labels", "k", "length"):
+        assert torch.equal(torch.cat([getattr(shard, name) for shard in shards], dim=1), getattr(whole, name))
+    for name in ("sequences", "tokens", "supervised_tokens"):
+        assert sum(getattr(shard, name) for shard in shards) == getattr(whole, name)
+    for shard in shards:
+        assert shard.loss_rows.tolist() == [i for i, x in enumerate(shard.labels.flatten().tolist()) if x != NO_LABEL]
+        assert torch.equal(shard.cu_seqlens, whole.cu_seqlens) and shard.lengths == whole.lengths
+
+
+def test_columns_are_padded_to_a_multiple_and_the_padding_is_a_segment():
+    store = MemoryStore([document([5, 6, 7]), document([8, 9])])
+    options = {"positions": "supervised", "on_split": "continue", "pad_id": 0}
+    padded = build_batch(store, [[0, 1]], **options, columns_multiple_of=4)
+    assert padded.input_ids.tolist() == [[5, 6, 7, 8, 9, 0, 0, 0]] and padded.lengths == (3, 2, 3)
+    assert padded.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
+    assert build_batch(store, [], **options, columns_multiple_of=4).input_ids.shape == (1, 4)
+
+
 def test_moving_a_batch_keeps_every_type():
     batch = build(MemoryStore([document([5, 6, 7], weights=[1.0, 0.5, 2.0])]), [[0]])
     moved = batch.to("meta")

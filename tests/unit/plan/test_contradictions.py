@@ -26,13 +26,20 @@ def libaio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check(
-    world: World, zero: dict[str, Any], *, optimizer: str = "adamw", dtype: str = "float32", **model: Any
+    world: World,
+    zero: dict[str, Any],
+    *,
+    optimizer: str = "adamw",
+    dtype: str = "float32",
+    lora: dict[str, Any] | None = None,
+    **model: Any,
 ) -> None:
     config = Config.model_validate(
         {
             "model": {"base_name": "gpt2", **model},
             "dataset": {"name": "gsm8k"},
             "training": {"optimizer": {"type": optimizer}},
+            "lora": lora,
         }
     )
     check_contradictions(config, {"zero_optimization": zero}, world=world, dtype=dtype)
@@ -60,7 +67,8 @@ REFUSED: list[tuple[World, dict[str, Any], dict[str, Any], str]] = [
     (GPU, {"stage": 2, "zero_hpz_partition_size": 8}, {}, "zero_hpz_partition_size needs ZeRO stage 3"),
     (GPU, {"stage": 3, "zero_hpz_partition_size": 3}, {}, "got 3 for 16 ranks; write the ranks of one node: 8"),
     (CPU, {"stage": 3, "zero_quantized_weights": True}, {}, "zero_quantized_weights needs GPUs"),
-    (CPU, {"stage": 2}, {"attention": "varlen"}, "varlen needs GPUs"),
+    (CPU, {"stage": 2}, {"attention": "varlen", "dtype": "bfloat16"}, "varlen needs GPUs"),
+    (GPU, {"stage": 2}, {"attention": "varlen"}, "computes in bfloat16 or float16 only"),
 ]
 
 
@@ -83,7 +91,7 @@ ALLOWED: list[tuple[World, dict[str, Any], dict[str, Any]]] = [
     (GPU, {"stage": 3, "reduce_scatter": False}, {"optimizer": "muon"}),
     (GPU, {"stage": 3, **CPU_OFFLOAD, "offload_param": {"device": "none"}}, {"optimizer": "cpu_adam"}),
     (GPU, {"stage": 1, "overlap_comm": False}, {}),
-    (GPU, {"stage": 2}, {"attention": "varlen"}),
+    (GPU, {"stage": 2}, {"attention": "varlen", "dtype": "bfloat16"}),
 ]
 
 
@@ -103,10 +111,18 @@ def test_offloading_to_a_drive_needs_libaio(tmp_path: Path, monkeypatch: pytest.
         check(GPU, {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}})
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed here")
-def test_8_bit_needs_its_library() -> None:
-    with pytest.raises(ConfigError, match="bitsandbytes, which is not installed"):
+def test_fewer_bits_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
+    with pytest.raises(ConfigError, match="adamw_8bit needs bitsandbytes, which is not installed"):
         check(GPU, {"stage": 2}, optimizer="adamw_8bit")
+    with pytest.raises(ConfigError, match="quantize_base nf4 needs bitsandbytes, which is not installed"):
+        check(GPU, {"stage": 2}, lora={"quantize_base": "nf4"})
+
+
+def test_8_bits_do_not_go_with_dora() -> None:
+    with pytest.raises(ConfigError, match="loses the scales"):
+        check(GPU, {"stage": 2}, lora={"quantize_base": "int8", "dora": True})
 
 
 def test_all_contradictions_come_at_once() -> None:

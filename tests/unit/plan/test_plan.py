@@ -40,7 +40,10 @@ def plan(written: Config | None = None, **facts: Any) -> Plan:
 @pytest.mark.parametrize("ds_config", DS_CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("train_config", TRAIN_CONFIGS, ids=lambda path: path.stem)
 def test_every_shipped_pair_can_be_planned_on_cpus(train_config: Path, ds_config: Path) -> None:
-    made = make_plan(load_config(train_config), world=CPU, deepspeed_path=ds_config)
+    written = load_config(train_config)
+    # As many ranks as share a sequence, and two at least.
+    world = replace(CPU, size=max(2, written.parallel.sequence), local_size=max(2, written.parallel.sequence))
+    made = make_plan(written, world=world, deepspeed_path=ds_config)
     assert made.render()
     assert json.dumps(made.to_json())
 
@@ -156,6 +159,14 @@ def test_a_run_at_a_constant_rate_may_go_on_for_longer() -> None:
         return plan(config(training={"schedule": {"scheduler_type": "constant", **schedule}}))
 
     assert constant(max_steps=5).mathematics_hash() == constant(num_epochs=3).mathematics_hash()
+
+
+def test_adapters_are_mathematics_and_their_export_is_not() -> None:
+    whole, adapted = plan(), plan(config(lora={}))
+    assert "lora" not in whole.mathematics() and whole.mathematics_hash() != adapted.mathematics_hash()
+    assert plan(config(lora={"export": "adapter"})).mathematics_hash() == adapted.mathematics_hash()
+    for other in ({"rank": 8}, {"dora": True}, {"target_modules": ["q_proj"]}, {"modules_to_save": ["lm_head"]}):
+        assert plan(config(lora=other)).mathematics_hash() != adapted.mathematics_hash(), other
 
 
 def test_a_plan_is_plain_json() -> None:

@@ -1,0 +1,53 @@
+"""Plan: what a run costs on GPUs that need not be here, `python launcher/plan.py CONFIG --gpus 64 --device h200`.
+
+Memory by part, seconds of a step, the largest micro-batch and the longest sequence that fit, and the cheapest DeepSpeed
+config. Starts nothing, loads no model and needs no GPU.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.outcome import person_errors
+from seqaware.config.load import load_config
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
+    deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    gpus: Annotated[int, typer.Option(help="All GPUs of the run.", min=1)] = 8,
+    per_node: Annotated[int, typer.Option(help="GPUs of one node.", min=1)] = 8,
+    device: Annotated[str, typer.Option(help="h200, h100 or a100.")] = "h200",
+    memory: Annotated[float | None, typer.Option(help="GiB of a GPU, instead of the device's.")] = None,
+    nvlink: Annotated[float | None, typer.Option(help="GB/s one way between GPUs of a node.")] = None,
+    network: Annotated[float | None, typer.Option(help="GB/s one way of each GPU's network adapter.")] = None,
+) -> None:
+    """Estimate memory and speed of a run, and what else would fit.
+
+    Examples:
+
+        python launcher/plan.py train_configs/llama8b_node.yaml --gpus 8
+
+        python launcher/plan.py train_configs/llama70b_8nodes.yaml --gpus 64 --device h100
+    """
+    with person_errors():
+        from seqaware.plan.hardware import device_named
+        from seqaware.plan.outlook import outlook, overridden
+        from seqaware.training.outlook import Gpus, ask
+
+        chosen = overridden(device_named(device), memory_gib=memory, link_gb=nvlink, network_gb=network)
+        settings = load_config(config, overrides or [])
+        question = ask(settings, deepspeed_path=deepspeed, gpus=Gpus(gpus, per_node), device=chosen)
+        for label, text in outlook(question):
+            typer.echo(f"{label:<12}{text}")
+
+
+if __name__ == "__main__":
+    app()

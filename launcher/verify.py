@@ -1,0 +1,80 @@
+"""Verify: `deepspeed launcher/verify.py CONFIG`: is this config, on these ranks, the training that its formulas say?
+
+Started as launcher/train.py is, by the same launchers. Exit codes: 0 it holds, 1 it falls short, 2 something a person
+has to mend.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.outcome import person_errors
+from seqaware.config.load import load_config
+from seqaware.engine.ranks import RankAddress, disconnect, find_address, prepare_environment
+
+app = typer.Typer(add_completion=False)
+
+
+class OracleDType(StrEnum):
+    """The oracle's dtype: float64 for models of up to 10⁹ weights, else float32, unless it is named."""
+
+    auto = "auto"
+    float32 = "float32"
+    float64 = "float64"
+
+
+@app.command()
+def verify(
+    config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
+    deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 3,
+    dtype: Annotated[OracleDType, typer.Option(help="Of the oracle.")] = OracleDType.auto,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+) -> None:
+    """Compare a run's first steps, on its own model, data and layout, with a plain computation in one process.
+
+    Prints a table and writes certificate.json into the run's folder, before or after the run itself.
+
+    Example:
+
+        deepspeed --num_gpus 2 launcher/verify.py train_configs/demo.yaml --deepspeed ds_configs/zero3.json
+    """
+    del local_rank  # appended by the deepspeed launcher, which says the same in the environment
+    with person_errors():
+        address = find_address()
+    with person_errors(address.rank):
+        holds = _verify(config, deepspeed, overrides or [], steps=steps, dtype=dtype, address=address)
+    if not holds:
+        raise typer.Exit(1)
+
+
+def _verify(
+    path: Path | None,
+    deepspeed: Path | None,
+    overrides: list[str],
+    *,
+    steps: int,
+    dtype: OracleDType,
+    address: RankAddress,
+) -> bool:
+    config = load_config(path, overrides)
+    prepare_environment()
+    from seqaware.training.verify.run import VerifyRequest, verify
+
+    request = VerifyRequest(config, deepspeed, steps, dtype.value)
+    certificate = verify(request, address=address, say=typer.echo if address.rank == 0 else _silence)
+    disconnect()
+    return certificate.holds
+
+
+def _silence(text: str) -> None:
+    del text
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,114 @@
+"""How the decoder's layers run: recomputed in the backward, in tiles of tokens, compiled; what they compute stays.
+
+Activation checkpointing is torch's, without re-entrance, a layer at a time; `offload` keeps what is left, each layer's
+input, in CPU memory. Tiles cut an MLP's largest tensor, [tokens, intermediate size], which no sharding of weights
+makes smaller: each tile is computed by itself and again in the backward.
+
+What is compiled are the parts of a layer that treat every token by itself: its norms and its MLP, one graph each for
+all layers, whatever the documents' lengths. A layer as a whole would not hold: the attention's loop over documents and
+ZeRO-3's hooks break its graph, and under checkpointing torch gives up on it and runs it uncompiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from seqaware.config.model import ModelConfig
+from seqaware.errors import ConfigError
+
+# What families call the part of a layer that treats every token by itself.
+_MLP_NAMES = ("mlp", "feed_forward", "ffn")
+
+
+def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool) -> None:
+    """Set checkpointing, tiles and compilation of a model's layers as the config asks, once `check_layers` has agreed.
+
+    Args:
+        sharded: ZeRO-3 holds the parameters; an MLP in tiles is then gathered once for all its tiles.
+    """
+    if config.activation_checkpointing != "none":
+        # transformers calls it for every layer in training, as function(forward, *inputs).
+        recompute = _recompute_offloaded if config.activation_checkpointing == "offload" else _recompute
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module._gradient_checkpointing_func = recompute
+    mlps = list(_mlps(model))
+    if config.compile:
+        for part in [*mlps, *_norms(model)]:
+            part.forward = torch.compile(part.forward, dynamic=True)
+    if config.mlp_tile_tokens is not None:
+        for mlp in mlps:
+            mlp.forward = _in_tiles(mlp.forward, config.mlp_tile_tokens)
+    if sharded and (config.compile or config.mlp_tile_tokens is not None):
+        from deepspeed.utils import set_z3_leaf_modules
+
+        # Gathered as one, on entering and on leaving: not anew for every linear layer of every tile, and no hook
+        # of a linear layer breaks the graph.
+        set_z3_leaf_modules(model, list({type(mlp) for mlp in mlps}))
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, outermost only."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def check_layers(model: nn.Module, config: ModelConfig) -> None:
+    """Refuse what the model's layers do not offer; the model may be on the meta device.
+
+    Raises:
+        ConfigError: no layers that can be recomputed, or no MLPs.
+    """
+    kind = type(model).__name__
+    if config.activation_checkpointing != "none" and not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError(
+            "model.activation_checkpointing: this model cannot recompute its layers",
+            got=kind,
+            do="write model.activation_checkpointing: none",
+        )
+    wanting = [name for name in ("compile", "mlp_tile_tokens") if getattr(config, name)]
+    if wanting and not list(_mlps(model)):
+        raise ConfigError(
+            f"model.{wanting[0]}: no decoder layer of this model has an MLP called {', '.join(_MLP_NAMES)}",
+            got=kind,
+            do="write model.compile: false and model.mlp_tile_tokens: null",
+        )
+
+
+def _recompute(function: Callable[..., Any], *inputs: Any) -> Any:
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def _recompute_offloaded(function: Callable[..., Any], *inputs: Any) -> Any:
+    with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def _mlps(model: nn.Module) -> Iterator[nn.Module]:
+    for layer in decoder_layers(model):
+        yield from (child for name, child in layer.named_children() if name in _MLP_NAMES)
+
+
+def _norms(model: nn.Module) -> Iterator[nn.Module]:
+    for layer in decoder_layers(model):
+        yield from (child for child in layer.children() if "norm" in type(child).__name__.lower())
+
+
+def _in_tiles(whole: Callable[[Tensor], Tensor], tokens: int) -> Callable[[Tensor], Tensor]:
+    """The same function of [R, T, H], `tokens` tokens at a time."""
+
+    def forward(hidden_RTH: Tensor) -> Tensor:
+        tiles = hidden_RTH.flatten(0, 1).split(tokens)
+        if len(tiles) == 1:
+            return whole(hidden_RTH)
+        done = [_recompute(whole, tile.unsqueeze(0)).squeeze(0) for tile in tiles]
+        return torch.cat(done).view_as(hidden_RTH)
+
+    return forward

@@ -1,0 +1,168 @@
+"""What decides the memory and the speed of a step: the model's shape, the ranks, ZeRO's settings, the micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from seqaware.config.model import LoraConfig
+from seqaware.plan.decoder import Decoder, decoder_of
+from seqaware.plan.facts import World
+from seqaware.plan.gathering import Gathering, GatherSettings, gathering
+
+if TYPE_CHECKING:
+    from seqaware.plan.plan import Plan
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_FROZEN_BYTES = {"nf4": 0.5, "int8": 1.0}
+_LINEAR_NAMES = {
+    "gated": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "gpt2": ("c_attn", "c_proj", "c_fc", "c_proj"),
+}
+
+
+@dataclass(frozen=True)
+class ZeroSettings:
+    """ZeRO as DeepSpeed 0.19 will have it, defaults filled in. Buckets are counted in weights, not in bytes."""
+
+    stage: int
+    overlap: bool
+    contiguous: bool
+    reduce_bucket: int
+    sub_group: int
+    gather: GatherSettings
+    offload_optimizer: str | None
+    offload_parameters: str | None
+    parameter_buffers: int
+    secondary_partition: int
+
+    @classmethod
+    def of(cls, zero: Mapping[str, Any]) -> ZeroSettings:
+        """From the section zero_optimization of a DeepSpeed JSON."""
+        stage = int(zero.get("stage", 0))
+
+        def figure(name: str, default: float) -> int:
+            return int(zero.get(name, zero.get(f"stage3_{name}", default)))
+
+        def device(name: str) -> str | None:
+            block = zero.get(name) or {}
+            return None if block.get("device", "none") == "none" else str(block["device"])
+
+        block = zero.get("offload_param") or {}
+        overlap = zero.get("overlap_comm")
+        return cls(
+            stage=stage,
+            overlap=stage == 3 if overlap is None else bool(overlap),
+            contiguous=bool(zero.get("contiguous_gradients", True)),
+            reduce_bucket=figure("reduce_bucket_size", 5e8),
+            sub_group=figure("sub_group_size", 1e9),
+            gather=GatherSettings(
+                prefetch=figure("prefetch_bucket_size", 5e7),
+                max_live=figure("max_live_parameters", 1e9),
+                reuse=figure("max_reuse_distance", 1e9),
+                persistence=figure("param_persistence_threshold", 1e5),
+            ),
+            offload_optimizer=device("offload_optimizer"),
+            offload_parameters=device("offload_param"),
+            parameter_buffers=int(block.get("buffer_count", 5)) * int(block.get("buffer_size", 1e8)),
+            secondary_partition=figure("zero_hpz_partition_size", 1),
+        )
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model on ranks.
+
+    Attributes:
+        dtype: float32, bfloat16 or float16.
+        micro_batch_tokens: what the ranks of one sequence group hold at once.
+        longest: tokens of the longest document in them, of which attention is made.
+        checkpointing: none, full or offload. mlp_tile_tokens: None for all at once.
+        adapters: weights of LoRA's factors, 0 where the whole model is trained; whole_modules: of modules beside them
+            that are trained whole; trains_head: the head is among what is trained; frozen_bytes: of one frozen weight.
+        passes: micro-batches of a step are more than one, so that gradients wait from one to the next.
+    """
+
+    decoder: Decoder
+    world: World
+    dtype: str
+    zero: ZeroSettings
+    optimizer: str
+    micro_batch_tokens: int
+    longest: int
+    checkpointing: str = "none"
+    mlp_tile_tokens: int | None = None
+    loss_kernel: str = "fused"
+    adapters: int = 0
+    trains_head: bool = True
+    whole_modules: int = 0
+    frozen_bytes: float | None = None
+    passes: bool = True
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a weight while computing."""
+        return BYTES[self.dtype]
+
+    @property
+    def narrow(self) -> bool:
+        return self.itemsize < 4
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one rank."""
+        return -(-self.micro_batch_tokens // self.world.sequence)
+
+    @property
+    def trained(self) -> int:
+        return self.adapters + self.whole_modules if self.adapters else self.decoder.parameters
+
+    @property
+    def frozen(self) -> int:
+        return self.decoder.parameters - self.whole_modules if self.adapters else 0
+
+
+def gathered(layout: Layout) -> Gathering:
+    """What ZeRO-3 gathers in a micro-batch of this layout."""
+    recomputed, tiled = layout.checkpointing != "none", layout.mlp_tile_tokens is not None
+    return gathering(layout.decoder, layout.zero.gather, recomputed=recomputed, whole_mlp=tiled)
+
+
+def layout_of(plan: Plan) -> Layout | None:
+    """The layout of a plan; None while the model's sizes are not known."""
+    decoder = decoder_of(plan.model)
+    if decoder is None:
+        return None
+    config, batches = plan.config, plan.batches
+    adapters, whole, head = (0, 0, True) if config.lora is None else _adapters(decoder, config.lora)
+    frozen = None if config.lora is None else _FROZEN_BYTES.get(config.lora.quantize_base)
+    return Layout(
+        decoder=decoder,
+        world=plan.world,
+        dtype=plan.dtype,
+        zero=ZeroSettings.of(plan.deepspeed["zero_optimization"]),
+        optimizer=config.training.optimizer.type,
+        micro_batch_tokens=batches.micro_batch_tokens,
+        longest=min(batches.max_seq_length, batches.micro_batch_tokens),
+        checkpointing=config.model.activation_checkpointing,
+        mlp_tile_tokens=config.model.mlp_tile_tokens,
+        loss_kernel=config.model.loss_kernel,
+        adapters=adapters,
+        trains_head=head,
+        whole_modules=whole,
+        frozen_bytes=frozen,
+    )
+
+
+def _adapters(decoder: Decoder, lora: LoraConfig) -> tuple[int, int, bool]:
+    """Weights of the adapters, weights of modules that are trained whole, and whether the head is one of them."""
+    named = dict(zip(_LINEAR_NAMES[decoder.family], decoder.linear_widths, strict=False))
+    targets = lora.target_modules
+    # A regular expression is counted as if it named every linear layer: never too little.
+    chosen = list(decoder.linear_widths) if isinstance(targets, str) else [named[n] for n in targets if n in named]
+    magnitudes = sum(out for _, out in chosen) if lora.dora else 0
+    adapters = decoder.layers * (lora.rank * sum(inner + out for inner, out in chosen) + magnitudes)
+    outer = decoder.vocabulary * decoder.hidden
+    heads = [name for name in lora.modules_to_save if name in ("lm_head", "embed_tokens", "wte")]
+    return adapters, outer * len(heads), "lm_head" in heads or (decoder.tied and bool(heads))

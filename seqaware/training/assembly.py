@@ -1,0 +1,103 @@
+"""What a run and its verification are made of, and both make alike: ranks, rows, the model and its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from transformers import PreTrainedModel
+
+from seqaware.engine.attention import choose_backend
+from seqaware.engine.engine import Engine
+from seqaware.engine.layers import arrange_layers
+from seqaware.engine.lora import Adapters
+from seqaware.engine.model import DTYPES, LoadOptions, WeightedCausalLM, build_initial_model, load_model, local_or_hub
+from seqaware.engine.probe import Probe
+from seqaware.engine.ranks import RankAddress, Ranks, gpu_is_visible
+from seqaware.plan.facts import World
+from seqaware.plan.plan import Plan
+from seqaware.training.batches import RowFormat
+from seqaware.training.folder import RunFolder
+from seqaware.training.prepare import Prepared
+
+Say = Callable[[str], None]
+
+
+def world_of(address: RankAddress) -> World:
+    """The ranks as the Plan counts them."""
+    cuda = gpu_is_visible()
+    bf16 = True
+    if cuda:
+        import torch
+
+        bf16 = torch.cuda.is_bf16_supported()
+    return World(address.size, address.local_size, address.nodes, "cuda" if cuda else "cpu", bf16)
+
+
+def model_source(prepared: Prepared, folder: RunFolder) -> str:
+    """The folder or hub id that every rank loads; a model from scratch is made first, in the run's folder."""
+    model = prepared.plan.config.model
+    if model.from_scratch is None:
+        assert model.base_name is not None
+        return local_or_hub(model.base_name)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    built = build_initial_model(
+        model.from_scratch,
+        seed=prepared.plan.config.training.control.seed,
+        tokenizer=prepared.tokenizer,
+        folder=folder.initial,
+    )
+    return str(built)
+
+
+def build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) -> Engine:
+    """Load the model as config and ZeRO stage ask, and put the engine round it. Collective; nothing is probed."""
+    plan = prepared.plan
+    config = plan.config.model
+    options = LoadOptions(
+        dtype=DTYPES[plan.dtype],
+        dropout=config.dropout,
+        revision=config.revision if config.from_scratch is None else None,
+        trust_remote_code=config.trust_remote_code,
+        deepspeed=plan.deepspeed,
+        lora=plan.config.lora,
+    )
+    loaded = load_model(source, options)
+    adapters = _adapters(plan, loaded, options)
+    if adapters is not None:
+        trained = f"{prepared.trained_parameters:,} trained weights to the model's {prepared.parameters:,}"
+        say(f"adapters    on {len(adapters.targets.linear)} layers, {trained}")
+    arrange_layers(loaded, config, sharded=plan.zero_stage == 3)
+    model = WeightedCausalLM(loaded, loss_kernel=config.loss_kernel, adapters=adapters)
+    text_config = model.model.config.get_text_config()
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    choice = choose_backend(config.attention, device=ranks.device.type, dtype=options.dtype, head_dim=head_dim)
+    say(f"attention   {choice.backend} ({choice.reason})")
+    return Engine(plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend)
+
+
+def probe_of(engine: Engine, plan: Plan) -> Probe:
+    """What the start-up probes need to know of this run."""
+    vocabulary = engine.wrapped.model.config.get_text_config().vocab_size
+    packed = plan.config.packing.enabled
+    return Probe(engine.attention_backend, vocabulary, engine.ranks.device, packed, engine.sequence)
+
+
+def _adapters(plan: Plan, model: PreTrainedModel, options: LoadOptions) -> Adapters | None:
+    if plan.config.lora is None:
+        return None
+    seed = plan.config.training.control.seed
+    return Adapters(model, plan.config.lora, seed=seed, revision=options.revision, deepspeed=options.deepspeed)
+
+
+def row_format(plan: Plan, prepared: Prepared) -> RowFormat:
+    """How this run lays documents into rows."""
+    tokenizer, sft = prepared.tokenizer, plan.config.training.sft
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return RowFormat(
+        capacity=plan.batches.micro_batch_tokens,
+        packed=plan.config.packing.enabled,
+        positions=sft.positions,
+        on_split=sft.on_split,
+        pad_id=int(pad),
+        sequence=plan.world.sequence,
+    )

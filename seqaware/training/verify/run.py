@@ -1,0 +1,226 @@
+"""Verify a config on these ranks: the run's own engine against an oracle of one process, for a handful of steps.
+
+The engine is built as a run builds it and takes real steps over the run's first documents, at learning rate 0. Rank 0
+works out the same steps with a second copy of the model: one document at a time, without packing, sharding, cache or
+fused kernels, in float64. Losses, counts and every parameter's gradient must agree to the rounding of the run's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from seqaware.config.schema import Config, SftConfig
+from seqaware.engine.engine import Engine
+from seqaware.engine.first_step import compare_losses
+from seqaware.engine.gradients import digest_of_weights
+from seqaware.engine.probe import measure_head, measure_isolation
+from seqaware.engine.ranks import RankAddress, connect
+from seqaware.errors import ConfigError
+from seqaware.objective.weighting import Weighting
+from seqaware.plan.plan import Plan
+from seqaware.report.progress import RowCounter
+from seqaware.training.assembly import Say, build_engine, model_source, probe_of, row_format, world_of
+from seqaware.training.batches import StepBatches
+from seqaware.training.folder import RunFolder, check_claim
+from seqaware.training.prepare import Prepared, prepare
+from seqaware.training.verify.certificate import Certificate, table
+from seqaware.training.verify.items import Item, count_item, epsilon, gradient_item, loss_item, norm_item, weight_item
+from seqaware.training.verify.measure import Measured, measure_step
+from seqaware.training.verify.oracle import log_softmax_losses, plain_cross_entropy_losses
+from seqaware.training.verify.reference import OracleDType, Reference, StepDocuments
+from seqaware.training.verify.worlds import world_items
+
+# Ranks wait for rank 0's oracle, which takes its time.
+_PATIENCE_MINUTES = 24 * 60.0
+_NOTHING = 1e-30  # relative to this where a size is zero
+
+
+@dataclass(frozen=True)
+class VerifyRequest:
+    """What the command line asks for. steps: optimizer steps to compare. dtype: of the oracle."""
+
+    config: Config
+    deepspeed_path: Path | None = None
+    steps: int = 3
+    dtype: OracleDType = "auto"
+
+
+def verify(request: VerifyRequest, *, address: RankAddress, say: Say) -> Certificate:
+    """Compare, show the table and write certificate.json. Every rank calls it, and gets the same certificate.
+
+    Raises:
+        ConfigError: the config cannot be verified, or the folder holds another run.
+    """
+    _check_config(request.config)
+    prepared = prepare(
+        request.config, world=world_of(address), deepspeed_path=request.deepspeed_path, progress=RowCounter(say)
+    )
+    plan = prepared.plan
+    if plan.dtype == "float16":
+        do = "verify with --set model.dtype=bfloat16 or float32"
+        raise ConfigError("verify cannot read gradients in float16, which carry a loss scale that moves", do=do)
+    folder = RunFolder(Path(plan.config.output_dir))
+    if address.rank == 0:
+        check_claim(folder, plan, resume="auto")
+    ranks = connect(address, timeout_minutes=_PATIENCE_MINUTES)
+    say(plan.render(settings=False))
+    source = model_source(prepared, folder)
+    engine = build_engine(prepared, source, ranks=ranks, say=say)
+    reference = None
+    if ranks.is_first:
+        reference = Reference(prepared, source, dtype=request.dtype, device=ranks.device)
+        say(f"oracle      {reference.told}; one document at a time, eager attention, plain loss")
+    certificate: Certificate = ranks.agree(_Verification(prepared, engine, reference, say).certificate(request.steps))
+    if ranks.is_first:
+        path = certificate.write(folder, plan, address=address)
+        for line in ["", *table(certificate.items), "", *_summary(certificate), f"certificate {path}"]:
+            say(line)
+    ranks.barrier()
+    return certificate
+
+
+def _check_config(config: Config) -> None:
+    if config.model.dropout != 0 or (config.lora is not None and config.lora.dropout != 0):
+        do = "verify with --set model.dropout=0 (and lora.dropout=0)"
+        raise ConfigError("dropout draws its masks anew in every layout, so there is nothing to compare", do=do)
+    if config.lora is not None and config.lora.quantize_base != "none":
+        do = "verify with --set lora.quantize_base=none"
+        raise ConfigError("verify has no oracle for lora.quantize_base, which rounds the model itself", do=do)
+
+
+def _summary(certificate: Certificate) -> Iterator[str]:
+    failed = [item for item in certificate.items if not item.holds]
+    steps = f"steps 1 to {certificate.steps[-1]}"
+    if not failed:
+        yield f"verdict     holds: all {len(certificate.items)} comparisons over {steps}"
+        return
+    names = ", ".join(dict.fromkeys(item.name for item in failed))
+    yield f"verdict     falls short in {len(failed)} of {len(certificate.items)} comparisons over {steps}: {names}"
+    if certificate.first_parameter:
+        yield f"differs     first in the gradient of {certificate.first_parameter}"
+
+
+class _Verification:
+    """The comparisons, in turn. Everything that runs on the engine is collective; the oracle is rank 0's.
+
+    Args:
+        reference: None on the other ranks.
+    """
+
+    def __init__(self, prepared: Prepared, engine: Engine, reference: Reference | None, say: Say) -> None:
+        self._prepared = prepared
+        self._plan: Plan = prepared.plan
+        self._engine = engine
+        self._reference = reference
+        self._say = say
+        self._rows = row_format(prepared.plan, prepared)
+        ranks = engine.ranks
+        self._batches = StepBatches(prepared.store, prepared.order, rows=self._rows, rank=ranks.rank, size=ranks.size)
+        self._items: list[Item] = []
+        self._first_parameter: str | None = None
+
+    def certificate(self, steps: int) -> Certificate:
+        """Run all comparisons over the first `steps` optimizer steps. Whole on rank 0 alone."""
+        assert self._plan.total_steps is not None, "prepared data gives the steps"
+        numbers = tuple(range(1, min(steps, self._plan.total_steps) + 1))
+        sft = self._plan.config.training.sft
+        before = digest_of_weights(self._engine)
+        self._add(self._probes())
+        self._add(self._losses())
+        if self._reference is not None:
+            self._add(world_items(self._prepared, self._rows, numbers))
+        for step in numbers:
+            self._add(self._step(step, sft))
+            self._say(f"compared    step {step} of {numbers[-1]}")
+        self._add(self._gamma_zero(sft))
+        self._say("compared    γ = 0 with F.cross_entropy")
+        stayed = all(self._engine.ranks.gather(digest_of_weights(self._engine) == before))
+        note = "steps at learning rate 0 left them as they were"
+        self._add([Item("weights meanwhile", 0.0, 0.0 if stayed else 1.0, note)])
+        oracle = "" if self._reference is None else self._reference.told
+        return Certificate(tuple(self._items), self._first_parameter, numbers, oracle)
+
+    def _add(self, items: list[Item]) -> None:
+        self._items += items
+
+    def _probes(self) -> list[Item]:
+        """Documents of one row do not see each other; and our head is the model's."""
+        model, probe = self._engine.wrapped, probe_of(self._engine, self._plan)
+        # The same kernels over the same row: nothing but the disturbed document should move at all. That a packed
+        # document is what it is alone is shown by loss and gradient, against an oracle that packs nothing.
+        rounding = epsilon(next(model.parameters()).dtype)
+        report = measure_isolation(model, probe)
+        note = f"one document is disturbed: its logits move by {report.response:.1e}, all others by {report.leak:.1e}"
+        items = [Item("isolation of documents", rounding, report.leak, note)]
+        if model.loss_kernel == "fused":
+            # Product, bias, scale and cap, each rounded once.
+            difference, _ = measure_head(model, probe)
+            items.append(Item("head of the fused loss", 4 * rounding, difference, "its logits and the model's own"))
+        return items
+
+    def _losses(self) -> list[Item]:
+        """The fused loss and the plain one over a few tokens of the first micro-batch."""
+        seen = compare_losses(self._engine, self._batches.of_step(1)[0])
+        if seen is None:
+            return []
+        size, slope = max(abs(seen.plain), _NOTHING), max(seen.gradient_size, _NOTHING)
+        note = f"{seen.tokens} tokens: Σ w·l {seen.fused:.8g}, plain {seen.plain:.8g}"
+        about = "by the hidden states of the same tokens"
+        return [
+            Item("fused loss", seen.loss_explained / size, abs(seen.fused - seen.plain) / size, note),
+            Item("fused loss, gradient", seen.gradient_explained / slope, seen.gradient_error / slope, about),
+        ]
+
+    def _step(self, step: int, sft: SftConfig) -> list[Item]:
+        measured = measure_step(self._engine, self._batches.of_step(step))
+        if self._reference is None:
+            return []
+        documents = StepDocuments.of(self._prepared, step, sft)
+        pair = self._reference.pair(documents, log_softmax_losses)
+        gradients = gradient_item("gradient of every parameter", measured.gradients, pair)
+        self._first_parameter = self._first_parameter or gradients.first
+        items = [
+            loss_item("loss", measured.metrics["loss"], pair, weighted=True),
+            loss_item("unweighted loss", measured.metrics["unweighted_loss"], pair, weighted=False),
+            *_counts(measured, documents, sft),
+            norm_item("gradient norm", measured.gradient_norm, pair),
+            gradients.item,
+        ]
+        return [replace(item, step=step) for item in items]
+
+    def _gamma_zero(self, sft: SftConfig) -> list[Item]:
+        """At γ = 0, divided by the tokens, the run's first step must be the mean cross-entropy of its tokens."""
+        plain = {"gamma": 0.0, "half_life": None, "horizon": None, "weighting": "log_suffix", "scale": "raw"}
+        without = sft.model_copy(update={**plain, "normalize_by": "tokens"})
+        with _objective(self._engine, without):
+            measured = measure_step(self._engine, self._batches.of_step(1))
+        if self._reference is None:
+            return []
+        pair = self._reference.pair(StepDocuments.of(self._prepared, 1, without), plain_cross_entropy_losses)
+        gradients = gradient_item("γ = 0: gradients", measured.gradients, pair)
+        self._first_parameter = self._first_parameter or gradients.first
+        return [loss_item("γ = 0: F.cross_entropy", measured.metrics["loss"], pair, weighted=True), gradients.item]
+
+
+@contextmanager
+def _objective(engine: Engine, sft: SftConfig) -> Iterator[None]:
+    """Inside, the engine trains another objective."""
+    weighting, normalize_by = engine.weighting, engine.normalize_by
+    engine.weighting, engine.normalize_by = Weighting(sft.discount, sft.weighting, sft.scale), sft.normalize_by
+    try:
+        yield
+    finally:
+        engine.weighting, engine.normalize_by = weighting, normalize_by
+
+
+def _counts(measured: Measured, documents: StepDocuments, sft: SftConfig) -> list[Item]:
+    compare = weight_item if sft.normalize_by == "weight" else count_item
+    return [
+        count_item("supervised tokens", measured.metrics["supervised_tokens"], documents.tokens_with_loss),
+        count_item("sequences", measured.metrics["sequences"], len(documents.documents)),
+        weight_item("sum of the weights", measured.metrics["weight_sum"], documents.weight_sum),
+        compare("denominator", measured.denominator, documents.denominator),
+    ]

@@ -1,0 +1,78 @@
+"""`launcher/plan.py` on the worked examples, as a person types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from seqaware.config.load import REPOSITORY, load_config
+from seqaware.errors import ConfigError
+from seqaware.plan.hardware import DEVICES
+from seqaware.plan.outlook import outlook, overridden
+from seqaware.training.outlook import Gpus, ask
+
+EXAMPLES = [("llama8b_node", 8), ("llama70b_8nodes", 64), ("llama8b_512k", 8)]
+
+
+def lines(name: str, gpus: int, *overrides: str, deepspeed: Path | None = None) -> dict[str, str]:
+    config = load_config(REPOSITORY / "train_configs" / f"{name}.yaml", overrides)
+    found: dict[str, str] = {}
+    for label, text in outlook(ask(config, deepspeed_path=deepspeed, gpus=Gpus(gpus, 8), device=DEVICES["h200"])):
+        current = label or list(found)[-1]
+        found[current] = f"{found[current]}\n{text}" if current in found else text
+    return found
+
+
+@pytest.mark.parametrize(("name", "gpus"), EXAMPLES)
+def test_every_worked_example_fits_and_is_told_what_it_costs(name: str, gpus: int) -> None:
+    told = lines(name, gpus)
+    assert told["memory"].startswith("fits: ")
+    assert "change" not in told
+    for label in ("step", "traffic", "largest", "cheapest", "longest", "assumed", "disk"):
+        assert told[label]
+
+
+def test_what_does_not_fit_says_so_and_what_to_change() -> None:
+    told = lines("llama70b_8nodes", 16, "training.schedule.micro_batch_tokens=65536")
+    assert told["memory"].startswith("DOES NOT FIT")
+    assert "training.schedule.micro_batch_tokens: " in told["change"]
+
+
+def test_a_deepspeed_config_that_cannot_be_had_is_named_with_the_reason() -> None:
+    assert "not ds_configs/zero0.json: without ZeRO" in lines("llama8b_node", 8)["cheapest"]
+
+
+def test_offloaded_states_are_shown_in_cpu_memory() -> None:
+    path = REPOSITORY / "ds_configs" / "zero3_offload_cpu.json"
+    assert "GiB for each GPU" in lines("llama8b_node", 8, deepspeed=path)["cpu memory"]
+
+
+def test_nodes_must_be_full() -> None:
+    with pytest.raises(ConfigError, match="write 8 or 16 GPUs"):
+        Gpus(12, 8).world()
+
+
+def test_a_model_of_unknown_size_is_refused() -> None:
+    config = load_config(REPOSITORY / "train_configs" / "llama8b_node.yaml", ["model.base_name=somebody/some-model"])
+    with pytest.raises(ConfigError, match="sizes are not known here"):
+        ask(config, deepspeed_path=None, gpus=Gpus(8, 8), device=DEVICES["h200"])
+
+
+def test_figures_of_ones_own_replace_the_devices() -> None:
+    mine = overridden(DEVICES["h200"], memory_gib=80, link_gb=None, network_gb=25)
+    assert (mine.memory, mine.link_rate, mine.network_rate) == (80 * 2**30, DEVICES["h200"].link_rate, 25e9)
+
+
+def test_the_command_answers_without_torch_and_refuses_with_one_line() -> None:
+    command = [sys.executable, "-X", "importtime", "launcher/plan.py", "train_configs/llama8b_node.yaml"]
+    answered = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert answered.returncode == 0
+    assert "8,030,261,248 weights" in answered.stdout
+    imported = {line.rsplit("|", 1)[-1].strip() for line in answered.stderr.splitlines()}
+    assert not imported & {"torch", "deepspeed", "transformers", "numba"}
+    refused = subprocess.run([*command, "--device", "tpu"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "error: --device is not one that is known here; got tpu" in refused.stderr
