@@ -253,8 +253,9 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{kind} {each['measured'] / 1e6:.1f} / {each['estimated'] / 1e6:.1f}"
             for kind, each in row["collectives"].items()
         ]
+        resident = f"{row['resident_set'] / 1e6:.0f}" if row["resident_set"] else "not taken"
         figures = (f"{peak['measured'] / 1e6:.1f}", f"{peak['estimated'] / 1e6:.1f}", f"{peak['error']:+.1%}")
-        table.add_row(row["layout"], *figures, *pairs, f"{row['resident_set'] / 1e6:.0f}", "\n".join(traffic))
+        table.add_row(row["layout"], *figures, *pairs, resident, "\n".join(traffic))
     Console(width=180).print(table)
 
 

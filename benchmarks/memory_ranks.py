@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-MEASURED_STEP = 3  # by then the moments exist, and ZeRO-3 knows the order of the modules
+MEASURED_STEP = 4  # by then the moments exist, and ZeRO-3 knows the order of the modules
 # The argument that holds the whole tensor, as one rank sees it.
 COLLECTIVES = {
     "all_reduce": "tensor",

@@ -34,12 +34,11 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
         sharded: ZeRO-3 holds the parameters; an MLP in tiles is then gathered once for all its tiles.
     """
     if config.activation_checkpointing != "none":
-        # transformers calls it for every layer in training, as function(forward, *inputs).
         recompute = _recompute_offloaded if config.activation_checkpointing == "offload" else _recompute
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module._gradient_checkpointing_func = recompute
+        for layer in decoder_layers(model):
+            layer.gradient_checkpointing = True
+            # In training a layer calls it as function(forward, *inputs).
+            layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
     mlps = list(_mlps(model))
     if config.compile:
         for part in [*mlps, *_norms(model)]:
@@ -55,8 +54,8 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
         set_z3_leaf_modules(model, list({type(mlp) for mlp in mlps}))
 
 
-def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a transformers model, outermost only."""
+def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers of a transformers model."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 

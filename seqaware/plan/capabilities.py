@@ -47,40 +47,76 @@ class Refusal:
     do: str
 
 
-def _refused() -> dict[frozenset[Choice], Refusal]:
-    table: dict[frozenset[Choice], Refusal] = {}
+@dataclass(frozen=True)
+class _Rule:
+    """Each choice of `these` with each of `those` is refused; {} in the reason is the first of the two."""
 
-    def refuse(one: Choice, other: Choice, why: str, do: str) -> None:
-        table[frozenset((one, other))] = Refusal(why, do)
-
-    cpu, whole_dtype = ("device", "cpu"), ("precision", "float32")
-    for kernel in ("varlen", "flash_attention_2", "flash_attention_3"):
-        attention = ("attention", kernel)
-        refuse(
-            attention, cpu, f"model.attention {kernel} needs GPUs", "write model.attention: auto or sdpa_per_document"
-        )
-        why = f"model.attention {kernel} computes in bfloat16 or float16 only"
-        refuse(attention, whole_dtype, why, "write model.attention: auto, or model.dtype: bfloat16")
-    for optimizer in ("fused_adam", "adamw_8bit"):
-        why = f"training.optimizer.type {optimizer} runs on GPUs only, and this run has none"
-        refuse(("optimizer", optimizer), cpu, why, "write adamw or cpu_adam")
-    why = "model.dtype float16 cannot be trained on the CPU"
-    refuse(("precision", "float16"), cpu, why, "write model.dtype: bfloat16, float32 or auto")
-    for dtype in ("bfloat16", "float16"):
-        why = f"without ZeRO, DeepSpeed adds up micro-batches in {dtype}, and their number would change the gradient"
-        refuse(("precision", dtype), ("zero", "0"), why, "use ds_configs/zero1.json, or write model.dtype: float32")
-    for adapters in ("lora", "dora", "quantized"):
-        why = "training.optimizer.type muon orthogonalises whole weight matrices, and lora trains factors of them"
-        refuse(("optimizer", "muon"), ("adapters", adapters), why, "write training.optimizer.type: adamw")
-    quantized = ("adapters", "quantized")
-    why = "lora.quantize_base cannot be sharded by ZeRO-3: the scales of the quantised weights would stay behind"
-    refuse(quantized, ("zero", "3"), why, "use ds_configs/zero2.json, or write lora.quantize_base: none")
-    why = "lora.quantize_base keeps weights that torch.compile cannot look into"
-    refuse(quantized, ("compile", "on"), why, "write model.compile: false")
-    return table
+    these: tuple[str, tuple[str, ...]]
+    those: tuple[str, tuple[str, ...]]
+    why: str
+    do: str
 
 
-REFUSED: Mapping[frozenset[Choice], Refusal] = MappingProxyType(_refused())
+_GPU_KERNELS = ("varlen", "flash_attention_2", "flash_attention_3")
+_RULES = (
+    _Rule(
+        ("attention", _GPU_KERNELS),
+        ("device", ("cpu",)),
+        why="model.attention {} needs GPUs",
+        do="write model.attention: auto or sdpa_per_document",
+    ),
+    _Rule(
+        ("attention", _GPU_KERNELS),
+        ("precision", ("float32",)),
+        why="model.attention {} computes in bfloat16 or float16 only",
+        do="write model.attention: auto, or model.dtype: bfloat16",
+    ),
+    _Rule(
+        ("optimizer", ("fused_adam", "adamw_8bit")),
+        ("device", ("cpu",)),
+        why="training.optimizer.type {} runs on GPUs only, and this run has none",
+        do="write adamw or cpu_adam",
+    ),
+    _Rule(
+        ("precision", ("float16",)),
+        ("device", ("cpu",)),
+        why="model.dtype {} cannot be trained on the CPU",
+        do="write model.dtype: bfloat16, float32 or auto",
+    ),
+    _Rule(
+        ("precision", ("bfloat16", "float16")),
+        ("zero", ("0",)),
+        why="without ZeRO, DeepSpeed adds up micro-batches in {}, and their number would change the gradient",
+        do="use ds_configs/zero1.json, or write model.dtype: float32",
+    ),
+    _Rule(
+        ("optimizer", ("muon",)),
+        ("adapters", ("lora", "dora", "quantized")),
+        why="training.optimizer.type {} orthogonalises whole weight matrices, and lora trains factors of them",
+        do="write training.optimizer.type: adamw",
+    ),
+    _Rule(
+        ("adapters", ("quantized",)),
+        ("zero", ("3",)),
+        why="lora.quantize_base cannot be sharded by ZeRO-3: the scales of the quantised weights would stay behind",
+        do="use ds_configs/zero2.json, or write lora.quantize_base: none",
+    ),
+    _Rule(
+        ("adapters", ("quantized",)),
+        ("compile", ("on",)),
+        why="lora.quantize_base keeps weights that torch.compile cannot look into",
+        do="write model.compile: false",
+    ),
+)
+
+REFUSED: Mapping[frozenset[Choice], Refusal] = MappingProxyType(
+    {
+        frozenset(((rule.these[0], this), (rule.those[0], that))): Refusal(rule.why.format(this), rule.do)
+        for rule in _RULES
+        for this in rule.these[1]
+        for that in rule.those[1]
+    }
+)
 
 
 def choices_of(config: Config, *, stage: int, world: World, dtype: str) -> dict[str, str]:

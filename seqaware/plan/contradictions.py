@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator, Mapping
-from ctypes.util import find_library
-from pathlib import Path
 from typing import Any
 
 from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.capabilities import choices_of, refusals
 from seqaware.plan.facts import ModelFacts, World
+from seqaware.plan.offload import communication_contradictions, offload_contradictions, offload_device
 
 _GPU_OPTIMIZERS = ("fused_adam", "adamw_8bit")
 
@@ -28,8 +26,9 @@ def check_contradictions(config: Config, raw: Mapping[str, Any], *, world: World
         *refusals(choices_of(config, stage=stage_of(raw), world=world, dtype=dtype)),
         *_of_precision(world, dtype),
         *_of_optimizer(config.training.optimizer, zero, world),
-        *_of_offload(zero),
-        *_of_communication(zero, world),
+        *offload_contradictions(zero, optimizer=config.training.optimizer.type),
+        *_of_communication(zero),
+        *communication_contradictions(raw, world, dtype=dtype),
         *_of_packages(config, world),
     ]
     if len(found) == 1:
@@ -63,13 +62,6 @@ def check_sequence_parallelism(ranks: int, *, world: World, model: ModelFacts | 
 def stage_of(raw: Mapping[str, Any]) -> int:
     """The ZeRO stage of a DeepSpeed configuration."""
     return int(raw.get("zero_optimization", {}).get("stage", 0))
-
-
-def offload_device(zero: Mapping[str, Any], what: str) -> str | None:
-    """Where `offload_optimizer` or `offload_param` puts the states: cpu, nvme or None."""
-    block = zero.get(what)
-    device = block.get("device", "none") if isinstance(block, Mapping) else "none"
-    return None if device == "none" else str(device)
 
 
 def _of_precision(world: World, dtype: str) -> Iterator[ConfigError]:
@@ -108,40 +100,7 @@ def _of_optimizer(optimizer: OptimizerConfig, zero: Mapping[str, Any], world: Wo
         )
 
 
-def _of_offload(zero: Mapping[str, Any]) -> Iterator[ConfigError]:
-    stage = zero.get("stage", 0)
-    for what, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
-        key = f"zero_optimization.{what}"
-        block = zero.get(what)
-        if block is not None and not isinstance(block, Mapping):
-            yield ConfigError(f"{key} must be an object with a device", got=repr(block))
-            continue
-        device = offload_device(zero, what)
-        if device is None:
-            continue
-        if device not in ("cpu", "nvme"):
-            yield ConfigError(f"{key}.device must be cpu, nvme or none", got=device)
-        if stage < lowest:
-            yield ConfigError(f"{key} needs ZeRO stage {lowest} or more", got=f"stage {stage}")
-        if device == "nvme":
-            yield from _of_nvme(key, stage, zero[what].get("nvme_path"))
-
-
-def _of_nvme(key: str, stage: int, path: object) -> Iterator[ConfigError]:
-    do = f"write {key}.nvme_path: a folder on the drive"
-    if stage != 3:
-        yield ConfigError(f"{key}.device nvme needs ZeRO stage 3", got=f"stage {stage}")
-    if not isinstance(path, str):
-        yield ConfigError(f"{key}.nvme_path is missing", do=do)
-    elif not Path(path).is_dir():
-        yield ConfigError(f"{key}.nvme_path is not a folder on this machine", got=path, do=do)
-    elif not os.access(path, os.W_OK | os.X_OK):
-        yield ConfigError(f"{key}.nvme_path cannot be written", got=path, do=do)
-    if find_library("aio") is None:
-        yield ConfigError(f"{key}.device nvme needs libaio, which is not installed", do="apt install libaio-dev")
-
-
-def _of_communication(zero: Mapping[str, Any], world: World) -> Iterator[ConfigError]:
+def _of_communication(zero: Mapping[str, Any]) -> Iterator[ConfigError]:
     stage = zero.get("stage", 0)
     if stage < 2 and zero.get("overlap_comm") is True:
         yield ConfigError(
@@ -153,20 +112,6 @@ def _of_communication(zero: Mapping[str, Any], world: World) -> Iterator[ConfigE
         yield ConfigError(
             "zero_optimization.compute_grad_norm false: every step reports the gradient's norm", do="delete the key"
         )
-    partition = zero.get("zero_hpz_partition_size", 1)
-    if isinstance(partition, int) and partition > 1:
-        size = min(partition, world.size)
-        if stage != 3:
-            yield ConfigError("zero_optimization.zero_hpz_partition_size needs ZeRO stage 3", got=f"stage {stage}")
-        elif world.size % size:
-            yield ConfigError(
-                "zero_optimization.zero_hpz_partition_size must divide the number of ranks",
-                got=f"{partition} for {world.size} ranks",
-                do=f"write the ranks of one node: {world.local_size}",
-            )
-    quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
-    if quantized and world.device == "cpu":
-        yield ConfigError(f"zero_optimization.{quantized[0]} needs GPUs", do="set it to false")
 
 
 def _of_packages(config: Config, world: World) -> Iterator[ConfigError]:

@@ -15,7 +15,8 @@ from seqaware.config.messages import nearest, show
 from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.facts import World
-from seqaware.plan.zero_keys import check_zero_keys
+from seqaware.plan.offload import with_own_swap_folder
+from seqaware.plan.zero_keys import check_aio_keys, check_zero_keys
 
 # What a person's JSON may hold. DeepSpeed ignores a key it does not know, so a misspelt one must not get that far.
 COMMUNICATION_KEYS = (
@@ -118,6 +119,7 @@ def check_owned_keys(raw: Mapping[str, Any], *, origin: str) -> None:
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ConfigError(f"{origin}: zero_optimization.stage must be 0, 1, 2 or 3", got=show(stage))
     check_zero_keys(zero, origin=origin)
+    check_aio_keys(raw.get("aio", {}), origin=origin)
 
 
 def _instead(value: object, yaml_key: str) -> str:
@@ -136,7 +138,7 @@ def build_deepspeed_config(config: Config, raw: Mapping[str, Any], *, world: Wor
     Args:
         raw: the person's JSON, checked. dtype: float32, bfloat16 or float16.
     """
-    zero = dict(raw.get("zero_optimization", {}))
+    zero = with_own_swap_folder(raw.get("zero_optimization", {}), config.output_dir)
     stage = int(zero.setdefault("stage", 0))
     optimizer = config.training.optimizer
     if optimizer.type == "muon" and stage == 3:

@@ -14,11 +14,11 @@ from seqaware.plan.batches import BatchPlan, derive_batches
 from seqaware.plan.contradictions import (
     check_contradictions,
     check_sequence_parallelism,
-    offload_device,
     stage_of,
 )
 from seqaware.plan.deepspeed_config import build_deepspeed_config, read_deepspeed_json
 from seqaware.plan.facts import DataFacts, ModelFacts, World
+from seqaware.plan.offload import offload_device
 from seqaware.plan.render import render_plan
 
 DEFAULT_DEEPSPEED = REPOSITORY / "ds_configs" / "zero2.json"

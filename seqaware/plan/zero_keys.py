@@ -165,6 +165,34 @@ DEPRECATED: Mapping[str, str] = {
     "cpu_offload_use_pin_memory": "pin_memory in offload_optimizer and offload_param",
     "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
 }
+# Keys of older releases: DeepSpeed 0.19 refuses them too, but after the model is loaded.
+_NO_MICS = "MiCS is no longer in DeepSpeed"
+_HPZ_INSTEAD = "delete it; zero_hpz_partition_size (ds_configs/zero_hpz.json) gathers weights within a node too"
+REMOVED: Mapping[str, tuple[str, str]] = {
+    "mics_shard_size": (_NO_MICS, _HPZ_INSTEAD),
+    "mics_hierarchical_params_gather": (_NO_MICS, _HPZ_INSTEAD),
+    "zeropp_loco_param": ("LoCo is no longer in DeepSpeed", "delete it"),
+}
+AIO_VALUES: Mapping[str, Value] = {
+    "block_size": Value((int,), low=0, exclusive=True),
+    "queue_depth": Value((int,), low=0, exclusive=True),
+    "intra_op_parallelism": Value((int,), low=0, exclusive=True),
+    "single_submit": _BOOL,
+    "overlap_events": _BOOL,
+    "use_gds": _BOOL,
+}
+
+
+def check_aio_keys(aio: object, *, origin: str) -> None:
+    """Refuse keys of `aio` that DeepSpeed would pass over, and values that are not what it says.
+
+    Raises:
+        ConfigError: names the first such key.
+    """
+    if not isinstance(aio, Mapping):
+        raise ConfigError(f"{origin}: aio must be an object", got=show(aio), do=f"its keys are {', '.join(AIO_VALUES)}")
+    for name, value in aio.items():
+        _check_value(name, value, AIO_VALUES, key=f"{origin}: aio.{name}", others=())
 
 
 def check_zero_keys(zero: Mapping[str, Any], *, origin: str) -> None:
@@ -177,6 +205,9 @@ def check_zero_keys(zero: Mapping[str, Any], *, origin: str) -> None:
         key = f"{origin}: zero_optimization.{name}"
         if name in DEPRECATED:
             raise ConfigError(f"{key} is deprecated in DeepSpeed", do=f"write {DEPRECATED[name]}")
+        if name in REMOVED:
+            why, instead = REMOVED[name]
+            raise ConfigError(f"{key}: {why}", do=instead)
         if name in ZERO_BLOCKS:
             _check_block(name, value, key=key)
             continue

@@ -20,10 +20,13 @@ from seqaware.data.tokenize import load_tokenizer, prepare_store
 from seqaware.engine.layers import check_layers
 from seqaware.engine.lora_targets import find_targets
 from seqaware.engine.model import check_model_source, check_vocabulary, empty_causal_lm, initial_config, local_or_hub
+from seqaware.engine.operators import check_operators
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.batches import max_seq_length
 from seqaware.plan.facts import World, facts_from_dict
+from seqaware.plan.layout import BYTES
+from seqaware.plan.offload import SwapSizes, check_swap_space
 from seqaware.plan.plan import Plan, make_plan
 from seqaware.training.facts import data_facts, step_order
 from seqaware.training.questions import Question, read_questions
@@ -72,6 +75,10 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     if model.vocab_size is not None:
         check_vocabulary(model.vocab_size, tokenizer)
     draft = make_plan(config, world=world, deepspeed_path=deepspeed_path, model=model, data=None)
+    check_operators(draft)
+    largest = max(parameter.numel() for parameter in empty.parameters())
+    sizes = SwapSizes(parameters, trained=trained, largest=largest, itemsize=BYTES[draft.dtype])
+    check_swap_space(draft.deepspeed["zero_optimization"], sizes, world=world)
     store = _tokenised(config, draft, tokenizer, training=True, progress=progress)
     held_out = (
         _tokenised(config, draft, tokenizer, training=False, progress=progress) if config.evaluation.dataset else None

@@ -10,6 +10,7 @@ from seqaware.config.schema import Config
 from seqaware.engine.checkpoint import RunState, export_model, load_checkpoint, save_checkpoint, set_aside_later
 from seqaware.engine.engine import Engine
 from seqaware.engine.first_step import check_losses
+from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
 from seqaware.engine.ranks import RankAddress, Ranks, connect
 from seqaware.plan.plan import Plan
@@ -50,7 +51,9 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
     )
     plan = prepared.plan
     folder = RunFolder(Path(plan.config.output_dir))
+    check_claim(folder, plan, resume=request.resume)
     standing = _standing(request, prepared, folder) if address.rank == 0 else None
+    source = model_source(prepared, folder)
     ranks = connect(address)
     # Rank 0 alone decides where to go on: hosts may see different files.
     checkpoint, done, finished = ranks.agree(standing)
@@ -58,7 +61,7 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
         say(f"complete: all {done} steps of this run are done; its model and results are in {folder.path}")
         return folder.path
     say(plan.render(settings=False))
-    engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=say)
+    engine = build_engine(prepared, source, ranks=ranks, say=say)
     _probe(engine, plan, say=say)
     if ranks.is_first:
         claim(folder, plan, address=address)
@@ -68,13 +71,14 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
         load_checkpoint(engine, checkpoint)
         say(f"resumed     after step {done}, from {checkpoint}")
     _train(prepared, engine, folder=folder, done=done, say=say)
+    if address.local_rank == 0:
+        remove_swap_files(plan)
     return folder.path
 
 
 def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder) -> tuple[Path | None, int, bool]:
-    """The checkpoint to go on from, its step, and whether nothing is left to do; refuses a folder of another run."""
+    """The checkpoint to go on from, its step, and whether nothing is left to do."""
     plan = prepared.plan
-    check_claim(folder, plan, resume=request.resume)
     checkpoint, done = resume_point(folder, plan, resume=request.resume)
     finished = done == plan.total_steps and is_finished(folder, plan)
     if not finished:

@@ -63,11 +63,10 @@ def verify(request: VerifyRequest, *, address: RankAddress, say: Say) -> Certifi
         do = "verify with --set model.dtype=bfloat16 or float32"
         raise ConfigError("verify cannot read gradients in float16, which carry a loss scale that moves", do=do)
     folder = RunFolder(Path(plan.config.output_dir))
-    if address.rank == 0:
-        check_claim(folder, plan, resume="auto")
+    check_claim(folder, plan, resume="auto")
+    source = model_source(prepared, folder)
     ranks = connect(address, timeout_minutes=_PATIENCE_MINUTES)
     say(plan.render(settings=False))
-    source = model_source(prepared, folder)
     engine = build_engine(prepared, source, ranks=ranks, say=say)
     reference = None
     if ranks.is_first:

@@ -10,8 +10,8 @@ import pytest
 
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
-from seqaware.plan.contradictions import check_contradictions
-from seqaware.plan.facts import World
+from seqaware.plan.contradictions import check_contradictions, check_sequence_parallelism
+from seqaware.plan.facts import ModelFacts, World, facts_from_dict
 
 CPU = World(size=2, local_size=2, nodes=1, device="cpu", bf16=True)
 GPU = World(size=16, local_size=8, nodes=2, device="cuda", bf16=True)
@@ -22,7 +22,7 @@ CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 @pytest.fixture(autouse=True)
 def libaio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether this machine has libaio is not the question here."""
-    monkeypatch.setattr("seqaware.plan.contradictions.find_library", lambda name: f"lib{name}.so.1")
+    monkeypatch.setattr("seqaware.plan.offload.find_library", lambda name: f"lib{name}.so.1")
 
 
 def check(
@@ -106,7 +106,7 @@ def test_a_writable_folder_takes_offloaded_states(tmp_path: Path) -> None:
 
 
 def test_offloading_to_a_drive_needs_libaio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seqaware.plan.contradictions.find_library", lambda name: None)
+    monkeypatch.setattr("seqaware.plan.offload.find_library", lambda name: None)
     with pytest.raises(ConfigError, match="needs libaio, which is not installed"):
         check(GPU, {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": str(tmp_path)}})
 
@@ -123,6 +123,19 @@ def test_fewer_bits_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_8_bits_do_not_go_with_dora() -> None:
     with pytest.raises(ConfigError, match="loses the scales"):
         check(GPU, {"stage": 2}, lora={"quantize_base": "int8", "dora": True})
+
+
+def heads(count: int) -> ModelFacts:
+    return facts_from_dict({"model_type": "llama", "num_attention_heads": count, "hidden_size": 64})
+
+
+def test_the_ranks_of_a_sequence_divide_the_ranks_and_the_heads() -> None:
+    check_sequence_parallelism(8, world=GPU, model=heads(32))
+    check_sequence_parallelism(8, world=GPU, model=None)
+    with pytest.raises(ConfigError, match=r"divide the number of ranks; got 3, with 16 ranks; write one of \[1, 2, 4"):
+        check_sequence_parallelism(3, world=GPU, model=heads(12))
+    with pytest.raises(ConfigError, match=r"8 ranks to a sequence, 12 heads; write one of \[1, 2, 4\]"):
+        check_sequence_parallelism(8, world=GPU, model=heads(12))
 
 
 def test_all_contradictions_come_at_once() -> None:

@@ -26,7 +26,7 @@ GPT2 = ModelFacts(50257, 1024, 768, 12, parameters=None, model_type="gpt2")
 @pytest.fixture(autouse=True)
 def libaio(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shipped pairs are planned as on a machine that has what they need."""
-    monkeypatch.setattr("seqaware.plan.contradictions.find_library", lambda name: f"lib{name}.so.1")
+    monkeypatch.setattr("seqaware.plan.offload.find_library", lambda name: f"lib{name}.so.1")
 
 
 def config(**sections: Any) -> Config:

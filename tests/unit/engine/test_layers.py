@@ -1,0 +1,93 @@
+"""Recomputed, offloaded, in tiles or compiled: a layer's outputs and gradients stay what they were."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from seqaware.config.model import ModelConfig
+from seqaware.engine.attention import Documents
+from seqaware.engine.layers import arrange_layers, check_layers
+from seqaware.errors import ConfigError
+from tests.unit.engine.models import FAMILIES, VOCABULARY, tiny
+
+LENGTHS = (9, 14, 7)
+
+
+def config(**changes: Any) -> ModelConfig:
+    return ModelConfig.model_validate({"base_name": "gpt2", **changes})
+
+
+def loss_and_gradients(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    ids = torch.randint(0, VOCABULARY, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
+    borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
+    documents = Documents(borders, LENGTHS, "sdpa_per_document")
+    model.train()
+    loss = model(input_ids=ids, position_ids=positions, documents=documents, use_cache=False).logits.square().sum()
+    loss.backward()
+    gradients = [parameter.grad for parameter in model.parameters()]
+    return loss.detach(), [gradient for gradient in gradients if gradient is not None]
+
+
+ARRANGEMENTS = [
+    {"activation_checkpointing": "full"},
+    {"activation_checkpointing": "offload"},
+    {"mlp_tile_tokens": 7},
+    {"mlp_tile_tokens": 1000},
+    {"mlp_tile_tokens": 8, "activation_checkpointing": "full"},
+]
+
+
+@pytest.mark.parametrize("changes", ARRANGEMENTS, ids=str)
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_an_arrangement_changes_no_number(family: str, changes: dict[str, Any]) -> None:
+    plain, arranged = (tiny(family, dtype=torch.float64) for _ in range(2))
+    check_layers(arranged, config(**changes))
+    arrange_layers(arranged, config(**changes), sharded=False)
+    expected, got = loss_and_gradients(plain), loss_and_gradients(arranged)
+    # float64; a tile's matrix products may sum in another order, and norms compute in float32: a few of its roundings.
+    torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
+    for mine, theirs in zip(got[1], expected[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_tiles_keep_only_a_tile_of_the_widest_tensor() -> None:
+    """What autograd keeps of an MLP shrinks to its inputs: nothing as wide as the intermediate size is left."""
+    widths: dict[int | None, set[int]] = {}
+    for tile in (None, 5):
+        model = tiny("llama")
+        arrange_layers(model, config(mlp_tile_tokens=tile), sharded=False)
+        mlp = model.get_submodule("model.layers.0.mlp")
+        mlp.requires_grad_(False)
+        kept: set[int] = set()
+
+        def keep(tensor: torch.Tensor, kept: set[int] = kept) -> torch.Tensor:
+            kept.add(tensor.shape[-1])
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            mlp(torch.randn(1, 20, 32, requires_grad=True))
+        widths[tile] = kept
+    assert 48 in widths[None]
+    assert 48 not in widths[5]
+
+
+def test_a_model_without_such_layers_is_refused() -> None:
+    class Bare(torch.nn.Module):
+        supports_gradient_checkpointing = False
+
+    with pytest.raises(ConfigError, match="cannot recompute its layers; got Bare"):
+        check_layers(Bare(), config(activation_checkpointing="full"))
+    for key in ({"mlp_tile_tokens": 8}, {"compile": True}):
+        with pytest.raises(ConfigError, match=f"model.{next(iter(key))}: no decoder layer of this model has an MLP"):
+            check_layers(Bare(), config(**key))
+    check_layers(Bare(), config())
+
+
+def test_true_and_false_mean_full_and_none() -> None:
+    assert config(activation_checkpointing=True).activation_checkpointing == "full"
+    assert config(activation_checkpointing=False).activation_checkpointing == "none"
