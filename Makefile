@@ -37,7 +37,7 @@ train: install ## set up, then train the demo through the deepspeed launcher (RA
 test: install ## set up, then run all tests (PYTEST_ARGS=)
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
 
-test-matrix: install ## the full matrix of ranks, ZeRO stages, packing, kernels and normalisers; long
+test-matrix: install ## layouts that cover every triple of choices, against the oracle; long
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -m matrix $(PYTEST_ARGS)
 
 check: install ## style, types, the direction of imports, the size budget

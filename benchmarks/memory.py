@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--only NAME …] [--out FILE]
 
-A Llama of 20 million weights is trained for three steps of two micro-batches in every layout below. In the last step
+A Llama of 20 million weights is trained for four steps of two micro-batches in every layout below. In the last step
 the ranks count every byte that tensors hold, at its peak in the forwards, the backwards and the update, and every byte
 that goes into a collective. The estimate comes from the same YAML and DeepSpeed JSON, without running anything. The
 process's resident set is shown beside: it holds libraries, gloo's buffers and freed memory too.
@@ -93,6 +93,11 @@ def _shared(ranks: int) -> dict[str, dict[str, Any]]:
     return {"parallel": {"sequence": ranks}}
 
 
+def _tiled(ranks: int) -> dict[str, dict[str, Any]]:
+    """What a long sequence is trained with: shared, and MLPs in tiles."""
+    return _shared(ranks) | {"model": {"mlp_tile_tokens": 64}}
+
+
 CASES = (
     *(Case(2, zero) for zero in ZERO),
     Case(2, "3", "1024 tokens, sequence 2", _shared(2), 1024),
@@ -102,7 +107,8 @@ CASES = (
     *(Case(2, zero, "checkpointing", CHECKPOINTING) for zero in ("2", "3")),
     Case(2, "3", "plain loss", {"model": {"loss_kernel": "plain"}}),
     *(Case(4, zero) for zero in ("1", "2", "3")),
-    Case(4, "3", "1024 tokens, sequence 2", _shared(2), 1024),
+    # The same weights and states on every rank, and activations that fall with the ranks of a sequence.
+    *(Case(4, "3", f"2048 tokens in tiles, sequence {ranks}", _tiled(ranks), 2048) for ranks in (1, 2, 4)),
     *(Case(2, zero, "bfloat16", BFLOAT16) for zero in ("1", "2", "3")),
 )
 
@@ -135,7 +141,7 @@ def written(case: Case, folder: Path) -> tuple[Path, Path]:
     groups = case.ranks // case.settings.get("parallel", {}).get("sequence", 1)
     schedule = {
         "global_batch_size": 2 * groups * case.tokens // LENGTH,
-        "max_steps": 3,
+        "max_steps": 4,
         "micro_batch_tokens": case.tokens,
         "scheduler_type": "constant",
     }

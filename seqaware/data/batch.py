@@ -71,12 +71,16 @@ class Batch:
         width, rest = divmod(self.input_ids.shape[1], count)
         assert rest == 0, "rows that several ranks share are built with a multiple of them as columns"
         columns = slice(index * width, (index + 1) * width)
-        names = ("input_ids", "position_ids", "labels", "k", "length", "token_weight")
-        cut = {name: None if getattr(self, name) is None else getattr(self, name)[:, columns] for name in names}
-        loss_rows = (cut["labels"] != NO_LABEL).flatten().nonzero().squeeze(1)
+        labels = self.labels[:, columns]
+        loss_rows = (labels != NO_LABEL).flatten().nonzero().squeeze(1)
         return replace(
             self,
-            **cut,
+            input_ids=self.input_ids[:, columns],
+            position_ids=self.position_ids[:, columns],
+            labels=labels,
+            k=self.k[:, columns],
+            length=self.length[:, columns],
+            token_weight=None if self.token_weight is None else self.token_weight[:, columns],
             loss_rows=loss_rows,
             sequences=self.sequences if index == 0 else 0,
             tokens=self.tokens if index == 0 else 0,

@@ -72,7 +72,7 @@ def _by_rank(tensor: Tensor, ranks: int) -> Tensor:
 
 def _exchange(tensor: Tensor, group: SequenceGroup) -> Tensor:
     """[n, …]: slice i goes to rank i of the group, and slice i of the result came from there."""
-    exchanged: Tensor = _Exchange.apply(tensor, group)
+    exchanged: Tensor = _Exchange.apply(tensor, group)  # type: ignore[no-untyped-call]
     return exchanged
 
 
@@ -85,5 +85,5 @@ class _Exchange(torch.autograd.Function):
         return group.exchange(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return ctx.group.exchange(grad), None

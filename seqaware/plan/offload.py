@@ -97,16 +97,16 @@ def _of_optimizer_block(block: Mapping[str, Any], optimizer: str) -> Iterator[Co
             do="delete it: all of the optimizer is offloaded",
         )
     if block.get("super_offload"):
-        yield ConfigError(f"{key}.super_offload has never been tried here", do="delete it")
+        yield ConfigError(f"{key}.super_offload is not known to train rightly", do="delete it")
     if block["device"] != "nvme":
         return
     if optimizer not in ("adamw", "cpu_adam"):
         yield ConfigError(
-            f"training.optimizer.type {optimizer} with {key}.device nvme has never been tried here",
+            f"training.optimizer.type {optimizer} with {key}.device nvme is not known to train rightly",
             do=f"write cpu_adam, or {key}.device: cpu",
         )
     if block.get("fast_init"):
-        yield ConfigError(f"{key}.fast_init has never been tried here", do="delete it")
+        yield ConfigError(f"{key}.fast_init is not known to train rightly", do="delete it")
     pipelined = block.get("pipeline_read") or block.get("pipeline_write")
     buffers = _PIPELINED_BUFFERS if pipelined else _BUFFERS
     if block.get("buffer_count", 4) < buffers:

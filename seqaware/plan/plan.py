@@ -184,6 +184,8 @@ def _notes(config: Config, raw: dict[str, Any]) -> list[str]:
     kind = config.training.optimizer.type
     if offload_device(zero, "offload_optimizer") and kind in ("adamw", "adamw_fused"):
         notes.append(f"the offloaded optimizer is torch's {kind}; cpu_adam computes the same several times faster")
+    if "nvme" in (offload_device(zero, "offload_optimizer"), offload_device(zero, "offload_param")):
+        notes.append("states on a drive: DeepSpeed cannot resume such a run from a checkpoint; its model is exported")
     quantized = [key for key in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(key)]
     if quantized:
         notes.append(f"{' and '.join(quantized)}: communication is lossy, so the numbers depend on the ranks")

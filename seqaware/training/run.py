@@ -13,6 +13,8 @@ from seqaware.engine.first_step import check_losses
 from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
 from seqaware.engine.ranks import RankAddress, Ranks, connect
+from seqaware.errors import CheckpointError
+from seqaware.plan.offload import swap_folders
 from seqaware.plan.plan import Plan
 from seqaware.report.metrics import MetricsFile
 from seqaware.report.progress import ProgressDisplay, RowCounter
@@ -81,6 +83,13 @@ def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder) -> tup
     plan = prepared.plan
     checkpoint, done = resume_point(folder, plan, resume=request.resume)
     finished = done == plan.total_steps and is_finished(folder, plan)
+    if checkpoint and not finished and swap_folders(plan.deepspeed["zero_optimization"]):
+        # Measured: the steps after it are not those of a run that never stopped.
+        raise CheckpointError(
+            "DeepSpeed does not bring back what lay on a drive, so a run that offloads to nvme cannot be resumed",
+            got=f"{checkpoint}, and nvme in {plan.deepspeed_path}",
+            do="start anew in another output.dir, with ds_configs/zero3_offload_cpu.json if it must be resumable",
+        )
     if not finished:
         check_disk(folder.path, plan, prepared.parameters, trained=prepared.trained_parameters)
     return checkpoint, done, finished

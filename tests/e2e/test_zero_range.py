@@ -68,8 +68,12 @@ ON_A_DRIVE: dict[str, Variant] = {
 # Last: DeepSpeed keeps hpZ's groups for the life of the process.
 HPZ: dict[str, Variant] = {"hpz": ("zero_hpz", {"zero_hpz_partition_size": 2}, "adamw")}
 RUN_HERE = {**VARIANTS, **(ON_A_DRIVE if HAS_AIO else {}), **HPZ}
-# On a drive too, a checkpoint holds all: DeepSpeed copies the files.
-RESUMED = ("zero2, cpu_adam", "zero3, both on the CPU, cpu_adam", "both on a drive, cpu_adam")
+RESUMED = ("zero3, both on the CPU", "zero2, cpu_adam")
+STOPPED = "both on a drive"
+# cpu_adam multiplies β^t up step by step, and on resuming takes the power: one float32 rounding apart. In 1 - β₂^t,
+# 3e-3 after three steps, that is 2e-5, and half of it in the update, whose entries are at most the learning rate; and
+# the weight is rounded.
+POWER_ERROR = {"rtol": 2.0**-23, "atol": 2e-5 * LEARNING_RATE}
 
 
 def _build(folder: Path) -> tiny.Workshop:
@@ -119,6 +123,8 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
     requests = [
         _request(workshop, name, _resumed_folder(workshop, name), steps) for name in resumed for steps in (2, STEPS)
     ]
+    if HAS_AIO:
+        requests.append(_request(workshop, STOPPED, _resumed_folder(workshop, STOPPED), 2))
     requests += [_request(workshop, name, _folder(workshop, name)) for name in RUN_HERE]
     path = workshop.folder / "requests.json"
     path.write_text(json.dumps(requests))
@@ -177,7 +183,17 @@ def test_resume_is_never_having_stopped(workshop: tiny.Workshop, name: str) -> N
     assert [[s[f] for f in figures] for s in _steps(parts)] == [[s[f] for f in figures] for s in _steps(whole)]
     resumed = _weights(parts)
     for key, tensor in _weights(whole).items():
-        assert resumed[key].equal(tensor), key
+        exact = RUN_HERE[name][2] != "cpu_adam"
+        torch.testing.assert_close(resumed[key], tensor, **({"rtol": 0, "atol": 0} if exact else POWER_ERROR), msg=key)
+
+
+@pytest.mark.skipif(not HAS_AIO, reason="no libaio, so nothing was put on a drive")
+def test_a_run_with_states_on_a_drive_is_not_resumed(workshop: tiny.Workshop) -> None:
+    request = _request(workshop, STOPPED, _resumed_folder(workshop, STOPPED))
+    sets = [part for each in request["set"] for part in ("--set", each)]
+    done = launch.python("launcher/train.py", request["config"], "--deepspeed", request["deepspeed"], *sets)
+    assert done.returncode == 2
+    assert "a run that offloads to nvme cannot be resumed" in done.stderr
 
 
 def test_nothing_stays_on_the_drive(workshop: tiny.Workshop) -> None:

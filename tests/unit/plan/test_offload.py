@@ -46,8 +46,8 @@ def drive(path: Path, **keys: Any) -> dict[str, Any]:
 
 OF_OPTIMIZER = [
     ({"ratio": 0.5}, "cpu_adam", "keeps the first step's learning rate; got 0.5"),
-    ({"super_offload": True}, "cpu_adam", "super_offload has never been tried"),
-    ({"device": "nvme", "fast_init": True}, "cpu_adam", "fast_init has never been tried"),
+    ({"super_offload": True}, "cpu_adam", "super_offload is not known"),
+    ({"device": "nvme", "fast_init": True}, "cpu_adam", "fast_init is not known"),
     ({"device": "nvme"}, "muon", "type muon with zero_optimization.offload_optimizer.device nvme"),
     ({"device": "nvme", "buffer_count": 3}, "cpu_adam", "got 3; write 4 or more"),
     ({"device": "nvme", "buffer_count": 7, "pipeline_read": True}, "cpu_adam", "got 7; write 8 or more"),
