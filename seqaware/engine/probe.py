@@ -42,13 +42,14 @@ class ProbeReport:
 
     leak: of other documents when one is perturbed. packed: between a document alone and in the row.
     response: of the perturbed document itself (shows that the probe can see a change at all).
-    tolerance: what rounding may do to the first two.
+    tolerance, packed_tolerance: what rounding may do to the first, and to the second.
     """
 
     leak: float
     packed: float
     response: float
     tolerance: float
+    packed_tolerance: float
 
 
 def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
@@ -58,12 +59,14 @@ def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
         ConfigError: documents leak into each other, or tokens into their own past.
     """
     report = measure_isolation(model, probe)
-    seen = max(report.leak, report.packed)
-    if seen > report.tolerance:
+    if report.leak > report.tolerance or report.packed > report.packed_tolerance:
         what = "documents of one row see each other" if probe.packed else "tokens see what comes after them"
         raise ConfigError(
             f"{what} in this model",
-            got=f"a change of {seen:.1e} relative, rounding explains {report.tolerance:.1e}",
+            got=(
+                f"relative changes of {report.leak:.1e} and {report.packed:.1e}, "
+                f"rounding explains {report.tolerance:.1e} and {report.packed_tolerance:.1e}"
+            ),
             do="write packing.enabled: false if the model mixes tokens outside attention" if probe.packed else None,
         )
     return report
@@ -94,12 +97,15 @@ def measure_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
     change = (moved - logits).abs().amax(dim=-1) / size
     untouched = torch.ones_like(change, dtype=torch.bool)
     untouched[middle.stop - 1] = False
-    # A row of another length may take another GEMM kernel: rounding of the dtype times a small multiple, no more.
+    eps = torch.finfo(next(model.parameters()).dtype).eps
+    # What nobody touched is computed by the same kernels on the same numbers: equal, but for kernels that add in the
+    # order in which threads arrive. A row of another length may take another GEMM kernel, and every layer rounds anew.
     return ProbeReport(
         leak=float(change[untouched].max()),
         packed=float((alone - logits[middle]).abs().max() / size),
         response=float(change[~untouched].max()),
-        tolerance=64 * torch.finfo(next(model.parameters()).dtype).eps,
+        tolerance=4 * eps,
+        packed_tolerance=64 * eps,
     )
 
 
