@@ -81,11 +81,9 @@ prepare_environment()
 import deepspeed
 from deepspeed.accelerator import get_accelerator
 
-# The last is for offloading to a drive, and needs libaio.
-for name in ("ShareMemCommBuilder", "CPUAdamBuilder", "AsyncIOBuilder"):
-    builder = get_accelerator().create_op_builder(name)
-    if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-        builder.load(verbose=False)
+builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
+    builder.load(verbose=False)
 PY
     then
         say "warning: they did not build; see $VENV/operators.log"

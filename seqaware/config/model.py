@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from seqaware.config.values import Count, DType, Flag, Positive, Section, ShareBelowOne, Text
 
@@ -39,7 +39,7 @@ class ModelConfig(Section):
     activation_checkpointing: CheckpointingPolicy = "none"
     """none; full: keep each layer's input only and recompute in the backward; offload: keep that input on the CPU."""
     compile: Flag = False
-    """Compile the decoder's layers with torch.compile: the same mathematics, faster where it pays."""
+    """Compile the norms and MLPs of the decoder's layers with torch.compile: the same mathematics."""
     mlp_tile_tokens: Count | None = None
     """Run each MLP over so many tokens at a time and recompute it in the backward: memory only. null: all at once."""
     dropout: ShareBelowOne | None = 0.0
@@ -73,7 +73,7 @@ class LoraConfig(Section):
     """Scale of the update: alpha / rank, or alpha / √rank with rslora."""
     dropout: ShareBelowOne = 0.0
     """Dropout before A. Above 0, masks depend on the ranks and rows."""
-    target_modules: Text | tuple[Text, ...] = "all-linear"
+    target_modules: Text | Annotated[tuple[Text, ...], Field(min_length=1)] = "all-linear"
     """all-linear (every linear layer but the head), or names such as q_proj; a regular expression as one string."""
     modules_to_save: tuple[Text, ...] = ()
     """Modules that are trained whole and saved with the adapter, such as embed_tokens or lm_head."""

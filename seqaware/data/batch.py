@@ -87,11 +87,6 @@ class Batch:
             supervised_tokens=len(loss_rows),
         )
 
-    @property
-    def max_seqlen(self) -> int:
-        """The length of the longest segment."""
-        return max(self.lengths)
-
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device. No dtype changes: weights are computed from exact integers there."""
         moved: dict[str, Any] = {

@@ -50,7 +50,7 @@ def trained_parameters(engine: Engine) -> Iterator[tuple[str, nn.Parameter]]:
     """The parameters that the run trains, by their names in the model of transformers."""
     for name, parameter in engine.wrapped.model.named_parameters():
         if parameter.requires_grad:
-            yield name.replace("_orig_mod.", ""), parameter  # torch.compile's wrapper is no part of the model
+            yield name, parameter
 
 
 def digest_of_weights(engine: Engine) -> str:

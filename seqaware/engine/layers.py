@@ -60,13 +60,14 @@ def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
 
 
 def check_layers(model: nn.Module, config: ModelConfig) -> None:
-    """Refuse what the model's layers do not offer; the model may be on the meta device.
+    """Refuse what the layers of a model on the meta device do not offer.
 
     Raises:
-        ConfigError: no layers that can be recomputed, or no MLPs.
+        ConfigError: no layers that can be recomputed, no MLPs, or MLPs that tiles would break.
     """
     kind = type(model).__name__
-    if config.activation_checkpointing != "none" and not getattr(model, "supports_gradient_checkpointing", False):
+    recomputes = bool(decoder_layers(model)) and getattr(model, "supports_gradient_checkpointing", False)
+    if config.activation_checkpointing != "none" and not recomputes:
         raise ConfigError(
             "model.activation_checkpointing: this model cannot recompute its layers",
             got=kind,
@@ -79,6 +80,23 @@ def check_layers(model: nn.Module, config: ModelConfig) -> None:
             got=kind,
             do="write model.compile: false and model.mlp_tile_tokens: null",
         )
+    if config.mlp_tile_tokens is not None and not all(_takes_tokens_alone(mlp, model) for mlp in _mlps(model)):
+        raise ConfigError(
+            "model.mlp_tile_tokens: an MLP of this model does more than to map hidden states to hidden states",
+            got=kind,
+            do="write model.mlp_tile_tokens: null",
+        )
+
+
+def _takes_tokens_alone(mlp: nn.Module, model: nn.Module) -> bool:
+    """Whether it maps [R, T, H] to [R, T, H] and wants nothing else; tried on the meta device, without memory."""
+    hidden: int = model.config.get_text_config().hidden_size  # type: ignore[union-attr, operator]
+    tokens = torch.empty(1, 2, hidden, device="meta")
+    try:
+        output = mlp(tokens)
+    except (TypeError, AttributeError, ValueError, RuntimeError):
+        return False
+    return isinstance(output, Tensor) and output.shape == tokens.shape
 
 
 def _recompute(function: Callable[..., Any], *inputs: Any) -> Any:

@@ -83,7 +83,7 @@ def build_initial_model(
     """Make the folder of a randomly initialised float32 model, once; every layout then loads the same weights.
 
     Built whole on the CPU and loaded like a pretrained model, because a model built inside `zero.Init` does not get the
-    initial weights that the same seed gives it otherwise. Safe to call from every rank of a host, before they meet.
+    initial weights that the same seed gives it otherwise. Safe to call from every rank of a host.
     """
     with FileLock(folder.with_name(folder.name + ".lock")):
         wanted = {"fields": dict(fields), "seed": seed, "vocabulary": len(tokenizer)}

@@ -6,7 +6,7 @@ logits than the conventions say. Both are found in two forwards of a few dozen t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,13 +61,14 @@ def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
     report = measure_isolation(model, probe)
     if report.leak > report.tolerance or report.packed > report.packed_tolerance:
         what = "documents of one row see each other" if probe.packed else "tokens see what comes after them"
+        remedy = "packing.enabled: false" if probe.sequence is None else "packing.enabled: false, parallel.sequence: 1"
         raise ConfigError(
             f"{what} in this model",
             got=(
                 f"relative changes of {report.leak:.1e} and {report.packed:.1e}, "
                 f"rounding explains {report.tolerance:.1e} and {report.packed_tolerance:.1e}"
             ),
-            do="write packing.enabled: false if the model mixes tokens outside attention" if probe.packed else None,
+            do=f"write {remedy} if the model mixes tokens outside attention",
         )
     return report
 
@@ -90,7 +91,8 @@ def measure_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
     # The last token of the middle document: nothing else in the row may move, its own past included.
     perturbed[middle.stop - 1] = (perturbed[middle.stop - 1] + 1) % vocabulary
     moved = _logits(model, perturbed, lengths, probe)
-    alone = _logits(model, ids[middle], _ALONE, probe)
+    # Whole on every rank: a model that mixes tokens outside attention is another one where ranks share the row.
+    alone = _logits(model, ids[middle], _ALONE, replace(probe, sequence=None))
     model.train(was_training)
 
     size = logits.abs().max().clamp_min(torch.finfo(torch.float32).tiny)

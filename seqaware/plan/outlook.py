@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from seqaware.errors import ConfigError
 from seqaware.plan.hardware import GIB, Device
 from seqaware.plan.layout import Layout
 from seqaware.plan.memory import MemoryEstimate, memory
@@ -158,7 +160,14 @@ def _gib(size: float) -> str:
 
 
 def overridden(device: Device, *, memory_gib: float | None, link_gb: float | None, network_gb: float | None) -> Device:
-    """The device with figures of one's own: GiB of memory, GB a second one way of NVLink and of the network adapter."""
+    """The device with figures of one's own: GiB of memory, GB a second one way of NVLink and of the network adapter.
+
+    Raises:
+        ConfigError: one of them is not above zero.
+    """
+    for name, value in (("--memory", memory_gib), ("--nvlink", link_gb), ("--network", network_gb)):
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} must be a number above zero", got=value)
     changes: dict[str, float] = {}
     if memory_gib is not None:
         changes["memory"] = int(memory_gib * GIB)

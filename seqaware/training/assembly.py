@@ -34,11 +34,7 @@ def world_of(address: RankAddress) -> World:
 
 
 def model_source(prepared: Prepared, folder: RunFolder) -> str:
-    """The folder or hub id that every rank loads; a model from scratch is made first, in the run's folder.
-
-    Called before the ranks meet, when the folder is known to be free for this run: where there is a process group, only
-    its rank 0 can save a model of transformers.
-    """
+    """The folder or hub id that every rank loads; a model from scratch is made first, in the run's folder."""
     model = prepared.plan.config.model
     if model.from_scratch is None:
         assert model.base_name is not None

@@ -29,7 +29,7 @@ from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import Plan
 
 # What a run, or its verification, makes before the folder is claimed: with nothing else in it, the folder is free.
-_BEFORE_THE_CLAIM = ("initial", "initial.lock", "certificate.json")
+_BEFORE_THE_CLAIM = ("initial", "initial.lock", "initial.partial", "certificate.json", "certificate.json.partial")
 _VERSIONS_OF = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "numba", "pydantic")
 _BYTES_PER_PARAMETER_MODEL = 4
 _BYTES_PER_PARAMETER_CHECKPOINT = 14  # bfloat16 weights, float32 master weights and two moments

@@ -53,9 +53,7 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
     )
     plan = prepared.plan
     folder = RunFolder(Path(plan.config.output_dir))
-    check_claim(folder, plan, resume=request.resume)
     standing = _standing(request, prepared, folder) if address.rank == 0 else None
-    source = model_source(prepared, folder)
     ranks = connect(address)
     # Rank 0 alone decides where to go on: hosts may see different files.
     checkpoint, done, finished = ranks.agree(standing)
@@ -63,7 +61,7 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
         say(f"complete: all {done} steps of this run are done; its model and results are in {folder.path}")
         return folder.path
     say(plan.render(settings=False))
-    engine = build_engine(prepared, source, ranks=ranks, say=say)
+    engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=say)
     _probe(engine, plan, say=say)
     if ranks.is_first:
         claim(folder, plan, address=address)
@@ -79,8 +77,9 @@ def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
 
 
 def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder) -> tuple[Path | None, int, bool]:
-    """The checkpoint to go on from, its step, and whether nothing is left to do."""
+    """The checkpoint to go on from, its step, and whether nothing is left to do; refuses a folder of another run."""
     plan = prepared.plan
+    check_claim(folder, plan, resume=request.resume)
     checkpoint, done = resume_point(folder, plan, resume=request.resume)
     finished = done == plan.total_steps and is_finished(folder, plan)
     if checkpoint and not finished and swap_folders(plan.deepspeed["zero_optimization"]):

@@ -128,7 +128,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
     requests += [_request(workshop, name, _folder(workshop, name)) for name in RUN_HERE]
     path = workshop.folder / "requests.json"
     path.write_text(json.dumps(requests))
-    done = launch.deepspeed("tests/e2e/many_runs.py", str(path), ranks=2, timeout=60 + 30 * len(requests))
+    done = launch.deepspeed(
+        "tests/e2e/many_runs.py", str(path), ranks=2, timeout=360 + 30 * len(requests)
+    )  # the operators are built first
     assert done.returncode == 0, done.stderr[-6000:]
     return workshop
 

@@ -16,6 +16,7 @@ from seqaware.config.schema import Config, SftConfig
 from seqaware.engine.engine import Engine
 from seqaware.engine.first_step import compare_losses
 from seqaware.engine.gradients import digest_of_weights
+from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import measure_head, measure_isolation
 from seqaware.engine.ranks import RankAddress, connect
 from seqaware.errors import ConfigError
@@ -63,10 +64,11 @@ def verify(request: VerifyRequest, *, address: RankAddress, say: Say) -> Certifi
         do = "verify with --set model.dtype=bfloat16 or float32"
         raise ConfigError("verify cannot read gradients in float16, which carry a loss scale that moves", do=do)
     folder = RunFolder(Path(plan.config.output_dir))
-    check_claim(folder, plan, resume="auto")
-    source = model_source(prepared, folder)
+    if address.rank == 0:
+        check_claim(folder, plan, resume="auto")
     ranks = connect(address, timeout_minutes=_PATIENCE_MINUTES)
     say(plan.render(settings=False))
+    source = model_source(prepared, folder)
     engine = build_engine(prepared, source, ranks=ranks, say=say)
     reference = None
     if ranks.is_first:
@@ -78,6 +80,8 @@ def verify(request: VerifyRequest, *, address: RankAddress, say: Say) -> Certifi
         for line in ["", *table(certificate.items), "", *_summary(certificate), f"certificate {path}"]:
             say(line)
     ranks.barrier()
+    if address.local_rank == 0:
+        remove_swap_files(plan)
     return certificate
 
 
@@ -85,6 +89,9 @@ def _check_config(config: Config) -> None:
     if config.model.dropout != 0 or (config.lora is not None and config.lora.dropout != 0):
         do = "verify with --set model.dropout=0 (and lora.dropout=0)"
         raise ConfigError("dropout draws its masks anew in every layout, so there is nothing to compare", do=do)
+    if config.training.optimizer.type == "muon":
+        do = "verify with --set training.optimizer.type=adamw: the optimizer changes no loss and no gradient"
+        raise ConfigError("under muon DeepSpeed holds orthogonalised updates where verify reads gradients", do=do)
     if config.lora is not None and config.lora.quantize_base != "none":
         do = "verify with --set lora.quantize_base=none"
         raise ConfigError("verify has no oracle for lora.quantize_base, which rounds the model itself", do=do)

@@ -46,7 +46,8 @@ ARRANGEMENTS = [
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_an_arrangement_changes_no_number(family: str, changes: dict[str, Any]) -> None:
     plain, arranged = (tiny(family, dtype=torch.float64) for _ in range(2))
-    check_layers(arranged, config(**changes))
+    with torch.device("meta"):
+        check_layers(tiny(family), config(**changes))
     arrange_layers(arranged, config(**changes), sharded=False)
     expected, got = loss_and_gradients(plain), loss_and_gradients(arranged)
     # float64; a tile's matrix products may sum in another order, and norms compute in float32: a few of its roundings.
@@ -86,6 +87,23 @@ def test_a_model_without_such_layers_is_refused() -> None:
         with pytest.raises(ConfigError, match=f"model.{next(iter(key))}: no decoder layer of this model has an MLP"):
             check_layers(Bare(), config(**key))
     check_layers(Bare(), config())
+
+
+def test_mlps_that_do_more_than_map_hidden_states_get_no_tiles() -> None:
+    class WantsMore(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+            return hidden + residual
+
+    class GivesMore(torch.nn.Module):
+        def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return hidden, None
+
+    for mlp in (WantsMore(), GivesMore()):
+        with torch.device("meta"):
+            model = tiny("llama")
+        model.get_submodule("model.layers.1").mlp = mlp
+        with pytest.raises(ConfigError, match="does more than to map hidden states to hidden states; got Llama"):
+            check_layers(model, config(mlp_tile_tokens=8))
 
 
 def test_true_and_false_mean_full_and_none() -> None:

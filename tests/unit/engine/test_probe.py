@@ -11,6 +11,7 @@ from seqaware.engine import attention, probe
 from seqaware.engine.model import WeightedCausalLM
 from seqaware.errors import ConfigError
 from tests.unit.engine.models import FAMILIES, VOCABULARY, tiny
+from tests.unit.engine.thread_ranks import ThreadGroup, on_ranks
 
 CPU = torch.device("cpu")
 
@@ -45,6 +46,27 @@ def leaking_backend() -> Iterator[str]:
 def test_a_leak_is_found(leaking_backend: str) -> None:
     with pytest.raises(ConfigError, match="see each other"):
         _probe(WeightedCausalLM(tiny("llama"), loss_kernel="fused"), leaking_backend)
+
+
+@pytest.mark.parametrize("mixes", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_ranks_that_share_a_row_compute_the_whole_rows_model(packed: bool, mixes: bool) -> None:
+    """A model that looks at the token before outside attention cannot see it across a cut."""
+
+    def look_back(_module: object, _inputs: object, output: torch.Tensor) -> torch.Tensor:
+        return output + 0.5 * torch.nn.functional.pad(output, (0, 0, 1, 0))[:, :-1]
+
+    models = [tiny("llama") for _ in range(2)]
+    for model in models:
+        if mixes:
+            model.get_submodule("model.layers.0.input_layernorm").register_forward_hook(look_back)
+
+    def share(group: ThreadGroup) -> probe.ProbeReport:
+        settings = probe.Probe("sdpa_per_document", VOCABULARY, CPU, packed, group)  # type: ignore[arg-type]
+        return probe.measure_isolation(WeightedCausalLM(models[group.index], loss_kernel="fused"), settings)
+
+    for report in on_ranks(2, share):
+        assert (report.packed > report.packed_tolerance) == mixes
 
 
 def test_rows_of_one_document_need_no_isolation(leaking_backend: str) -> None:

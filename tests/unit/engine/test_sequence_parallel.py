@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -14,32 +12,7 @@ from torch import Tensor, nn
 
 from seqaware.engine.attention import Documents, attention
 from seqaware.engine.sequence_parallel import gather_tokens, scatter_tokens
-
-
-class ThreadGroup:
-    """A SequenceGroup among threads: each puts down its slices, all meet, each takes up its own."""
-
-    def __init__(self, index: int, table: list[Tensor], barrier: threading.Barrier) -> None:
-        self.index = index
-        self.size = len(table)
-        self._table = table
-        self._barrier = barrier
-
-    def exchange(self, tensor: Tensor) -> Tensor:
-        self._table[self.index] = tensor.detach().clone()
-        self._barrier.wait(timeout=20)
-        received = torch.stack([sent[self.index] for sent in self._table])
-        self._barrier.wait(timeout=20)
-        return received
-
-
-def on_ranks(ranks: int, work: Callable[[ThreadGroup], Tensor]) -> list[Tensor]:
-    """What `work` returns on each of so many ranks."""
-    table = [torch.empty(0)] * ranks
-    barrier = threading.Barrier(ranks)
-    with ThreadPoolExecutor(ranks) as threads:
-        futures = [threads.submit(work, ThreadGroup(index, table, barrier)) for index in range(ranks)]
-        return [future.result() for future in futures]
+from tests.unit.engine.thread_ranks import ThreadGroup, on_ranks
 
 
 def documents(lengths: Sequence[int], group: ThreadGroup | None = None) -> Documents:

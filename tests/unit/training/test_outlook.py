@@ -76,3 +76,9 @@ def test_the_command_answers_without_torch_and_refuses_with_one_line() -> None:
     refused = subprocess.run([*command, "--device", "tpu"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "error: --device is not one that is known here; got tpu" in refused.stderr
+
+
+@pytest.mark.parametrize("wrong", [0.0, -3.0, float("nan"), float("inf")])
+def test_figures_of_ones_own_are_above_zero(wrong: float) -> None:
+    with pytest.raises(ConfigError, match="--nvlink must be a number above zero"):
+        overridden(DEVICES["h200"], memory_gib=None, link_gb=wrong, network_gb=None)
