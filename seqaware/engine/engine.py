@@ -14,7 +14,8 @@ worked out for the whole rows and then cut, and r runs over all ranks as before.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,9 +113,25 @@ class Engine:
         sums = StepSums.zeros(self.ranks.device)
         for batch in batches:
             (placed,), (weights_RT,) = self._placed([batch])
-            _, stats = self._forward(placed, weights_RT)
+            with self._nothing_recorded():
+                _, stats = self._forward(placed, weights_RT)
             sums = sums + StepSums.of(stats, sequences=placed.sequences, tokens=placed.tokens)
         return sums
+
+    @contextmanager
+    def _nothing_recorded(self) -> Iterator[None]:
+        """Around one forward without a backward: ZeRO-3 does not take it for the order of the modules in training.
+
+        DeepSpeed records that order once and keeps for good which weights each module may release. Recorded in a
+        forward without a backward, it says that none is needed again: all would be gathered twice in every micro-batch.
+        """
+        coordinator = None
+        if self.zero_stage == 3:
+            coordinator = self.deepspeed.optimizer.parameter_offload.get_param_coordinator()
+        recorded = coordinator is not None and coordinator.is_complete_trace()
+        yield
+        if coordinator is not None and not recorded and not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()
 
     def _placed(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Tensor]]:
         """The micro-batches on the device, with their weights; of rows that ranks share, this rank's columns."""

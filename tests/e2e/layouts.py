@@ -17,6 +17,7 @@ CHOICES: Mapping[str, Sequence[Any]] = {
     "kernel": ("fused", "plain"),
     "checkpointing": ("none", "full", "offload"),
     "mlp_tile": (None, 16),
+    "compiled": (False, True),
     "gamma": (0.0, 0.9, 0.98, 1.0),
     "normalize_by": ("tokens", "weight", "sequences"),
     "kind": ("questions", "places", "chat", "text"),
@@ -35,6 +36,7 @@ class Layout:
     kernel: str
     checkpointing: str
     mlp_tile: int | None
+    compiled: bool
     gamma: float
     normalize_by: str
     kind: str = "questions"
@@ -45,7 +47,7 @@ class Layout:
         micro = "one" if self.micro_batch_tokens == CHOICES["micro_batch_tokens"][0] else "several"
         return (
             f"r{self.ranks}-s{self.sequence}-z{self.stage}-{rows}-{micro}-{self.kernel}-{self.checkpointing}"
-            f"-t{self.mlp_tile or 0}-g{self.gamma}-{self.normalize_by}-{self.kind}"
+            f"-t{self.mlp_tile or 0}-c{self.compiled:d}-g{self.gamma}-{self.normalize_by}-{self.kind}"
         )
 
 

@@ -55,6 +55,7 @@ def _config(workshop: tiny.Workshop, layout: Layout) -> Path:
         model__loss_kernel=layout.kernel,
         model__activation_checkpointing=layout.checkpointing,
         model__mlp_tile_tokens=layout.mlp_tile,
+        model__compile=layout.compiled,
         parallel__sequence=layout.sequence,
         packing__enabled=layout.packed,
         training__optimizer={"lr": LEARNING_RATE, "eps": EPS},
@@ -135,7 +136,7 @@ def test_layouts_that_cover_every_triple_of_choices(tmp_path: Path) -> None:
 
 def test_the_command_itself_on_two_ranks(workshop: tiny.Workshop, tmp_path: Path) -> None:
     """launcher/train.py through the deepspeed launcher, ZeRO-3, packed, several micro-batches."""
-    layout = Layout(2, 1, 3, True, 128, "fused", "none", None, 0.98, "tokens")
+    layout = Layout(2, 1, 3, True, 128, "fused", "none", None, False, 0.98, "tokens")
     path = _config(workshop, layout)
     folder = tmp_path / layout.name
     shared = set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
