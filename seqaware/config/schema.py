@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, model_validator
 
 from seqaware.config.data import DatasetConfig, EvaluationConfig, FormatConfig, MixturePart, Source
 from seqaware.config.model import LoraConfig, ModelConfig, ParallelConfig
+from seqaware.config.output import FaultsConfig, OutputConfig
 from seqaware.config.values import (
     Count,
     CountOrZero,
@@ -35,6 +36,7 @@ __all__ = [
     "ControlConfig",
     "DatasetConfig",
     "EvaluationConfig",
+    "FaultsConfig",
     "FormatConfig",
     "LoggingConfig",
     "LoraConfig",
@@ -212,19 +214,6 @@ class PackingConfig(Section):
     """Fill rows with several documents, which never see each other; changes speed and memory only."""
 
 
-class OutputConfig(Section):
-    """What a run leaves, and where."""
-
-    dir: Text | None = None
-    """Folder of the run; null: runs/<model.output_name>."""
-    save_every: Count | None = None
-    """Optimizer steps between checkpoints; null: only at the end."""
-    keep_last: Count = 2
-    """Checkpoints that are kept."""
-    save_model: Flag = True
-    """Write the trained model as a Hugging Face folder at the end."""
-
-
 class LoggingConfig(Section):
     """What the terminal shows."""
 
@@ -245,6 +234,7 @@ class Config(Section):
     """Low-rank adapters instead of full fine-tuning; null: the whole model is trained."""
     evaluation: Annotated[EvaluationConfig, _OrDefaults] = EvaluationConfig()
     output: Annotated[OutputConfig, _OrDefaults] = OutputConfig()
+    faults: Annotated[FaultsConfig, _OrDefaults] = FaultsConfig()
     logging: Annotated[LoggingConfig, _OrDefaults] = LoggingConfig()
     deepspeed: Text | None = None
     """DeepSpeed JSON with ZeRO and communication keys only; --deepspeed wins; null: ds_configs/zero2.json."""

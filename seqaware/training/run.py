@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seqaware.config.schema import Config
-from seqaware.engine.checkpoint import RunState, export_model, load_checkpoint, save_checkpoint, set_aside_later
+from seqaware.engine.checkpoint.export import export_model
+from seqaware.engine.checkpoint.load import load_checkpoint
+from seqaware.engine.checkpoint.manifest import RunState, set_aside_later
+from seqaware.engine.checkpoint.save import save_checkpoint
 from seqaware.engine.engine import Engine
 from seqaware.engine.first_step import check_losses
 from seqaware.engine.operators import remove_swap_files

@@ -1,0 +1,50 @@
+"""What a run leaves, and what it does when something goes wrong: the sections output and faults."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from seqaware.config.values import Count, CountOrZero, Flag, FromOne, Positive, Section, Text
+
+
+class OutputConfig(Section):
+    """What a run leaves, and where."""
+
+    dir: Text | None = None
+    """Folder of the run; null: runs/<model.output_name>."""
+    save_every: Count | None = None
+    """Optimizer steps between checkpoints; null, and save_every_minutes too: only at the end."""
+    save_every_minutes: Positive | None = None
+    """Minutes between checkpoints, by the clock of rank 0; may be written beside save_every."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that are a multiple of this are kept for good."""
+    keep_best: CountOrZero = 0
+    """So many checkpoints with the lowest held-out loss are kept too; needs evaluation.every_steps."""
+    async_save: Flag = False
+    """Write checkpoints while training goes on; needs CPU memory for one more copy of what a rank saves."""
+    save_model: Flag = True
+    """Write the trained model as a Hugging Face folder at the end."""
+
+
+class FaultsConfig(Section):
+    """What the run does when something goes wrong, and when it leaves in good time."""
+
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is not finite: stop and name its documents, or pass over it, counted."""
+    max_skipped_steps: Count = 10
+    """With nonfinite: skip, more such steps than this stop the run."""
+    spike_factor: FromOne | None = None
+    """A loss above this times the median of the last spike_window steps: go back to a checkpoint and pass over the
+    step. null: never."""
+    spike_window: Count = 50
+    """Steps whose median a loss is held against; before so many have been seen there are no spikes."""
+    max_rewinds: Count = 3
+    """More spikes than this stop the run."""
+    hang_minutes: Positive | None = 30.0
+    """A rank that makes no progress for so long ends the run, by name; null: wait for ever."""
+    time_limit_minutes: Positive | None = None
+    """Save and leave before the run has lasted so long. A SLURM job's own limit is found out without this."""
+    leave_minutes: Positive = 5.0
+    """How long before a time limit the run saves and leaves; at most a quarter of the limit."""

@@ -1,0 +1,63 @@
+"""The trained model as a Hugging Face folder, out of a running engine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial as partial_call
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from seqaware.config.schema import LoraConfig
+from seqaware.engine.checkpoint.save import together
+from seqaware.engine.engine import Engine
+
+
+def export_model(
+    engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizerBase, lora: LoraConfig | None = None
+) -> None:
+    """Write a Hugging Face folder of the trained model: safetensors, config, generation config, tokenizer. Collective.
+
+    With adapters, `lora.export` says whether it is the whole model with the update added in, or the adapter alone.
+    Under ZeRO-3 one parameter at a time is gathered; only rank 0 holds the whole, on the CPU.
+    """
+    adapters, first = engine.wrapped.adapters, engine.ranks.is_first
+    write_weights: Callable[[Path, dict[str, torch.Tensor]], None]
+    if adapters is None or lora is None:
+        weights, write_weights = _whole_weights(engine), partial_call(_write_model, engine.wrapped.model)
+    elif lora.export == "merged":
+        weights, write_weights = adapters.merged_weights(keep=first), adapters.write_merged
+    else:
+        weights, write_weights = adapters.adapter_weights(keep=first), adapters.write_adapter
+
+    def write() -> None:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_weights(partial, weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+    together(engine.ranks, write, on_first_only=True)
+
+
+def _write_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    weights |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
+    model.config.use_cache = True
+    model.save_pretrained(folder, state_dict=weights)
+    model.config.use_cache = False
+
+
+def _whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every weight on the CPU of rank 0, and none elsewhere. Collective."""
+    import deepspeed
+
+    model = engine.wrapped.model
+    weights: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if engine.ranks.is_first:
+                weights[name] = parameter.detach().cpu().clone()
+    return weights
