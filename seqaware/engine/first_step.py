@@ -20,6 +20,7 @@ from seqaware.engine.model import Targets, output_head
 from seqaware.errors import ConfigError
 from seqaware.objective.cross_entropy import IGNORED_LABEL, Head, plain_cross_entropy
 from seqaware.objective.fused import fused_cross_entropy
+from seqaware.objective.products import rounds_products
 
 _TOKENS = 64
 # A sum of H products in float32 is off by about ε‖h‖‖w‖ (its H roundings go either way), and ε‖h‖‖w‖ is what a logit's
@@ -109,7 +110,7 @@ def _compare(hidden_NH: Tensor, targets: Targets, head: Head) -> LossComparison:
         weights_are_positive=targets.weights_are_positive,
     )
     (ours_grad_NH,) = torch.autograd.grad(fused, ours_NH)
-    # The reference takes the same rounded inputs on in float32, where the fused loss keeps its logits too.
+    # The reference takes the same rounded inputs on in float32.
     wide = _detached(head, torch.float32)
     plain_MH = hidden_NH.detach()[chosen_M].float().requires_grad_()
     plain, _ = plain_cross_entropy(plain_MH, head=wide, labels_N=labels_N[chosen_M], weights_N=weights_N[chosen_M])
@@ -124,6 +125,9 @@ def _compare(hidden_NH: Tensor, targets: Targets, head: Head) -> LossComparison:
     # A probability is off by what its logit is, and the run's dtype rounds it once more; the gradient by hidden is made
     # of these times rows of the head, which may cancel, and rounded itself.
     eps = torch.finfo(head.weight.dtype).eps
+    if rounds_products(head.weight.dtype, hidden_NH.device):
+        # Half of eps in every logit, and a loss is the difference of two.
+        logit_error += eps * abs(head.scale) * _largest_product(plain_MH, wide.weight)
     through_head = abs(head.scale) * largest_row * float(weights_M.norm())
     return LossComparison(
         tokens=len(chosen_M),
@@ -134,6 +138,10 @@ def _compare(hidden_NH: Tensor, targets: Targets, head: Head) -> LossComparison:
         gradient_error=float((ours_grad_NH.double() - plain_grad_NH.double()).norm()),
         gradient_explained=(logit_error + eps) * through_head + eps * gradient_size,
     )
+
+
+def _largest_product(hidden_MH: Tensor, weight_VH: Tensor) -> float:
+    return float((hidden_MH.detach() @ weight_VH.t()).abs().max()) if len(hidden_MH) else 0.0
 
 
 def _detached(head: Head, dtype: torch.dtype | None = None) -> Head:

@@ -40,7 +40,7 @@ class HeadProducts:
         self.wide = wide_dtype(weight_VH.dtype)
         self._weight_VH = weight_VH.to(self.operand)
         self._chunk_rows = chunk_rows
-        self._into_wide = self.operand in NARROW and multiplies_into_float32(self.operand, weight_VH.device)
+        self._into_wide = self.operand in NARROW and not rounds_products(weight_VH.dtype, weight_VH.device)
         self._narrow_CV: Tensor | None = None
 
     def __len__(self) -> int:
@@ -93,6 +93,12 @@ def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if dtype in NARROW and device.type == "cpu" and not _cpu_multiplies(dtype):
         return torch.float32
     return dtype
+
+
+def rounds_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a product with a head of `dtype` is rounded to that dtype before it is widened."""
+    operand = operand_dtype(dtype, device)
+    return operand in NARROW and not multiplies_into_float32(operand, device)
 
 
 @cache
