@@ -12,7 +12,8 @@ import typer
 
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
-from seqaware.engine.ranks import RankAddress, disconnect, find_address, gpu_is_visible, prepare_environment
+from seqaware.engine.address import RankAddress
+from seqaware.engine.ranks import disconnect, find_address, gpu_is_visible, prepare_environment
 
 app = typer.Typer(add_completion=False)
 

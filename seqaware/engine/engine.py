@@ -14,7 +14,7 @@ worked out for the whole rows and then cut, and r runs over all ranks as before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,6 @@ from seqaware.engine.attention import Documents
 from seqaware.engine.model import ModelInput, Targets, WeightedCausalLM
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
 from seqaware.engine.ranks import Ranks
-from seqaware.errors import ConfigError
 from seqaware.objective.sums import StepSums
 from seqaware.objective.weighting import SCHEMES, Weighting
 from seqaware.plan.plan import Plan
@@ -38,11 +37,26 @@ _LOSS_SCALES = 40  # from 2^16 down to 2^-24, far below anything that is still o
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step leaves, still on the device: the global sums, the gradient's norm before clipping, and D."""
+    """What a step leaves, still on the device: the global sums, the gradient's norm before clipping, and D.
+
+    Attributes:
+        applied: the weights were updated; False, on all ranks alike, where the loss or the gradient is not finite.
+        losses: this rank's Σ w·l of each micro-batch, float32 0-d.
+    """
 
     sums: StepSums
     grad_norm: Tensor | float
     denominator: Tensor
+    applied: bool
+    losses: tuple[Tensor, ...]
+
+
+Phase = Callable[[str], None]
+"""Hears what the engine turns to: `forward`, `backward`, `optimizer step`."""
+
+
+def _unheard(name: str) -> None:
+    del name
 
 
 class Engine:
@@ -52,6 +66,8 @@ class Engine:
         model: the wrapped model; its parameters may already be sharded by ZeRO-3.
         attention_backend: what `Documents` tells the attention to use.
     """
+
+    phase: Phase = staticmethod(_unheard)
 
     def __init__(
         self, plan: Plan, *, ranks: Ranks, model: WeightedCausalLM, weighting: Weighting, attention_backend: str
@@ -79,8 +95,9 @@ class Engine:
             batches: this rank's micro-batches, on the host or the device.
             learning_rate: for this step, in every parameter group.
 
-        Raises:
-            ConfigError: float16 overflows at every loss scale.
+        Returns:
+            the step's sums over all ranks. Where the loss or the gradient is not finite, the weights and the optimizer
+            stay as they were; in float16 only if that is so at every loss scale.
         """
         self.deepspeed.train()
         placed, weights = self._placed(batches)
@@ -88,23 +105,32 @@ class Engine:
         scale = (self.ranks.size / denominator).to(torch.float32)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
-        for _ in range(_LOSS_SCALES):
-            sums = self._accumulate(placed, weights, scale)
-            grad_norm = self._step()
-            # In float16 DeepSpeed passes over a step that overflows and halves its loss scale: we do the step again.
-            if not (self._loss_scaled and self.deepspeed.optimizer.overflow):
-                self.ranks.sum(sums.vector)
-                return StepResult(sums, grad_norm, denominator)
-        raise ConfigError("float16 overflows at every loss scale", do="write model.dtype: bfloat16 or float32")
+        # In float16 DeepSpeed passes over a step that overflows and halves its loss scale: we do the step again.
+        for _ in range(_LOSS_SCALES if self._loss_scaled else 1):
+            sums, losses = self._accumulate(placed, weights, scale)
+            self.phase("optimizer step")
+            grad_norm, applied = self._step()
+            self.ranks.sum(sums.vector)
+            if applied or not torch.isfinite(sums["weighted_loss"]):
+                break
+        return StepResult(sums, grad_norm, denominator, applied, losses)
 
-    def _accumulate(self, batches: Sequence[Batch], weights: Sequence[Tensor], scale: Tensor) -> StepSums:
-        """Gradients of all micro-batches; returns this rank's sums."""
+    def _accumulate(
+        self, batches: Sequence[Batch], weights: Sequence[Tensor], scale: Tensor
+    ) -> tuple[StepSums, tuple[Tensor, ...]]:
+        """Gradients of all micro-batches; returns this rank's sums, and the loss of each micro-batch."""
         sums = StepSums.zeros(self.ranks.device)
+        losses = []
         for batch, weights_RT in zip(batches, weights, strict=True):
+            self.phase("forward")
             loss, stats = self._forward(batch, weights_RT)
-            self.deepspeed.backward(loss * scale, scale_wrt_gas=False)
+            self.phase("backward")
+            losses.append(loss.detach())
+            # Plus zero; but a loss that is not finite makes the gradient so too, and with it the norm on every rank:
+            # no update follows, and the host need not look at the loss to know.
+            self.deepspeed.backward(loss * (scale + losses[-1] * 0.0), scale_wrt_gas=False)
             sums = sums + StepSums.of(stats, sequences=batch.sequences, tokens=batch.tokens)
-        return sums
+        return sums, tuple(losses)
 
     @torch.no_grad()
     def evaluate_step(self, batches: Sequence[Batch]) -> StepSums:
@@ -169,16 +195,20 @@ class Engine:
         documents = Documents(batch.cu_seqlens, batch.lengths, self.attention_backend, self.sequence)
         return ModelInput(batch.input_ids, batch.position_ids, documents)
 
-    def _step(self) -> Tensor | float:
+    def _step(self) -> tuple[Tensor | float, bool]:
+        """The gradient's norm, and whether the weights were updated: not where that norm is not finite."""
         if self.zero_stage > 0:
             self.deepspeed.step()
             norm: float = self.deepspeed.get_global_grad_norm()
-            return norm
+            return norm, not self.deepspeed.optimizer.overflow
         self._reduce_gradients()
         limit = self.max_grad_norm or float("inf")
         total = torch.nn.utils.clip_grad_norm_(self.wrapped.parameters(), limit)
+        if not torch.isfinite(total):
+            self.deepspeed.optimizer.zero_grad(set_to_none=True)
+            return total, False
         self.deepspeed.step()
-        return total
+        return total, True
 
     def _reduce_gradients(self) -> None:
         """Average the gradients over the ranks; a parameter that no token reached still takes part."""

@@ -1,4 +1,4 @@
-"""Who started this process, which rank it is, and the few collectives the trainer needs.
+"""The connected ranks of a run, and the few collectives the trainer needs.
 
 The only module that names `torch.distributed`, and the only one that reads the environment. Nothing here imports
 torch before `connect`, so that a rank can tell who it is before the slow imports.
@@ -9,45 +9,19 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shutil
-import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from seqaware.engine.address import RankAddress, address_in
 from seqaware.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-LAUNCHERS = ("torchrun or deepspeed", "srun", "mpirun", "none")
-_MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-_DEFAULT_PORT = 29500
-
-
-@dataclass(frozen=True)
-class RankAddress:
-    """One process among those of the run, and where they meet.
-
-    Attributes:
-        rank, size: global; local_rank, local_size: on this host; nodes: number of hosts.
-        launcher: which of LAUNCHERS started the process.
-        master_address, master_port: where rank 0's store listens.
-    """
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    nodes: int
-    launcher: str
-    master_address: str
-    master_port: int
 
 
 def find_address(environment: Mapping[str, str] | None = None) -> RankAddress:
@@ -58,102 +32,9 @@ def find_address(environment: Mapping[str, str] | None = None) -> RankAddress:
     """
     env = os.environ if environment is None else environment
     try:
-        return _address_in(env)
+        return address_in(env)
     except ValueError as error:
         raise ConfigError("the launcher's variables are no numbers", got=error) from error
-
-
-def _address_in(env: Mapping[str, str]) -> RankAddress:
-    if "RANK" in env and "WORLD_SIZE" in env:
-        return _from_torch_variables(env)
-    # SLURM_STEP_ID tells srun's tasks from the batch script, which carries SLURM_PROCID and SLURM_NTASKS as well.
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        return _from_slurm(env)
-    if any(int(env.get(name, "1")) > 1 for name in _MPI_SIZE_VARIABLES):
-        return _from_mpi(env)
-    return RankAddress(0, 1, 0, 1, 1, "none", "127.0.0.1", _free_port())
-
-
-def _from_torch_variables(env: Mapping[str, str]) -> RankAddress:
-    rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
-    if not 0 <= rank < size:
-        raise ConfigError("RANK must lie in [0, WORLD_SIZE)", got=f"RANK={rank}, WORLD_SIZE={size}")
-    return RankAddress(
-        rank=rank,
-        size=size,
-        local_rank=int(env.get("LOCAL_RANK", rank % local_size)),
-        local_size=local_size,
-        nodes=max(1, size // local_size),
-        launcher="torchrun or deepspeed",
-        master_address=env.get("MASTER_ADDR", "127.0.0.1"),
-        master_port=int(env.get("MASTER_PORT", _DEFAULT_PORT)),
-    )
-
-
-def _from_slurm(env: Mapping[str, str]) -> RankAddress:
-    size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-    nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
-    hosts = expand_hostlist(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
-    # Every task derives the same port from the job, and two jobs on one host get different ones.
-    port = 20000 + (int(env.get("SLURM_JOB_ID", "0")) * 7 + int(env["SLURM_STEP_ID"])) % 20000
-    return RankAddress(
-        rank=int(env["SLURM_PROCID"]),
-        size=size,
-        local_rank=int(env.get("SLURM_LOCALID", "0")),
-        local_size=max(1, size // nodes),
-        nodes=nodes,
-        launcher="srun",
-        master_address=env.get("MASTER_ADDR", hosts[0]),
-        master_port=int(env.get("MASTER_PORT", port)),
-    )
-
-
-def expand_hostlist(hostlist: str) -> list[str]:
-    """SLURM's compressed host list as names: `n[1-3,7],gpu01` becomes n1, n2, n3, n7, gpu01."""
-    hosts: list[str] = []
-    for part in re.findall(r"[^,\[\]]+(?:\[[^\]]*\][^,\[\]]*)?", hostlist):
-        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
-        if match is None:
-            hosts.append(part)
-            continue
-        prefix, ranges, suffix = match.groups()
-        for piece in ranges.split(","):
-            first, _, last = piece.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            hosts.extend(f"{prefix}{number:0{len(first)}d}{suffix}" for number in numbers)
-    return hosts
-
-
-def _from_mpi(env: Mapping[str, str]) -> RankAddress:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise ConfigError(
-            "mpirun started this process, but mpi4py cannot load an MPI library", got=error, do="load the MPI module"
-        ) from error
-    world = MPI.COMM_WORLD
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
-    leader = (socket.gethostname(), _free_port()) if world.rank == 0 else None
-    host, port = world.bcast(leader, root=0)
-    nodes = world.allreduce(1 if local.rank == 0 else 0)
-    same_host = nodes == 1
-    return RankAddress(
-        rank=world.rank,
-        size=world.size,
-        local_rank=local.rank,
-        local_size=local.size,
-        nodes=nodes,
-        launcher="mpirun",
-        master_address=env.get("MASTER_ADDR", "127.0.0.1" if same_host else host),
-        master_port=int(env.get("MASTER_PORT", port)),
-    )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def gpu_is_visible() -> bool:
@@ -216,6 +97,38 @@ class Ranks:
         assert self.size % size == 0, "the plan lets a number of ranks through only if it divides the world"
         groups = [dist.new_group(list(range(first, first + size))) for first in range(0, self.size, size)]
         return SequenceGroup(groups[self.rank // size], index=self.rank % size, size=size)
+
+
+class Votes:
+    """What ranks ask of each other besides the training: the highest of all ranks' numbers, on the host.
+
+    Over gloo on every machine, so that no device is waited for; a vote goes round while the step computes.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        import torch.distributed as dist
+
+        self._alone = ranks.size == 1
+        self._group = None if self._alone else dist.new_group(backend="gloo")
+        self._cast: tuple[Any, Tensor] | None = None
+
+    def cast(self, value: int) -> None:
+        """Send this rank's number off; every rank casts before any of them reads a result."""
+        import torch
+        import torch.distributed as dist
+
+        box = torch.tensor([value], dtype=torch.int64)
+        work = None if self._alone else dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._cast = (work, box)
+
+    def result(self) -> int:
+        """The highest number that a rank has cast."""
+        assert self._cast is not None, "a vote is cast before it is read"
+        work, box = self._cast
+        self._cast = None
+        if work is not None:
+            work.wait()
+        return int(box)
 
 
 class SequenceGroup:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
+from seqaware.engine.address import RankAddress
 from seqaware.engine.attention import choose_backend
 from seqaware.engine.engine import Engine
 from seqaware.engine.layers import arrange_layers
 from seqaware.engine.lora import Adapters
 from seqaware.engine.model import DTYPES, LoadOptions, WeightedCausalLM, build_initial_model, load_model, local_or_hub
 from seqaware.engine.probe import Probe
-from seqaware.engine.ranks import RankAddress, Ranks, gpu_is_visible
+from seqaware.engine.ranks import Ranks, gpu_is_visible
 from seqaware.plan.facts import World
 from seqaware.plan.plan import Plan
 from seqaware.training.batches import RowFormat

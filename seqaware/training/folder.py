@@ -23,8 +23,8 @@ from typing import Any
 import yaml
 
 from seqaware import __version__
+from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.manifest import complete_checkpoints, read_state, write_durably
-from seqaware.engine.ranks import RankAddress
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import Plan
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seqaware.config.schema import Config
+from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.export import export_model
 from seqaware.engine.checkpoint.load import load_checkpoint
 from seqaware.engine.checkpoint.manifest import RunState, set_aside_later
@@ -15,7 +16,7 @@ from seqaware.engine.engine import Engine
 from seqaware.engine.first_step import check_losses
 from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
-from seqaware.engine.ranks import RankAddress, Ranks, connect
+from seqaware.engine.ranks import Ranks, connect
 from seqaware.errors import CheckpointError
 from seqaware.plan.offload import swap_folders
 from seqaware.plan.plan import Plan

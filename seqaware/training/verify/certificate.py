@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from seqaware import __version__
+from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.manifest import write_durably
-from seqaware.engine.ranks import RankAddress
 from seqaware.plan.plan import Plan
 from seqaware.training.folder import RunFolder, git_revision, versions
 from seqaware.training.verify.items import Item

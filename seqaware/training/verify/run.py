@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from seqaware.config.schema import Config, SftConfig
+from seqaware.engine.address import RankAddress
 from seqaware.engine.engine import Engine
 from seqaware.engine.first_step import compare_losses
 from seqaware.engine.gradients import digest_of_weights
 from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import measure_head, measure_isolation
-from seqaware.engine.ranks import RankAddress, connect
+from seqaware.engine.ranks import connect
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.plan import Plan

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from seqaware.engine.ranks import expand_hostlist, find_address
+from seqaware.engine.address import expand_hostlist
+from seqaware.engine.ranks import find_address
 from seqaware.errors import ConfigError
 
 
