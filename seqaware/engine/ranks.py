@@ -230,6 +230,7 @@ def prepare_environment() -> None:
     environments that shared one cache would rebuild them in turn. Called before the libraries are imported; whatever a
     person set themselves stays.
     """
+    _find_programs_beside_python()
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
     for name, value in {
@@ -247,3 +248,15 @@ def prepare_environment() -> None:
         import warnings
 
         warnings.filterwarnings("ignore", module=r"(torch|deepspeed|transformers)\b.*")
+
+
+def _find_programs_beside_python() -> None:
+    """Let this environment's programs be found, as they are once it is activated.
+
+    A rank that ssh or mpirun started has the login's PATH. DeepSpeed's operators need ninja: without one on PATH the run
+    would stop, and another version of it rebuilds them all, taking a minute each time the two take turns.
+    """
+    beside = str(Path(sys.executable).parent)
+    path = os.environ.get("PATH", os.defpath)
+    if beside not in path.split(os.pathsep):
+        os.environ["PATH"] = os.pathsep.join((beside, path))
