@@ -1,0 +1,73 @@
+"""What a rank tells the others of itself, apart from its place: a small JSON that is replaced, never torn."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from seqaware.training.watch.dial import Place
+from seqaware.training.watch.process import Process
+
+Status = Literal["running", "failed", "ended"]
+
+
+@dataclass(frozen=True)
+class Stuck:
+    """A main thread that has not moved for long.
+
+    Attributes:
+        seconds: since it last moved. where: its innermost line. stack: all of them, outermost first.
+        waits: whether it stands in a collective, waiting for others.
+    """
+
+    seconds: float
+    where: str
+    stack: list[str]
+    waits: bool
+
+
+@dataclass(frozen=True)
+class Card:
+    """One rank.
+
+    Attributes:
+        status: `failed`: by an error of its own, and it tells so itself. `ended`: as it should, with whatever code.
+        code: its exit code, once it is known. message: why it failed.
+        place: where it was when the card was written; its dial is newer, but readable on its own host only.
+    """
+
+    rank: int
+    size: int
+    host: str
+    process: Process
+    log: str
+    place: Place
+    status: Status = "running"
+    code: int | None = None
+    message: str | None = None
+    stuck: Stuck | None = None
+
+    def name(self) -> str:
+        """`rank 1 of 8 on host h2 (pid 123)`."""
+        return f"rank {self.rank} of {self.size} on host {self.host} (pid {self.process.pid})"
+
+    def write(self, path: Path) -> None:
+        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        partial.replace(path)
+
+
+def read_card(path: Path) -> Card | None:
+    """The card of another rank; None where there is none."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values["process"] = Process(**values["process"])
+        values["place"] = Place(*values["place"])
+        values["stuck"] = Stuck(**values["stuck"]) if values["stuck"] else None
+        return Card(**values)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # not yet written, or by another version

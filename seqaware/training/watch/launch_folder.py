@@ -1,0 +1,124 @@
+"""The folder in which the ranks of one launch on one host meet: named after the process that started them all.
+
+    <temporary files>/seqaware-<uid>/<host>-<pid namespace>-<parent's pid>-<its start>-<port>/
+        rank-0003.json   who it is and how it stands     rank-0003.dial   where it is, to the moment
+        rank-0003.log    until the run's folder is known     told             the first word about the end of the launch
+
+Siblings share their parent whatever launched them: deepspeed's launch.py, torchrun's agent, slurmstepd, mpirun's proxy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from seqaware.engine.address import RankAddress
+from seqaware.errors import ConfigError
+from seqaware.training.watch.card import Card, read_card
+from seqaware.training.watch.process import Life, Process, host_name
+
+TOLD = "told"
+_SECONDS_KEPT = 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class LaunchFolder:
+    """Paths, and what may be asked about them."""
+
+    path: Path
+
+    def card(self, rank: int) -> Path:
+        return self.path / f"rank-{rank:04d}.json"
+
+    def dial(self, rank: int) -> Path:
+        return self.path / f"rank-{rank:04d}.dial"
+
+    def log(self, rank: int) -> Path:
+        return self.path / f"rank-{rank:04d}.log"
+
+    def cards(self) -> list[Card]:
+        """Of all ranks of this host that have come so far, by rank."""
+        found = (read_card(path) for path in sorted(self.path.glob("rank-*.json")))
+        return [card for card in found if card is not None]
+
+    def claim(self, text: str) -> bool:
+        """Take the word for the launch; False if somebody has it."""
+        return claim(self.path, text)
+
+    def told(self) -> bool:
+        return (self.path / TOLD).exists()
+
+    def remove_if_all_ended(self, count: int) -> None:
+        """The last of `count` ranks that ends as it should leaves nothing behind."""
+        cards = self.cards()
+        if len(cards) == count and all(card.status == "ended" for card in cards) and not self.told():
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+def claim(folder: Path, text: str) -> bool:
+    """Write `told` into `folder`, if nobody has: exactly one caller gets True, on whatever host."""
+    try:
+        descriptor = os.open(folder / TOLD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        return False
+    os.write(descriptor, text.encode(errors="replace"))
+    os.close(descriptor)
+    return True
+
+
+def open_launch_folder(address: RankAddress, base: Path | None = None) -> LaunchFolder:
+    """Make or find the folder of this launch, free of what an earlier launch left under the same name.
+
+    Args:
+        base: instead of the folder for temporary files.
+
+    Raises:
+        ConfigError: it cannot be written, or belongs to somebody else.
+    """
+    # Ranks that are alone have no siblings, and a person may start several from one shell.
+    starter = Process.of(os.getppid() if address.size > 1 else os.getpid())
+    namespace = Path("/proc/self/ns/pid").stat().st_ino
+    try:
+        users = (base or Path(tempfile.gettempdir())) / f"seqaware-{os.getuid()}"
+        users.mkdir(mode=0o700, exist_ok=True)
+        if users.is_symlink() or users.stat().st_uid != os.getuid():
+            raise PermissionError(f"{users} belongs to somebody else")
+        _sweep(users, prefix=f"{host_name()}-{namespace}-")
+        name = f"{host_name()}-{namespace}-{starter.pid}-{starter.started}-{address.master_port}"
+        (users / name).mkdir(exist_ok=True)
+    except OSError as error:
+        do = "point TMPDIR at a folder of this host that you may write"
+        raise ConfigError("the folder for temporary files cannot be used", got=error, do=do) from error
+    folder = LaunchFolder(users / name)
+    _forget_earlier_launch(folder, address.rank)
+    return folder
+
+
+def _forget_earlier_launch(folder: LaunchFolder, rank: int) -> None:
+    """A card of our own rank shows that ranks of an earlier launch were here: torchrun restarts its ranks, say.
+
+    Those of them that are gone are forgotten. Siblings that came before us in this launch are alive.
+    """
+    if not folder.card(rank).exists():
+        return
+    with suppress(FileNotFoundError):
+        (folder.path / TOLD).unlink()
+    for card in folder.cards():
+        if card.rank == rank or card.process.life() is Life.GONE:
+            for path in (folder.card(card.rank), folder.dial(card.rank), folder.log(card.rank)):
+                path.unlink(missing_ok=True)
+
+
+def _sweep(users: Path, prefix: str) -> None:
+    """Remove the folders of launches of this host that are long over."""
+    for folder in users.glob(f"{prefix}*"):
+        pid, started, *_ = folder.name.removeprefix(prefix).split("-")
+        over = Process(int(pid), int(started)).life() is Life.GONE
+        with suppress(OSError):
+            if over and time.time() - folder.stat().st_mtime > _SECONDS_KEPT:
+                shutil.rmtree(folder, ignore_errors=True)
