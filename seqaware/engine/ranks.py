@@ -173,11 +173,14 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def connect(address: RankAddress, *, timeout_minutes: float = 30.0) -> Ranks:
+def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ranks:
     """Start the process group through DeepSpeed: NCCL where there are GPUs, gloo elsewhere.
 
     The group is made for a single rank too, because DeepSpeed's engine asks for one. A process that is already
     connected keeps its group.
+
+    Args:
+        timeout_minutes: how long collectives wait at most; None: for ever.
     """
     import torch
 
@@ -197,16 +200,33 @@ def connect(address: RankAddress, *, timeout_minutes: float = 30.0) -> Ranks:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
 
+    timeout = _let_groups_wait(timeout_minutes)
     # DeepSpeed prints that it built its shared-memory op; nobody asked.
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
             dist_backend="nccl" if cuda else "gloo",
             auto_mpi_discovery=False,
-            timeout=timedelta(minutes=timeout_minutes),
+            timeout=timeout,
             verbose=False,
         )
     _unlink_shared_buffer(address)
     return Ranks(address, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
+
+
+def beyond_hangs(hang_minutes: float | None) -> float | None:
+    """Minutes for `connect` where the ranks watch each other: a group that gave up before them would name nobody."""
+    return None if hang_minutes is None else 1.5 * hang_minutes + 5.0
+
+
+def _let_groups_wait(minutes: float | None) -> timedelta:
+    """Set how long groups wait that others make by `new_group`: DeepSpeed's do not inherit it from the first."""
+    from torch.distributed import distributed_c10d
+
+    # For ever is what fits into 2³¹ milliseconds, which is as long as a socket can wait.
+    timeout = timedelta(days=24) if minutes is None else timedelta(minutes=minutes)
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
+    return timeout
 
 
 def _unlink_shared_buffer(address: RankAddress) -> None:
@@ -253,7 +273,7 @@ def prepare_environment() -> None:
 def _find_programs_beside_python() -> None:
     """Let this environment's programs be found, as they are once it is activated.
 
-    A rank that ssh or mpirun started has the login's PATH. DeepSpeed's operators need ninja: without one on PATH the run
+    A rank that ssh or mpirun started has the login's PATH. DeepSpeed's operators need ninja: without one there the run
     would stop, and another version of it rebuilds them all, taking a minute each time the two take turns.
     """
     beside = str(Path(sys.executable).parent)
