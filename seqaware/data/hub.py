@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 from seqaware.data.locate import HubId
@@ -11,23 +13,47 @@ from seqaware.errors import DataError
 _ROWS_AT_ONCE = 512
 
 
-def hub_rows(hub: HubId, split: str, *, streaming: bool) -> Iterator[dict[str, Any]]:
-    """The rows of one split.
+def hub_rows(
+    hub: HubId, split: str, *, streaming: bool, begin: int = 0, end: int | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows of one split; of these only [begin, end), counted from 0.
 
     Raises:
         DataError: no such dataset, configuration or split; no network; a gated dataset.
     """
+    with _hub_errors(hub):
+        dataset = _load(hub, split, streaming=streaming)
+        if streaming:
+            yield from islice(dataset.skip(begin) if begin else dataset, None if end is None else max(0, end - begin))
+        else:
+            end = len(dataset) if end is None else min(end, len(dataset))
+            if begin < end:  # `datasets` selects no empty range
+                yield from _rows(dataset.select(range(begin, end)))
+
+
+def count_hub_rows(hub: HubId, split: str) -> int:
+    """How many rows one split has. It is downloaded for that.
+
+    Raises:
+        DataError: as `hub_rows`.
+    """
+    with _hub_errors(hub):
+        return len(_load(hub, split, streaming=False))
+
+
+def _load(hub: HubId, split: str, *, streaming: bool) -> Any:
+    import datasets
+
+    return datasets.load_dataset(hub.repository, hub.subset, split=split, revision=hub.revision, streaming=streaming)
+
+
+@contextmanager
+def _hub_errors(hub: HubId) -> Iterator[None]:
     import datasets
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        dataset = datasets.load_dataset(
-            hub.repository, hub.subset, split=split, revision=hub.revision, streaming=streaming
-        )
-        if streaming:
-            yield from dataset
-        else:
-            yield from _rows(dataset)
+        yield
     except datasets.exceptions.DatasetNotFoundError as error:
         what = f"the hub has no dataset {hub.repository}, or it is gated"
         do = "correct dataset.name, or log in with `hf auth login` and accept its terms"

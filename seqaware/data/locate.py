@@ -75,6 +75,13 @@ class SplitSlice:
     begin: int = 0
     end: int | None = None
 
+    def within(self, begin: int, end: int | None) -> SplitSlice:
+        """The rows [begin, end) of these rows, counted from 0 there."""
+        last = self.end
+        if end is not None:
+            last = self.begin + end if last is None else min(last, self.begin + end)
+        return SplitSlice(self.split, self.begin + begin, last)
+
 
 @dataclass(frozen=True)
 class Located:

@@ -8,7 +8,8 @@ import io
 import json
 import sys
 from collections.abc import Iterator
-from itertools import chain
+from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,15 +20,36 @@ _PARQUET_ROWS_AT_ONCE = 1024
 Row = tuple[dict[str, Any], int]
 
 
-def read_file(path: Path) -> Iterator[Row]:
-    """(fields, line or row number from 1) of every row of a jsonl, json, csv, parquet or text file.
+def read_file(path: Path, *, begin: int = 0, end: int | None = None) -> Iterator[Row]:
+    """(fields, line or row number from 1) of the rows of a jsonl, json, csv, parquet or text file.
+
+    Args:
+        begin, end: only these rows, counted from 0 (blank lines are none). Those before `begin` are passed over, which
+            is many times faster than reading them.
 
     Raises:
         DataError: a line that is not what the file's kind demands, by file and number; an unreadable file.
     """
     readers = {"jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv, "parquet": _read_parquet, "text": _read_text}
+    with _file_errors(path):
+        yield from readers[file_kind(path)](path, begin, end)
+
+
+def count_rows(path: Path) -> int:
+    """How many rows `read_file` would give. Lines are counted, not read.
+
+    Raises:
+        DataError: the file is unreadable, or broken so that its rows cannot be told.
+    """
+    counters = {"jsonl": _count_jsonl, "json": _count_json, "csv": _count_csv, "parquet": _count_parquet}
+    with _file_errors(path):
+        return counters.get(file_kind(path), _count_lines)(path)
+
+
+@contextmanager
+def _file_errors(path: Path) -> Iterator[None]:
     try:
-        yield from readers[file_kind(path)](path)
+        yield
     except OSError as error:
         raise DataError(f"{path} cannot be read", got=error.strerror or error) from error
     except EOFError as error:
@@ -42,11 +64,10 @@ def _open(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def _read_jsonl(path: Path, begin: int, end: int | None) -> Iterator[Row]:
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
-            if line.isspace():
-                continue
+        lines = ((line, number) for number, line in enumerate(file, 1) if not line.isspace())
+        for line, number in islice(lines, begin, end):
             try:
                 value = json.loads(line)
             except ValueError as error:
@@ -58,33 +79,68 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
             yield value, number
 
 
-def _read_json(path: Path) -> Iterator[Row]:
+def _count_jsonl(path: Path) -> int:
+    with _open(path) as file:
+        return sum(not line.isspace() for line in file)
+
+
+def _read_json(path: Path, begin: int, end: int | None) -> Iterator[Row]:
     """An array of objects, or (as many files named .json are) one object a line."""
-    with _open(path) as file:
-        first = next((line for line in file if not line.isspace()), "")
-    if not first.lstrip().startswith("["):
-        yield from _read_jsonl(path)
+    if not _is_array(path):
+        yield from _read_jsonl(path, begin, end)
         return
-    with _open(path) as file:
-        try:
-            rows = json.load(file)
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON", got=error) from error
-    for number, row in enumerate(rows, 1):
+    for number, row in islice(enumerate(_json_array(path), 1), begin, end):
         if not isinstance(row, dict):
             raise DataError(f"{path}, element {number}: an element must be an object with fields", got=_shown(str(row)))
         yield row, number
 
 
-def _read_csv(path: Path) -> Iterator[Row]:
-    bare = path.with_suffix("") if path.suffix == ".gz" else path
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+def _count_json(path: Path) -> int:
+    return len(_json_array(path)) if _is_array(path) else _count_jsonl(path)
+
+
+def _is_array(path: Path) -> bool:
     with _open(path) as file:
-        reader = csv.DictReader(file, delimiter="\t" if bare.suffix == ".tsv" else ",", strict=True)
+        first = next((line for line in file if not line.isspace()), "")
+    return first.lstrip().startswith("[")
+
+
+def _json_array(path: Path) -> list[Any]:
+    with _open(path) as file:
         try:
-            yield from (_csv_row(row, reader, path) for row in reader)
+            rows: list[Any] = json.load(file)
+        except ValueError as error:
+            raise DataError(f"{path} is not JSON", got=error) from error
+    return rows
+
+
+def _read_csv(path: Path, begin: int, end: int | None) -> Iterator[Row]:
+    with _open(path) as file:
+        reader = _csv_reader(file, path)
+        try:
+            if reader.fieldnames is None:  # asked first: the reader takes the first row it sees for the header
+                return
+            for _ in islice(filter(None, reader.reader), begin):
+                pass
+            left = None if end is None else end - begin
+            yield from (_csv_row(row, reader, path) for row in islice(reader, left))
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not CSV", got=error) from error
+            raise DataError(f"{path}, line {reader.reader.line_num}: not CSV", got=error) from error
+
+
+def _count_csv(path: Path) -> int:
+    with _open(path) as file:
+        reader = _csv_reader(file, path)
+        try:
+            return 0 if reader.fieldnames is None else sum(map(bool, reader.reader))
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.reader.line_num}: not CSV", got=error) from error
+
+
+def _csv_reader(file: IO[str], path: Path) -> csv.DictReader[str]:
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    bare = path.with_suffix("") if path.suffix == ".gz" else path
+    return csv.DictReader(file, delimiter="\t" if bare.suffix == ".tsv" else ",", strict=True)
 
 
 def _csv_row(row: dict[str | Any, str | Any], reader: csv.DictReader[str], path: Path) -> Row:
@@ -94,24 +150,53 @@ def _csv_row(row: dict[str | Any, str | Any], reader: csv.DictReader[str], path:
     return dict(row), reader.line_num
 
 
-def _read_parquet(path: Path) -> Iterator[Row]:
+def _read_parquet(path: Path, begin: int, end: int | None) -> Iterator[Row]:
+    with _parquet(path) as file:
+        batches = _batches_from(file, begin)
+        rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+        left = None if end is None else end - begin
+        yield from ((row, number) for number, row in enumerate(islice(rows, left), begin + 1))
+
+
+def _batches_from(file: Any, begin: int) -> Iterator[Any]:
+    """Batches of the rows from `begin` on; groups of rows before it are not read from the disk."""
+    first = 0
+    while first < file.num_row_groups and begin >= file.metadata.row_group(first).num_rows:
+        begin -= file.metadata.row_group(first).num_rows
+        first += 1
+    groups = list(range(first, file.num_row_groups))
+    for batch in file.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, row_groups=groups):
+        yield batch.slice(min(begin, batch.num_rows))
+        begin = max(0, begin - batch.num_rows)
+
+
+def _count_parquet(path: Path) -> int:
+    with _parquet(path) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE)
-            rows = chain.from_iterable(batch.to_pylist() for batch in batches)
-            yield from ((row, number) for number, row in enumerate(rows, 1))
+            yield file
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable parquet file", got=error) from error
 
 
-def _read_text(path: Path) -> Iterator[Row]:
+def _read_text(path: Path, begin: int, end: int | None) -> Iterator[Row]:
     """A line is a document, as `datasets` reads text files."""
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in islice(enumerate(file, 1), begin, end):
             yield {"text": line.rstrip("\r\n")}, number
+
+
+def _count_lines(path: Path) -> int:
+    with _open(path) as file:
+        return sum(1 for _ in file)
 
 
 def _shown(line: str) -> str:

@@ -23,7 +23,8 @@ import json
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,13 @@ from seqaware.data.store_format import (
     facts_of,
     read_manifest,
 )
-from seqaware.data.store_writer import StoreWriter
+from seqaware.data.store_writer import Block, StoreWriter
 from seqaware.errors import DataError
 
 __all__ = ["Counted", "Document", "Documents", "Part", "StoreFacts", "StoreWriter", "TokenStore"]
 
 _INT32 = np.dtype(np.int32)
+_DOCUMENTS_AT_ONCE = 4096
 
 # SHA-256 reads about 1 GB/s: a store up to this size is verified before it is used again.
 _VERIFIED_BYTES = 2**30
@@ -135,6 +137,26 @@ class TokenStore:
             None if self._weights is None else self._weights[places],
             offsets,
             self._counted_rows(ids, lengths),
+        )
+
+    def blocks(self) -> Iterator[Block]:
+        """All documents in their order, a few thousand at a time: what a writer makes an equal store of."""
+        firsts = [*self._name_firsts, self._count]
+        for prefix, (first, last) in zip(self._name_prefixes, pairwise(firsts), strict=True):
+            for begin in range(first, last, _DOCUMENTS_AT_ONCE):
+                yield self._block(prefix, begin, min(last, begin + _DOCUMENTS_AT_ONCE))
+
+    def _block(self, prefix: str, begin: int, end: int) -> Block:
+        tokens = slice(self._begin[begin], self._begin[end])
+        return Block(
+            tokens=self._tokens[tokens].astype(np.uint32),
+            supervised=self._supervised[tokens],
+            turn_start=self._turn_start[tokens],
+            weights=None if self._weights is None else self._weights[tokens],
+            lengths=self.lengths[begin:end].astype(np.int64),
+            rows=self._rows[begin:end],
+            counted=None if self._counted is None else self._counted[begin:end],
+            prefix=prefix,
         )
 
     def name(self, index: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ FORMAT = "seqaware token store"
 FORMAT_VERSION = 1
 MANIFEST = "store.json"
 COUNTED_FIELDS = 7
+_NAMED_DROPPED = 1000
 
 
 class Counted(NamedTuple):
@@ -106,6 +107,38 @@ class StoreFacts:
     max_seq_length: int | None = None
     vocab_size: int = 0
     eos_id: int = 0
+
+
+@dataclass
+class Tally:
+    """What became of the rows that a store is made of.
+
+    Attributes:
+        records, truncated, split: numbers of rows.
+        dropped: examples (or pieces) that were left out, by reason, in the order in which the reasons came up.
+        named: name and reason of the first of them.
+    """
+
+    records: int = 0
+    truncated: int = 0
+    split: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    named: list[dict[str, str]] = field(default_factory=list)
+
+    def drop(self, name: str, reason: str) -> None:
+        """Count an example that was left out; the first ones are named."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        if len(self.named) < _NAMED_DROPPED:
+            self.named.append({"name": name, "reason": reason})
+
+    def add(self, later: Tally) -> None:
+        """Count the rows of another one as well, which come behind these."""
+        self.records += later.records
+        self.truncated += later.truncated
+        self.split += later.split
+        for reason, count in later.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        self.named += later.named[: _NAMED_DROPPED - len(self.named)]
 
 
 def manifest_checksum(manifest: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Writing a token store: a stream of documents into flat files, all or nothing.
 
 Everything is written into a folder beside the goal and renamed at the end: a store is complete or it is not there.
+The bytes depend on the sequence of documents alone, not on the blocks they come in.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -29,12 +30,12 @@ from seqaware.data.store_format import (
     Document,
     Part,
     StoreFacts,
+    Tally,
     manifest_checksum,
 )
 from seqaware.errors import DataError
 
 DROPPED = "dropped.jsonl"
-_NAMED_DROPPED = 1000
 _UINT16_VOCABULARY = 1 << 16
 _UNFINISHED = ".unfinished-"
 _ALWAYS_FILES = (
@@ -85,6 +86,11 @@ def disk_errors(path: Path) -> Iterator[None]:
             case _:
                 raise
         raise DataError(what, got=error.strerror, do=do) from error
+
+
+def unfinished(path: Path) -> Path:
+    """Where this process writes what shall become `path`. Processes of several hosts may write beside one another."""
+    return path.with_name(f"{path.name}{_UNFINISHED}{socket.gethostname()}-{os.getpid()}")
 
 
 def remove_unfinished(path: Path) -> None:
@@ -141,10 +147,7 @@ class StoreWriter:
         identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = Path(path)
-        self.dropped: Counter[str] = Counter()
-        self.truncated = 0
-        self.split = 0
-        self.records = 0
+        self.tally = Tally()
         self._vocab_size = vocab_size
         self._eos_id = eos_id
         self._max_seq_length = max_seq_length
@@ -152,10 +155,9 @@ class StoreWriter:
         self._dtype = np.dtype(np.uint16 if vocab_size <= _UINT16_VOCABULARY else np.uint32)
         self._parts: list[Part] = []
         self._names: list[tuple[int, str]] = []
-        self._dropped_names: list[dict[str, str]] = []
         self._documents = self._tokens = self._supervised = self._longest = 0
         self._files: dict[str, _HashedFile] = {}
-        self._folder = self.path.with_name(f"{self.path.name}{_UNFINISHED}{os.getpid()}")
+        self._folder = unfinished(self.path)
         self._finished = False
         with disk_errors(self._folder):
             self._folder.mkdir(parents=True)
@@ -227,12 +229,6 @@ class StoreWriter:
         self._tokens += len(block.tokens)
         self._longest = max(self._longest, int(block.lengths.max()))
 
-    def drop(self, name: str, reason: str) -> None:
-        """Count an example that was left out; the first ones are named in dropped.jsonl."""
-        self.dropped[reason] += 1
-        if len(self._dropped_names) < _NAMED_DROPPED:
-            self._dropped_names.append({"name": name, "reason": reason})
-
     def end_part(self, name: str, proportion: float | None = None) -> None:
         """The documents since the last part's end are one source of the mixture."""
         before = sum(part.documents for part in self._parts)
@@ -255,11 +251,12 @@ class StoreWriter:
         if sum(part.documents for part in self._parts) < self._documents:
             self.end_part(self._names[0][1])
         with disk_errors(self._folder):
-            files = {name: file.close() for name, file in self._files.items()}
+            # By name: which of the optional ones came first depends on the blocks.
+            files = {name: file.close() for name, file in sorted(self._files.items())}
             fingerprint = self._fingerprint(files)
-            if self._dropped_names:
-                lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self._dropped_names)
-                _write_durably(self._folder / DROPPED, lines)
+            if self.tally.named:
+                lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.tally.named)
+                write_durably(self._folder / DROPPED, lines)
             self._write_manifest(files, fingerprint)
             goal = self.path if name_of is None else self.path.with_name(name_of(fingerprint))
             return self._put(goal)
@@ -289,12 +286,12 @@ class StoreWriter:
             tokens=self._tokens,
             supervised_tokens=self._supervised,
             longest=self._longest,
-            dropped=dict(self.dropped),
-            truncated=self.truncated,
+            dropped=dict(self.tally.dropped),
+            truncated=self.tally.truncated,
             fingerprint=fingerprint,
             parts=tuple(self._parts),
-            records=self.records,
-            split=self.split,
+            records=self.tally.records,
+            split=self.tally.split,
             max_seq_length=self._max_seq_length,
             vocab_size=self._vocab_size,
             eos_id=self._eos_id,
@@ -307,12 +304,12 @@ class StoreWriter:
             "token_dtype": self._dtype.name,
             "facts": asdict(facts) | {"parts": [list(part) for part in self._parts]},
             "names": self._names,
-            "dropped_first": self._dropped_names[:5],
+            "dropped_first": self.tally.named[:5],
             "files": files,
         }
         manifest = json.loads(json.dumps(manifest))  # what a reader will see: its checksum is taken of that
         manifest["checksum"] = manifest_checksum(manifest)
-        _write_durably(self._folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_durably(self._folder / MANIFEST, json.dumps(manifest, indent=1))
         sync_to_disk(self._folder)
 
     def _write_optional(self, name: str, values: NDArray[Any] | None, neutral: NDArray[Any]) -> None:
@@ -328,11 +325,14 @@ class StoreWriter:
         self._files[name].write(neutral if values is None else values.astype(neutral.dtype))
 
 
-def _write_durably(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+def write_durably(path: Path, text: str) -> None:
+    """Write a file whole or not at all, and wait until it is on the disk."""
+    partial = unfinished(path)
+    with partial.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+    partial.replace(path)
 
 
 def sync_to_disk(path: Path) -> None:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,9 @@ from seqaware.config.data import DatasetConfig
 from seqaware.config.schema import Config, ModelConfig
 from seqaware.data.encode import Recipe
 from seqaware.data.encode_pool import encode_records
-from seqaware.data.sources import open_source
+from seqaware.data.sources import Record, open_source
 from seqaware.data.store import StoreWriter, TokenStore
+from seqaware.data.store_format import Tally
 from seqaware.data.store_index import (
     CODE_VERSION,
     matching_stores,
@@ -89,6 +91,128 @@ def recipe_of(
     )
 
 
+@dataclass(frozen=True)
+class Job:
+    """A store that is wanted: of which rows, made how, and where it shall lie.
+
+    Attributes:
+        path: of the store, without the fingerprint that its name ends with.
+        identity: what makes the tokens; stores of other ones are not this one.
+        section: what messages call the dataset.
+    """
+
+    dataset: DatasetConfig
+    recipe: Recipe
+    path: Path
+    vocab_size: int
+    identity: dict[str, Any]
+    section: str
+
+    @classmethod
+    def of(
+        cls,
+        dataset: DatasetConfig,
+        *,
+        config: Config,
+        tokenizer: PreTrainedTokenizerFast,
+        max_seq_length: int,
+        training: bool = True,
+    ) -> Job:
+        """The job of a dataset that is not a prepared store itself.
+
+        Raises:
+            DataError: a source is not there.
+        """
+        identity = {
+            "code": CODE_VERSION,
+            "tokenizer": _tokenizer_digest(tokenizer),
+            "format": config.format.model_dump(mode="json"),
+            "max_seq_length": max_seq_length,
+        }
+        return cls(
+            dataset,
+            recipe=recipe_of(dataset, config=config, tokenizer=tokenizer, max_seq_length=max_seq_length),
+            path=store_folder(dataset) / request_key(config, dataset),
+            vocab_size=len(tokenizer),
+            identity=identity,
+            section="dataset" if training else "evaluation.dataset",
+        )
+
+    def found(self) -> Path | None:
+        """The newest store of this job that is complete, if its files are there in their sizes.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        stores = matching_stores(self.path.parent, self.path.name, self.identity)
+        return TokenStore.open(stores[0]).path if stores else None
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process on this file system writes this store."""
+        with disk_errors(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.path.with_name(f"{self.path.name}.lock"))
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def writer(self, path: Path | None = None) -> StoreWriter:
+        """A writer of the store, or of a part of it that shall lie at `path`."""
+        return StoreWriter(
+            path or self.path,
+            vocab_size=self.vocab_size,
+            eos_id=self.recipe.eos_id,
+            max_seq_length=self.recipe.max_seq_length,
+            identity=self.identity,
+        )
+
+    def write(
+        self,
+        writer: StoreWriter,
+        *,
+        columns: Mapping[str, str],
+        records: Iterable[Record],
+        progress: Progress | None,
+    ) -> None:
+        """Tokenise records of one source into a store.
+
+        Raises:
+            DataError: a record that cannot be used.
+        """
+        recipe = replace(self.recipe, form=replace(self.recipe.form, columns=dict(columns)))
+        workers = self.dataset.workers or len(os.sched_getaffinity(0))
+        for count, outcome in encode_records(recipe, records, workers=workers):
+            writer.append_block(outcome.block)
+            for name, reason in outcome.dropped:
+                writer.tally.drop(name, reason)
+            writer.tally.add(Tally(records=count, truncated=outcome.truncated, split=outcome.split))
+            if progress is not None:
+                progress(writer.tally.records)
+
+    def finish(self, writer: StoreWriter) -> Path:
+        """Put the whole store in its place.
+
+        Raises:
+            DataError: there is nothing to train on; no space.
+        """
+        if writer.supervised_tokens == 0:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in writer.tally.dropped.items())
+            raise DataError(
+                f"{self.section} has no example with a supervised token",
+                got=f"{writer.tally.records} rows: {reasons}",
+                do="raise training.parameters.max_seq_length if prompts fill it, or correct the templates and train_on",
+            )
+        return writer.finish(lambda fingerprint: store_name(self.path.name, fingerprint))
+
+
+def empty_source(name: str) -> DataError:
+    """A source without rows: most likely not the one that was meant."""
+    return DataError(f"the dataset {name} is empty", got="no rows", do="correct its name or split")
+
+
 def prepare_store(
     dataset: DatasetConfig,
     *,
@@ -108,80 +232,32 @@ def prepare_store(
         DataError: a source, a record or a store that cannot be used; no space; nothing to train on.
         ConfigError: the templates or the tokenizer do not fit.
     """
-    section = "dataset" if training else "evaluation.dataset"
     own = prepared_store(dataset)
     if own is not None:
         return _verified(_fitting(own, tokenizer, max_seq_length))
-    recipe = recipe_of(dataset, config=config, tokenizer=tokenizer, max_seq_length=max_seq_length)
-    folder, key = store_folder(dataset), request_key(config, dataset)
-    identity = {
-        "code": CODE_VERSION,
-        "tokenizer": _tokenizer_digest(tokenizer),
-        "format": config.format.model_dump(mode="json"),
-        "max_seq_length": max_seq_length,
-    }
+    job = Job.of(dataset, config=config, tokenizer=tokenizer, max_seq_length=max_seq_length, training=training)
     # First without the lock: a folder of stores may be there to read only.
-    found = _opened(matching_stores(folder, key, identity))
+    found = job.found()
     if found is not None:
         return _verified(found)
-    with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{key}.lock")
-        lock.acquire()
-    try:
-        found = _opened(matching_stores(folder, key, identity))
+    with job.locked():
+        found = job.found()
         if found is not None:
             return found  # made while we waited
-        remove_unfinished(folder / key)
-        writer = StoreWriter(
-            folder / key,
-            vocab_size=len(tokenizer),
-            eos_id=recipe.eos_id,
-            max_seq_length=max_seq_length,
-            identity=identity,
-        )
-        with writer:
-            _write_parts(writer, dataset, recipe=recipe, progress=progress)
-            _check_content(writer, section)
-            return writer.finish(lambda fingerprint: store_name(key, fingerprint))
-    finally:
-        lock.release()
+        remove_unfinished(job.path)
+        with job.writer() as writer:
+            _write_sources(job, writer, progress)
+            return job.finish(writer)
 
 
-def _write_parts(writer: StoreWriter, dataset: DatasetConfig, *, recipe: Recipe, progress: Progress | None) -> None:
-    for part in sources_of(dataset):
-        source = open_source(part, streaming=dataset.streaming)
-        before = writer.records
-        own = replace(recipe, form=replace(recipe.form, columns=dict(part.columns)))
-        workers = dataset.workers or len(os.sched_getaffinity(0))
-        for records, outcome in encode_records(own, source.records(), workers=workers):
-            writer.append_block(outcome.block)
-            for name, reason in outcome.dropped:
-                writer.drop(name, reason)
-            writer.truncated += outcome.truncated
-            writer.split += outcome.split
-            writer.records += records
-            if progress is not None:
-                progress(writer.records)
-        if writer.records == before:
-            raise DataError(f"the dataset {source.name} is empty", got="no rows", do="correct its name or split")
-        writer.end_part(source.name, getattr(part, "proportion", None))
-
-
-def _check_content(writer: StoreWriter, section: str) -> None:
-    if writer.supervised_tokens > 0:
-        return
-    reasons = ", ".join(f"{count} {reason}" for reason, count in writer.dropped.items())
-    raise DataError(
-        f"{section} has no example with a supervised token",
-        got=f"{writer.records} rows: {reasons}",
-        do="raise training.parameters.max_seq_length if prompts fill it, or correct the templates and train_on",
-    )
-
-
-def _opened(stores: list[Path]) -> Path | None:
-    """The newest of the stores, if its files are there in their sizes."""
-    return TokenStore.open(stores[0]).path if stores else None
+def _write_sources(job: Job, writer: StoreWriter, progress: Progress | None) -> None:
+    for each in sources_of(job.dataset):
+        source = open_source(each, streaming=job.dataset.streaming)
+        before = writer.tally.records
+        job.write(writer, columns=each.columns, records=source.records(), progress=progress)
+        if writer.tally.records == before:
+            raise empty_source(source.name)
+        writer.end_part(source.name, getattr(each, "proportion", None))
 
 
 def _verified(path: Path) -> Path:

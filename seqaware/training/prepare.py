@@ -113,10 +113,7 @@ def prepare_data(config: Config, *, progress: Progress | None) -> list[Path]:
     Raises:
         ConfigError, DataError: as `prepare`.
     """
-    check_model_source(config.model)
-    tokenizer = load_tokenizer(config.model)
-    model = facts_from_dict(resolve_model_config(config.model, tokenizer).to_dict())
-    length, _ = max_seq_length(config.training.parameters, model)
+    tokenizer, length = tokenizer_and_length(config)
     datasets = [(config.dataset, True), (config.evaluation.dataset, False)]
     return [
         prepare_store(
@@ -125,6 +122,19 @@ def prepare_data(config: Config, *, progress: Progress | None) -> list[Path]:
         for dataset, training in datasets
         if dataset is not None
     ]
+
+
+def tokenizer_and_length(config: Config) -> tuple[PreTrainedTokenizerFast, int]:
+    """The tokenizer and the longest document, in tokens: what decides a store besides its rows.
+
+    Raises:
+        ConfigError: the model, its config or the tokenizer cannot be read.
+    """
+    check_model_source(config.model)
+    tokenizer = load_tokenizer(config.model)
+    model = facts_from_dict(resolve_model_config(config.model, tokenizer).to_dict())
+    length, _ = max_seq_length(config.training.parameters, model)
+    return tokenizer, length
 
 
 def build_weighting(config: Config) -> Weighting:

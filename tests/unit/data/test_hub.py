@@ -43,6 +43,33 @@ tokenizer = load_tokenizer(config.model)
 store = TokenStore.open(prepare_store(config.dataset, config=config, tokenizer=tokenizer, max_seq_length=64))
 print([len(store), store.name(2), tokenizer.decode(store.document(2).tokens.tolist())])
 """
+# Whole, and in three parts: whether the files have the same names and bytes, or why there are none; for each dataset.
+PARTS = """
+import json, sys
+from dataclasses import replace
+from seqaware.config.schema import Config
+from seqaware.data.parts import PartNumber, merge_parts, prepare_part
+from seqaware.data.tokenize import Job, load_tokenizer, prepare_store
+from seqaware.errors import DataError
+written = json.loads(sys.argv[1])
+told = []
+for dataset in written.pop("datasets"):
+    config = Config.model_validate({**written, "dataset": dataset})
+    asked = {"config": config, "tokenizer": load_tokenizer(config.model), "max_seq_length": 64}
+    whole = prepare_store(config.dataset, **asked)
+    job = Job.of(config.dataset, **asked)
+    job = replace(job, path=job.path.parent / "in-parts" / job.path.name)
+    try:
+        for index in (3, 1, 2):
+            prepare_part(job, PartNumber(index, 3))
+        merged = merge_parts(job, 3, command="")
+    except DataError as error:
+        told.append(error.what)
+        continue
+    files = [{file.name: file.read_bytes() for file in path.iterdir()} for path in (whole, merged)]
+    told.append(files[0] == files[1] and merged.name == whole.name)
+print(json.dumps(told))
+"""
 
 
 def card(subset: str, **splits: str) -> str:
@@ -131,3 +158,21 @@ def test_a_store_from_the_hub_needs_it_once(server: Hub, tmp_path: Path) -> None
     assert before > 0
     assert ast.literal_eval(run(PREPARE, config, server.environment(tmp_path))) == prepared
     assert sum("gsm8k" in request for request in server.requests) == before
+
+
+def test_parts_of_hub_data_make_the_store_of_one_process(server: Hub, tmp_path: Path) -> None:
+    datasets = [
+        {"name": "gsm8k"},
+        {"name": "gsm8k", "split": "train[3:31]"},
+        {"name": "c4", "max_examples": 67},  # streamed, over two of the files
+        {"name": "c4", "max_examples": 170},  # more than there are
+        {"mixture": [{"name": "c4", "max_examples": 7}, {"name": "gsm8k", "split": "test"}]},
+        {"name": "c4", "streaming": True},
+    ]
+    config = {
+        "model": {"base_name": "someone/model"},
+        "datasets": [{**dataset, "store_dir": str(tmp_path / "stores"), "workers": 1} for dataset in datasets],
+    }
+    *same, refused = json.loads(run(PARTS, config, server.environment(tmp_path)))
+    assert same == [True] * 5
+    assert refused.startswith("how many rows c4 has is not known before all are read")

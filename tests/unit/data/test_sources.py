@@ -63,6 +63,25 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, kind: str) -> No
     assert [record.name for record in read] == [f"{path.name}:{first + i}" for i in range(5)]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "tsv", "parquet", "saved"])
+def test_rows_may_be_asked_for_by_their_number(tmp_path: Path, kind: str) -> None:
+    if kind == "saved":
+        datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "data"))
+    else:
+        for name in ("a", "b", "c"):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            write_kind(tmp_path / "data" / name, kind)
+    for settings in ({}, {"split": "train[2:]"}, {"split": "train[1:4]", "max_examples": 2}, {"max_examples": 7}):
+        source = open_source(spec(tmp_path / "data", **settings), streaming=False)
+        everything = list(source.records())
+        counts = source.counts()
+        assert source.total(counts) == len(everything)
+        for begin in range(len(everything) + 2):
+            for end in (None, *range(begin, len(everything) + 2)):
+                assert list(source.records(begin, end)) == everything[begin:end]
+                assert list(source.records(begin, end, counts=counts)) == everything[begin:end]
+
+
 def test_a_file_named_json_may_have_an_object_a_line(tmp_path: Path) -> None:
     assert [record.fields for record in records(jsonl(tmp_path / "rows.json"))] == ROWS
 

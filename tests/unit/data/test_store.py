@@ -136,8 +136,8 @@ def test_facts_count_what_is_predicted(tmp_path: Path) -> None:
         for each in documents[2:]:
             writer.append(each)
         writer.end_part("second", 0.75)
-        writer.drop("rows.jsonl:17", "too long")
-        writer.truncated = 3
+        writer.tally.drop("rows.jsonl:17", "too long")
+        writer.tally.truncated = 3
         path = writer.finish()
     facts = TokenStore.open(path).facts()
     # The first token of a document is never predicted, so its flag does not count.
