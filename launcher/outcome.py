@@ -1,18 +1,27 @@
-"""How a command ends: an error for a person is one line and exit code 2, on every command alike."""
+"""How a command ends: an error for a person is one line and exit code 2, on every command alike.
+
+A command that trains is watched besides: whatever ends it, it is told once, and first by the rank that knows why.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
 
+import click
 import typer
 
 from seqaware.errors import SeqawareError
+from seqaware.training.watch.heartbeat import WatchedHeartbeat
 
 USER_ERROR = 2
 _PATIENCE_SECONDS = 5.0
+_FAILURE = 1
+_INTERRUPTED = 130
 
 
 @contextmanager
@@ -32,3 +41,48 @@ def person_errors(rank: int = 0) -> Iterator[None]:
             time.sleep(_PATIENCE_SECONDS)
             typer.echo(f"error on rank {rank}: {error}", err=True)
         sys.exit(USER_ERROR)
+
+
+class Watched:
+    """Around the work of a rank: the others learn how it ended, and a person learns it once.
+
+    Exit codes: that of a `SystemExit`; 2 after a `SeqawareError`; 1 after anything else, and for a rank that can do
+    nothing more because another one is lost.
+    """
+
+    def __init__(self, heartbeat: WatchedHeartbeat) -> None:
+        self._heartbeat = heartbeat
+
+    def __enter__(self) -> WatchedHeartbeat:
+        return self._heartbeat
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        heartbeat = self._heartbeat
+        match error:
+            case None:
+                heartbeat.close()
+            case SystemExit() | click.exceptions.Exit():
+                code = _exit_code(error)
+                if code == _FAILURE and heartbeat.sibling_is_dead():
+                    heartbeat.abandoned()
+                    self._end(_FAILURE)
+                heartbeat.close(code)
+            case KeyboardInterrupt():
+                heartbeat.close(_INTERRUPTED)
+            case _:
+                self._end(heartbeat.fail(error))
+
+    def _end(self, code: int) -> None:
+        """End the process without meeting the other ranks, which a broken group would wait for."""
+        if self._heartbeat.own.address.size == 1:
+            raise SystemExit(code) from None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _exit_code(error: SystemExit | click.exceptions.Exit) -> int:
+    code = error.exit_code if isinstance(error, click.exceptions.Exit) else error.code
+    if code is None:
+        return 0
+    return code if isinstance(code, int) else _FAILURE

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from seqaware.training.watch.dial import Place
-from seqaware.training.watch.process import Process
+from seqaware.training.watch.host import HostProcess
 
 Status = Literal["running", "failed", "ended"]
 
@@ -43,7 +43,7 @@ class Card:
     rank: int
     size: int
     host: str
-    process: Process
+    process: HostProcess
     log: str
     place: Place
     status: Status = "running"
@@ -65,7 +65,7 @@ def read_card(path: Path) -> Card | None:
     """The card of another rank; None where there is none."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values["process"] = Process(**values["process"])
+        values["process"] = HostProcess(**values["process"])
         values["place"] = Place(*values["place"])
         values["stuck"] = Stuck(**values["stuck"]) if values["stuck"] else None
         return Card(**values)

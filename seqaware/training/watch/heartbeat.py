@@ -1,27 +1,24 @@
-"""What a rank tells of itself while it works: its place, its log, and whether it ended as it should.
+"""What a rank tells of itself while it works, and how it ends.
 
     heartbeat = start_heartbeat(address)          # before the slow imports and the tokenising
     heartbeat.watch_hangs(minutes)                # once the config is read
     heartbeat.phase("tokenising")                 # the main thread's place; `pulse` inside a long phase
     heartbeat.settle(run_folder, attempt=3)       # the log moves into the run's folder
-    heartbeat.close()                             # a clean end, with whatever exit code
+    heartbeat.close()                             # a clean end, with whatever exit code; or heartbeat.fail(error)
 
 `Heartbeat` itself tells nobody: for tests, verification and whatever is not watched. Imports without torch.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 from seqaware.engine.address import RankAddress
-from seqaware.training.watch.card import Card
-from seqaware.training.watch.dial import Dial
+from seqaware.training.watch.failing import fail, wait_to_be_told
 from seqaware.training.watch.launch_folder import LaunchFolder, open_launch_folder
-from seqaware.training.watch.process import Process, host_name
-from seqaware.training.watch.rank_log import RankLog
+from seqaware.training.watch.monitor import Monitor
+from seqaware.training.watch.own_rank import OwnRank
+from seqaware.training.watch.peers import missed_now
 
 # These change several times a step: they go to the dial, not to the log.
 _QUICK = frozenset(("forward", "backward", "reduce", "optimizer step", "batches"))
@@ -64,67 +61,64 @@ class Heartbeat:
 class WatchedHeartbeat(Heartbeat):
     """A rank of a launch, in `folder`."""
 
-    def __init__(self, address: RankAddress, folder: LaunchFolder) -> None:
-        self.address = address
-        self.folder = folder
-        self.dial = Dial(folder.dial(address.rank))
-        self.log = RankLog(folder.log(address.rank))
-        self.hang_seconds: float | None = None
-        self.shared: Path | None = None
-        self._lock = Lock()
-        self._card = Card(
-            rank=address.rank,
-            size=address.size,
-            host=host_name(),
-            process=Process.of_myself(),
-            log=str(self.log.path),
-            place=self.dial.place(),
-        )
-        self.update()
+    def __init__(self, address: RankAddress, folder: LaunchFolder, *, host: str | None = None) -> None:
+        self.own = OwnRank(address, folder, host=host)
+        self._monitor = Monitor(self.own)
+
+    def start(self) -> None:
+        """Begin to watch and to be watched."""
+        self.own.log.hear_the_process()
+        self.note(f"{self.own.card.name()} starts")
+        self._monitor.start()
 
     def phase(self, name: str, step: int | None = None) -> None:
-        self.dial.turn_to(name, step)
+        self.own.dial.turn_to(name, step)
         if name not in _QUICK:
-            self.log.note(name if step is None else f"{name}, step {step}")
+            self.own.log.note(name if step is None else f"{name}, step {step}")
 
     def pulse(self) -> None:
-        self.dial.move()
+        self.own.dial.move()
 
     def note(self, text: str) -> None:
-        self.log.note(text)
+        self.own.log.note(text)
 
     def watch_hangs(self, minutes: float | None) -> None:
-        self.hang_seconds = None if minutes is None else minutes * 60.0
+        self.own.hang_seconds = None if minutes is None else minutes * 60.0
 
     def settle(self, run: Path, attempt: int) -> None:
-        shared = run / "logs" / f"attempt-{attempt:03d}"
-        self.log.move(shared / f"rank-{self.address.rank:04d}.log")
-        self.update(log=str(self.log.path))
-        self.shared = shared
+        self.own.settle(run / "logs" / f"attempt-{attempt:03d}")
+
+    def sibling_is_dead(self) -> bool:
+        return self.own.told() or bool(missed_now(self.own))
+
+    def fail(self, error: BaseException) -> int:
+        """The rank ends with an exception. Shows what is to be shown, once in a launch; returns the exit code."""
+        return fail(self.own, self._monitor, error)
+
+    def abandoned(self) -> None:
+        """The rank ends because another one is lost: let whoever knows more speak first."""
+        wait_to_be_told(self.own)
 
     def close(self, code: int = 0) -> None:
-        self.note(f"ended with exit code {code}")
-        self.update(status="ended", code=code)
-        self.folder.remove_if_all_ended(self.address.local_size)
-
-    def update(self, **changes: Any) -> Card:
-        """Change this rank's card and write it."""
-        with self._lock:
-            self._card = replace(self._card, place=self.dial.place(), **changes)
-            self._card.write(self.folder.card(self.address.rank))
-            return self._card
+        if self.own.card.status == "ended":
+            return
+        self._monitor.stop()
+        self.note(f"ends with exit code {code}")
+        self.own.update(status="ended", code=code)
+        if self.own.address.nodes > 1:
+            self.own.share()
+        self.own.folder.remove_if_all_ended(self.own.address.local_size)
 
 
-def start_heartbeat(address: RankAddress, base: Path | None = None) -> WatchedHeartbeat:
+def start_heartbeat(address: RankAddress, base: Path | None = None, *, host: str | None = None) -> WatchedHeartbeat:
     """Begin to be watched, and to watch the others of this host.
 
     Args:
-        base: where ranks of one host meet, instead of the folder for temporary files.
+        base: where ranks of one host meet, instead of the folder for temporary files. host: this host's name.
 
     Raises:
         ConfigError: that folder cannot be used.
     """
-    heartbeat = WatchedHeartbeat(address, open_launch_folder(address, base))
-    heartbeat.log.hear_the_process()
-    heartbeat.note(f"rank {address.rank} of {address.size}, pid {Process.of_myself().pid}")
+    heartbeat = WatchedHeartbeat(address, open_launch_folder(address, base), host=host)
+    heartbeat.start()
     return heartbeat

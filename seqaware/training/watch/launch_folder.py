@@ -20,7 +20,7 @@ from pathlib import Path
 from seqaware.engine.address import RankAddress
 from seqaware.errors import ConfigError
 from seqaware.training.watch.card import Card, read_card
-from seqaware.training.watch.process import Life, Process, host_name
+from seqaware.training.watch.host import HostProcess, Life, host_name
 
 TOLD = "told"
 _SECONDS_KEPT = 24 * 3600.0
@@ -81,7 +81,7 @@ def open_launch_folder(address: RankAddress, base: Path | None = None) -> Launch
         ConfigError: it cannot be written, or belongs to somebody else.
     """
     # Ranks that are alone have no siblings, and a person may start several from one shell.
-    starter = Process.of(os.getppid() if address.size > 1 else os.getpid())
+    starter = HostProcess.of(os.getppid() if address.size > 1 else os.getpid())
     namespace = Path("/proc/self/ns/pid").stat().st_ino
     try:
         users = (base or Path(tempfile.gettempdir())) / f"seqaware-{os.getuid()}"
@@ -118,7 +118,7 @@ def _sweep(users: Path, prefix: str) -> None:
     """Remove the folders of launches of this host that are long over."""
     for folder in users.glob(f"{prefix}*"):
         pid, started, *_ = folder.name.removeprefix(prefix).split("-")
-        over = Process(int(pid), int(started)).life() is Life.GONE
+        over = HostProcess(int(pid), int(started)).life() is Life.GONE
         with suppress(OSError):
             if over and time.time() - folder.stat().st_mtime > _SECONDS_KEPT:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,9 @@ class RankLog:
         self.raw(f"{stamp} {text.rstrip()}\n")
 
     def raw(self, text: str) -> None:
-        """Add text as it is."""
-        os.write(self._descriptor, text.encode(errors="replace"))
+        """Add text as it is. A disk that is full ends no training: what does not fit is lost."""
+        with suppress(OSError):
+            os.write(self._descriptor, text.encode(errors="replace"))
 
     def fileno(self) -> int:
         return self._descriptor

@@ -23,7 +23,7 @@ class Life(Enum):
 
 
 @dataclass(frozen=True)
-class Process:
+class HostProcess:
     """A process of this host.
 
     Attributes:
@@ -34,13 +34,13 @@ class Process:
     started: int
 
     @classmethod
-    def of(cls, pid: int) -> Process:
+    def of(cls, pid: int) -> HostProcess:
         """The process that has this number now; one that is gone has started at 0."""
         fields = _stat(pid)
         return cls(pid, int(fields[_STARTED]) if fields else 0)
 
     @classmethod
-    def of_myself(cls) -> Process:
+    def of_myself(cls) -> HostProcess:
         return cls.of(os.getpid())
 
     def life(self) -> Life:
@@ -76,13 +76,13 @@ def _stat(pid: int) -> list[str] | None:
     return text[text.rindex(")") + 2 :].split()
 
 
-def children() -> list[Process]:
+def children() -> list[HostProcess]:
     """The processes that this one has started and that still run."""
     me, found = str(os.getpid()), []
     for entry in Path("/proc").iterdir():
         fields = _stat(int(entry.name)) if entry.name.isdigit() else None
         if fields and fields[_PARENT] == me:
-            found.append(Process(int(entry.name), int(fields[_STARTED])))
+            found.append(HostProcess(int(entry.name), int(fields[_STARTED])))
     return found
 
 

@@ -1,0 +1,94 @@
+"""What this process writes of itself: its dial, its card, its log."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from seqaware.engine.address import RankAddress
+from seqaware.training.watch.card import Card
+from seqaware.training.watch.dial import Dial
+from seqaware.training.watch.host import HostProcess, host_name
+from seqaware.training.watch.launch_folder import TOLD, LaunchFolder, claim
+from seqaware.training.watch.rank_log import RankLog
+
+_SHARE_SECONDS = 5.0
+
+
+class OwnRank:
+    """This rank, as the others see it.
+
+    Args:
+        host: the name of this host, if it is not to be asked.
+
+    Attributes:
+        shared: the attempt's folder, which ranks on other hosts see too; None before the run's folder is claimed.
+        hang_seconds: how long a rank may stand still; None: for ever.
+    """
+
+    def __init__(self, address: RankAddress, folder: LaunchFolder, *, host: str | None = None) -> None:
+        self.address = address
+        self.folder = folder
+        self.dial = Dial(folder.dial(address.rank))
+        self.log = RankLog(folder.log(address.rank))
+        self.shared: Path | None = None
+        self.hang_seconds: float | None = None
+        self._lock = Lock()
+        self.card = Card(
+            rank=address.rank,
+            size=address.size,
+            host=host or host_name(),
+            process=HostProcess.of_myself(),
+            log=str(self.log.path),
+            place=self.dial.place(),
+        )
+        self.update()
+
+    @property
+    def share_seconds(self) -> float:
+        """How often the card is shown to other hosts."""
+        return _SHARE_SECONDS if self.hang_seconds is None else min(_SHARE_SECONDS, self.hang_seconds / 6)
+
+    def update(self, **changes: Any) -> Card:
+        """Change the card, and write it for the ranks of this host."""
+        with self._lock:
+            self.card = replace(self.card, place=self.dial.place(), **changes)
+            self._write(self.folder.card(self.address.rank))
+            return self.card
+
+    def share(self) -> None:
+        """Write the card for the ranks of other hosts."""
+        if self.shared is not None:
+            with self._lock:
+                self.card = replace(self.card, place=self.dial.place())
+                self._write(card_in(self.shared, self.address.rank))
+
+    def _write(self, path: Path) -> None:
+        try:
+            self.card.write(path)
+        except OSError as problem:
+            # A full disk: not to be seen by the others is no reason to end.
+            self.log.note(f"the card could not be written: {problem}")
+
+    def settle(self, shared: Path) -> None:
+        """Go on in the attempt's folder."""
+        self.log.move(shared / f"rank-{self.address.rank:04d}.log")
+        self.update(log=str(self.log.path))
+        self.shared = shared
+
+    def told(self) -> bool:
+        """Whether a rank of this launch has told how it ends."""
+        return self.folder.told() or (self.shared is not None and (self.shared / TOLD).exists())
+
+    def take_the_word(self, text: str) -> bool:
+        """Whether nobody of this launch has told how it ends: what the first one tells is shown, and nothing else."""
+        first = self.folder.claim(text) and (self.shared is None or claim(self.shared, text))
+        self.log.note(text if first else f"not shown, as another rank has told how the launch ended:\n{text}")
+        return first
+
+
+def card_in(shared: Path, rank: int) -> Path:
+    """Where a rank shows its card to other hosts."""
+    return shared / f"rank-{rank:04d}.json"

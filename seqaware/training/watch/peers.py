@@ -1,0 +1,165 @@
+"""What this rank knows of the others: of those on its host all there is, of the rest what they show in the run folder.
+
+Time here is this process's own running time. A host that was suspended, or a job that the batch system stopped for a
+while, has not stood still for longer than the others.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from seqaware.training.watch.card import Card, read_card
+from seqaware.training.watch.dial import Place, read_place
+from seqaware.training.watch.host import Life
+from seqaware.training.watch.own_rank import OwnRank, card_in
+
+
+class Stillness:
+    """For how long a counter has not changed.
+
+    Attributes:
+        seconds: since it was last seen to change.
+    """
+
+    def __init__(self) -> None:
+        self._value: int | None = None
+        self.seconds = 0.0
+
+    def see(self, value: int, elapsed: float) -> float:
+        self.seconds = self.seconds + elapsed if value == self._value else 0.0
+        self._value = value
+        return self.seconds
+
+
+@dataclass
+class Peer:
+    """Another rank.
+
+    Attributes:
+        here: whether it runs on this host. life: of its process; ranks of other hosts are taken to run.
+        exit_status: as its parent gets it, if it was seen in time.
+        idle, silent: how long neither its main thread nor its monitor has moved.
+    """
+
+    card: Card
+    place: Place
+    here: bool
+    life: Life = Life.RUNNING
+    exit_status: int | None = None
+    idle: Stillness = field(default_factory=Stillness)
+    silent: Stillness = field(default_factory=Stillness)
+
+    @property
+    def missed(self) -> bool:
+        """Gone without a word."""
+        return self.life is Life.GONE and self.card.status == "running"
+
+
+class Peers:
+    """All other ranks that have shown themselves."""
+
+    def __init__(self, own: OwnRank) -> None:
+        self._own = own
+        self._known: dict[int, Peer] = {}
+        self._poll = select.poll()
+        self._descriptors: dict[int, int] = {}
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._poll.register(self._wake_read, select.POLLIN)
+
+    def all(self) -> list[Peer]:
+        return [self._known[rank] for rank in sorted(self._known)]
+
+    def here(self) -> list[Peer]:
+        """Those on this host, by rank."""
+        return [peer for peer in self.all() if peer.here]
+
+    def wait(self, seconds: float) -> None:
+        """Wait, at most until a process of this host ends or `wake` is called."""
+        for descriptor, _ in self._poll.poll(seconds * 1000.0):
+            if descriptor == self._wake_read:
+                with suppress(BlockingIOError):
+                    os.read(descriptor, 64)
+            else:
+                # It stays readable for good: once is enough.
+                self._poll.unregister(descriptor)
+                os.close(descriptor)
+
+    def wake(self) -> None:
+        with suppress(BlockingIOError):
+            os.write(self._wake_write, b".")
+
+    def look_around(self, elapsed: float) -> None:
+        """See how the ranks of this host are.
+
+        Args:
+            elapsed: seconds since the last look.
+        """
+        folder = self._own.folder
+        for card in folder.cards():
+            if card.rank == self._own.address.rank:
+                continue
+            peer = self._meet(card, here=True)
+            place = read_place(folder.dial(card.rank)) or card.place
+            self._see(peer, card, place=place, elapsed=elapsed)
+            if peer.life is not Life.GONE:
+                self._look_at_process(peer)
+
+    def look_afar(self, elapsed: float) -> None:
+        """See what the ranks of other hosts show; reads a file for each of them."""
+        shared = self._own.shared
+        if shared is None:
+            return
+        here = {card.rank for card in self._own.folder.cards()}
+        for rank in sorted(set(range(self._own.address.size)) - here - {self._own.address.rank}):
+            card = read_card(card_in(shared, rank))
+            if card is not None:
+                self._see(self._meet(card, here=False), card, place=card.place, elapsed=elapsed)
+
+    def _meet(self, card: Card, *, here: bool) -> Peer:
+        peer = self._known.get(card.rank)
+        if peer is None or peer.card.process != card.process:
+            peer = self._known[card.rank] = Peer(card, card.place, here)
+            if here:
+                # Where the kernel has no such descriptors, its end is seen at the next look.
+                with suppress(OSError):
+                    self._poll.register(os.pidfd_open(card.process.pid), select.POLLIN)
+        return peer
+
+    def _see(self, peer: Peer, card: Card, *, place: Place, elapsed: float) -> None:
+        peer.card, peer.place = card, place
+        peer.idle.see(place.moves, elapsed)
+        peer.silent.see(place.beats, elapsed)
+
+    def _look_at_process(self, peer: Peer) -> None:
+        peer.life = peer.card.process.life()
+        if peer.life is Life.GONE:
+            peer.exit_status = peer.card.process.exit_status()
+            # Its last words may have come after we had read its card.
+            peer.card = read_card(self._own.folder.card(peer.card.rank)) or peer.card
+            peer.place = read_place(self._own.folder.dial(peer.card.rank)) or peer.place
+
+
+def missed_now(own: OwnRank) -> list[Card]:
+    """The ranks of this host that have failed or are gone without a word, found out without the monitor."""
+    found = []
+    for card in own.folder.cards():
+        if card.rank == own.address.rank or card.status == "ended":
+            continue
+        gone = card.status == "running" and card.process.life() is Life.GONE
+        latest = read_card(own.folder.card(card.rank)) if gone else card
+        if latest is not None and (latest.status == "failed" or (gone and latest.status == "running")):
+            found.append(latest)
+    return found
+
+
+def silent_afar(own: OwnRank, seconds: float) -> list[Peer]:
+    """The ranks of other hosts that show nothing new for so long; waits as long."""
+    peers = Peers(own)
+    peers.look_afar(0.0)
+    time.sleep(seconds)
+    peers.look_afar(seconds)
+    return [peer for peer in peers.all() if not peer.here and peer.silent.seconds > 0.0]
