@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from seqaware.config.schema import LoraConfig, ModelConfig
+from seqaware.config.schema import LoraConfig
 from seqaware.engine.attention import NAME as OUR_ATTENTION
 from seqaware.engine.attention import Documents
 from seqaware.engine.lora import Adapters, quantization
@@ -33,32 +33,6 @@ from seqaware.objective.fused import fused_cross_entropy
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # One bar a rank for reading and writing weights says nothing that our own lines do not.
 transformers_logging.disable_progress_bar()
-_WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
-
-
-def check_model_source(model: ModelConfig) -> None:
-    """Refuse a local model folder that cannot be loaded, before anything slow starts.
-
-    Raises:
-        ConfigError: the folder lacks its config or its weights, or the path looks local and does not exist.
-    """
-    if model.base_name is None:
-        return
-    folder = Path(model.base_name).expanduser()
-    if not folder.is_dir():
-        if model.base_name.startswith((".", "/", "~")) or model.base_name.count("/") > 1:
-            raise ConfigError("model.base_name: there is no such folder", got=model.base_name)
-        return
-    if not (folder / "config.json").is_file():
-        raise ConfigError(
-            "model.base_name: the folder has no config.json", got=folder, do="name a Hugging Face model folder"
-        )
-    if not any(next(folder.glob(pattern), None) for pattern in _WEIGHT_PATTERNS):
-        raise ConfigError(
-            "model.base_name: the folder has a config.json but no weights (*.safetensors or pytorch_model*.bin)",
-            got=folder,
-            do="copy the weights into it, or train a new model from this config with model.from_scratch",
-        )
 
 
 def local_or_hub(name: str) -> str:

@@ -280,3 +280,8 @@ def _find_programs_beside_python() -> None:
     path = os.environ.get("PATH", os.defpath)
     if beside not in path.split(os.pathsep):
         os.environ["PATH"] = os.pathsep.join((beside, path))
+
+
+def environment() -> dict[str, str]:
+    """A copy of the environment, for those who report on it. Secrets stand in it: its values are not to be printed."""
+    return dict(os.environ)

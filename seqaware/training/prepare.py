@@ -19,7 +19,8 @@ from seqaware.data.store import TokenStore
 from seqaware.data.tokenize import load_tokenizer, prepare_store
 from seqaware.engine.layers import check_layers
 from seqaware.engine.lora_targets import find_targets
-from seqaware.engine.model import check_model_source, check_vocabulary, empty_causal_lm, initial_config, local_or_hub
+from seqaware.engine.model import check_vocabulary, empty_causal_lm, initial_config, local_or_hub
+from seqaware.engine.model_source import check_model_source
 from seqaware.engine.operators import check_operators
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
