@@ -11,7 +11,7 @@ from enum import Enum
 from pathlib import Path
 
 # Places in /proc/<pid>/stat, counted behind the command's name: see proc_pid_stat(5).
-_STATE, _PARENT, _STARTED, _EXIT_STATUS = 0, 1, 19, 49
+_STATE, _PARENT, _GROUP, _STARTED, _EXIT_STATUS = 0, 1, 2, 19, 49
 
 
 class Life(Enum):
@@ -84,6 +84,14 @@ def children() -> list[HostProcess]:
         if fields and fields[_PARENT] == me:
             found.append(HostProcess(int(entry.name), int(fields[_STARTED])))
     return found
+
+
+def above_own_group() -> HostProcess:
+    """The nearest process above this one that is not of its process group."""
+    pid, group = os.getppid(), str(os.getpgid(0))
+    while (fields := _stat(pid)) and fields[_GROUP] == group:
+        pid = int(fields[_PARENT])
+    return HostProcess.of(pid)
 
 
 def ending(status: int | None) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 from seqaware.engine.address import RankAddress
 from seqaware.errors import ConfigError
 from seqaware.training.watch.card import Card, read_card
-from seqaware.training.watch.host import HostProcess, Life, host_name
+from seqaware.training.watch.host import HostProcess, Life, above_own_group, host_name
 
 TOLD = "told"
 _SECONDS_KEPT = 24 * 3600.0
@@ -80,8 +80,7 @@ def open_launch_folder(address: RankAddress, base: Path | None = None) -> Launch
     Raises:
         ConfigError: it cannot be written, or belongs to somebody else.
     """
-    # Ranks that are alone have no siblings, and a person may start several from one shell.
-    starter = HostProcess.of(os.getppid() if address.size > 1 else os.getpid())
+    starter = _starter(address)
     namespace = Path("/proc/self/ns/pid").stat().st_ino
     try:
         users = (base or Path(tempfile.gettempdir())) / f"seqaware-{os.getuid()}"
@@ -97,6 +96,13 @@ def open_launch_folder(address: RankAddress, base: Path | None = None) -> Launch
     folder = LaunchFolder(users / name)
     _forget_earlier_launch(folder, address.rank)
     return folder
+
+
+def _starter(address: RankAddress) -> HostProcess:
+    if address.size == 1:
+        return HostProcess.of_myself()  # it has no siblings, and a person may start several from one shell
+    # srun's tasks on a host are one process group; between slurmstepd and each may stand a script, or a container.
+    return above_own_group() if address.launcher == "srun" else HostProcess.of(os.getppid())
 
 
 def _forget_earlier_launch(folder: LaunchFolder, rank: int) -> None:
