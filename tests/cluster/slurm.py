@@ -21,6 +21,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 CPUS_OF_A_NODE = 64
 GPUS_OF_A_NODE = 8
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "setpriv")
@@ -71,6 +73,15 @@ def what_is_missing() -> str | None:
     if absent:
         return f"not installed: {', '.join(absent)} (Debian: slurm-wlm, munge, util-linux)"
     return None if os.geteuid() == 0 else "a SLURM that starts jobs needs root"
+
+
+def need_slurm() -> None:
+    """Skip the test where there can be no private SLURM, and say why; where CI has promised one, fail."""
+    missing = what_is_missing()
+    if missing is not None and os.environ.get("CI"):
+        pytest.fail(missing)
+    if missing is not None:
+        pytest.skip(missing)
 
 
 @dataclass
