@@ -1,20 +1,24 @@
-"""Who started this process, and which rank it is: read out of the variables that launchers leave.
+"""Who started this process, which rank it is, and where the ranks meet: read out of the variables that launchers leave.
 
 Imports without torch: a rank can tell who it is before the slow imports.
 """
 
 from __future__ import annotations
 
+import fcntl
 import re
 import socket
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from seqaware.engine.mpi import load_mpi
 from seqaware.errors import ConfigError
 
-LAUNCHERS = ("torchrun or deepspeed", "srun", "mpirun", "none")
+LAUNCHERS = ("torchrun", "deepspeed", "variables", "srun", "mpirun", "none")
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _DEFAULT_PORT = 29500
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class RankAddress:
 
     Attributes:
         rank, size: global; local_rank, local_size: on this host; nodes: number of hosts.
-        launcher: which of LAUNCHERS started the process.
+        launcher: which of LAUNCHERS started the process; "variables": something else that sets torch's variables.
         master_address, master_port: where rank 0's store listens.
         job_ends: when the batch system will end the job, in seconds since 1970; None where it has not said.
     """
@@ -58,18 +62,36 @@ def address_in(env: Mapping[str, str]) -> RankAddress:
 
 def _from_torch_variables(env: Mapping[str, str]) -> RankAddress:
     rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-    local_size = int(env.get("LOCAL_WORLD_SIZE", env.get("LOCAL_SIZE", size)))
     if not 0 <= rank < size:
         raise ConfigError("RANK must lie in [0, WORLD_SIZE)", got=f"RANK={rank}, WORLD_SIZE={size}")
+    master = env.get("MASTER_ADDR", "127.0.0.1")
+    local_size = _local_size(env, size, master=master)
+    by_torchrun, by_deepspeed = "TORCHELASTIC_RUN_ID" in env, "CROSS_SIZE" in env
+    # Hosts may have different numbers of ranks, so the launcher's own count of hosts comes first.
+    nodes = env.get("GROUP_WORLD_SIZE", env.get("CROSS_SIZE", max(1, size // local_size)))
     return RankAddress(
         rank=rank,
         size=size,
         local_rank=int(env.get("LOCAL_RANK", rank % local_size)),
         local_size=local_size,
-        nodes=max(1, size // local_size),
-        launcher="torchrun or deepspeed",
-        master_address=env.get("MASTER_ADDR", "127.0.0.1"),
+        nodes=int(nodes),
+        launcher="torchrun" if by_torchrun else "deepspeed" if by_deepspeed else "variables",
+        master_address=master,
         master_port=int(env.get("MASTER_PORT", _DEFAULT_PORT)),
+    )
+
+
+def _local_size(env: Mapping[str, str], size: int, *, master: str) -> int:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in env:
+            return int(env[name])
+    if size == 1 or master == "localhost" or master.startswith("127."):
+        return size
+    # No guess: ranks that took those of another host for their own would wait for its memory for ever.
+    raise ConfigError(
+        "RANK and WORLD_SIZE are set, but not how many of the ranks are on this host",
+        got=f"WORLD_SIZE={size}, MASTER_ADDR={master}",
+        do="set LOCAL_WORLD_SIZE, and LOCAL_RANK from 0 on; torchrun and deepspeed do",
     )
 
 
@@ -109,14 +131,10 @@ def expand_hostlist(hostlist: str) -> list[str]:
 
 
 def _from_mpi(env: Mapping[str, str]) -> RankAddress:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise ConfigError(
-            "mpirun started this process, but mpi4py cannot load an MPI library", got=error, do="load the MPI module"
-        ) from error
-    world = MPI.COMM_WORLD
-    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    started = max(int(env.get(name, "1")) for name in _MPI_SIZE_VARIABLES)
+    mpi = load_mpi(started)
+    world = mpi.COMM_WORLD
+    local = world.Split_type(mpi.COMM_TYPE_SHARED)
     leader = (socket.gethostname(), free_port()) if world.rank == 0 else None
     host, port = world.bcast(leader, root=0)
     nodes = world.allreduce(1 if local.rank == 0 else 0)
@@ -133,8 +151,39 @@ def _from_mpi(env: Mapping[str, str]) -> RankAddress:
     )
 
 
+def interface_towards(host: str) -> str | None:
+    """The name of the network interface that leads to `host`; None if this host has nothing but its loopback.
+
+    For the host itself, any name of which may stand for its loopback: its first interface.
+    """
+    own = _interfaces()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing: it only chooses the way
+            chosen = probe.getsockname()[0]
+        except OSError:
+            chosen = ""
+    return own.get(chosen, next(iter(own.values()), None))
+
+
+def _interfaces() -> dict[str, str]:
+    """Names of this host's interfaces by their IPv4 address, without its loopback."""
+    found = {}
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = struct.pack("256s", name.encode())
+            try:
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)
+            except OSError:
+                continue  # no IPv4 address
+            address = socket.inet_ntoa(answer[20:24])
+            if not address.startswith("127."):
+                found[address] = name
+    return found
+
+
 def free_port() -> int:
     """A port of this host that nothing listens on now."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqaware.engine.address import RankAddress, address_in
+from seqaware.engine.address import RankAddress, address_in, interface_towards
 from seqaware.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -198,6 +198,7 @@ def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ra
         torch.cuda.set_device(address.local_rank % torch.cuda.device_count())
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _name_interface(address)
     import deepspeed
 
     timeout = _let_groups_wait(timeout_minutes)
@@ -227,6 +228,18 @@ def _let_groups_wait(minutes: float | None) -> timedelta:
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
     return timeout
+
+
+def _name_interface(address: RankAddress) -> None:
+    """Let gloo meet the other hosts on the network where rank 0 is.
+
+    By itself it takes the address that this host's own name stands for. That is 127.0.1.1 on Debian, where nobody
+    else can reach it: the ranks would wait for each other without end.
+    """
+    if address.nodes > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
+        interface = interface_towards(address.master_address)
+        if interface is not None:
+            os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def _unlink_shared_buffer(address: RankAddress) -> None:

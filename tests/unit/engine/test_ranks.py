@@ -19,11 +19,31 @@ def test_torchrun() -> None:
     address = find_address({**env, "MASTER_PORT": "1234"})
     assert (address.rank, address.size, address.local_rank, address.local_size, address.nodes) == (5, 8, 1, 4, 2)
     assert (address.master_address, address.master_port) == ("n1", 1234)
+    assert (address.launcher, find_address({**env, "TORCHELASTIC_RUN_ID": "none"}).launcher) == (
+        "variables",
+        "torchrun",
+    )
 
 
 def test_deepspeed_launcher_says_local_size() -> None:
     env = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     assert find_address(env).nodes == 1
+
+
+def test_hosts_with_different_numbers_of_ranks() -> None:
+    """Three ranks on one host and one on the other: both count two hosts."""
+    env = {"WORLD_SIZE": "4", "MASTER_ADDR": "n1", "CROSS_SIZE": "2"}
+    large = find_address({**env, "RANK": "2", "LOCAL_RANK": "2", "LOCAL_SIZE": "3"})
+    small = find_address({**env, "RANK": "3", "LOCAL_RANK": "0", "LOCAL_SIZE": "1"})
+    assert (large.nodes, small.nodes) == (2, 2)
+    assert (large.local_size, small.local_size, small.launcher) == (3, 1, "deepspeed")
+
+
+def test_ranks_started_by_hand_on_several_hosts_say_how_many_are_here() -> None:
+    env = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "n1", "LOCAL_RANK": "0"}
+    with pytest.raises(ConfigError, match="LOCAL_WORLD_SIZE"):
+        find_address(env)
+    assert find_address({**env, "MASTER_ADDR": "127.0.0.1"}).local_size == 2
 
 
 def test_rank_outside_the_world_is_refused() -> None:
