@@ -34,6 +34,7 @@ def fail(own: OwnRank, monitor: Monitor, error: BaseException) -> int:
 
     A rank that has only lost another one waits for whoever knows more. Its monitor may end the process meanwhile.
     """
+    own.failing = True
     trace = "".join(traceback.format_exception(error))
     own.log.note(f"failed {own.dial.place().words()}\n{trace}")
     message = _message(error)

@@ -135,7 +135,7 @@ class Monitor(threading.Thread):
     def _look_for_hang(self, elapsed: float) -> None:
         own, hang = self._own, self._own.hang_seconds
         idle = self._idle.see(own.dial.place().moves, elapsed)
-        if hang is None or idle < hang:
+        if hang is None or idle < hang or own.failing:
             if own.card.stuck is not None:
                 own.log.note("moves again")
                 own.update(stuck=None)

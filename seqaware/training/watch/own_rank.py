@@ -26,6 +26,7 @@ class OwnRank:
     Attributes:
         shared: the attempt's folder, which ranks on other hosts see too; None before the run's folder is claimed.
         hang_seconds: how long a rank may stand still; None: for ever.
+        failing: whether the main thread is about to end with an exception: it does not hang.
     """
 
     def __init__(self, address: RankAddress, folder: LaunchFolder, *, host: str | None = None) -> None:
@@ -35,6 +36,7 @@ class OwnRank:
         self.log = RankLog(folder.log(address.rank))
         self.shared: Path | None = None
         self.hang_seconds: float | None = None
+        self.failing = False
         self._lock = Lock()
         self.card = Card(
             rank=address.rank,

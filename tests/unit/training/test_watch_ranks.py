@@ -1,19 +1,45 @@
-"""Ranks that die, hang, fail or end as they should: who tells, what, and how soon. Real processes without a model."""
+"""Ranks that die, hang, fail or end as they should: who tells, what, and how soon. Real processes without a model.
+
+What happens to them takes waiting more than work: all scenarios go on at the same time.
+"""
 
 from __future__ import annotations
 
 import signal
+import socket
 import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.unit.training.watched_ranks import Launch, launch
 
-HANG_MINUTES = 0.05
+HANG_MINUTES = 0.1
 HANG_SECONDS = 60 * HANG_MINUTES
 # What a busy machine may add to what takes a second or two.
 SOON = 8.0
+
+
+Scenario = Callable[[Path], None]
+SCENARIOS: dict[str, Scenario] = {}
+AT_ONCE = 7
+
+
+def scenario(function: Scenario) -> Scenario:
+    SCENARIOS[function.__name__] = function
+    return function
+
+
+@pytest.fixture(scope="module")
+def under_way(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[None]]]:
+    """The scenarios that were asked for, all started."""
+    asked = [name for name in SCENARIOS if any(item.name == f"test_ranks[{name}]" for item in request.session.items)]
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        yield {name: pool.submit(SCENARIOS[name], tmp_path_factory.mktemp(name[:30])) for name in asked}
 
 
 def _first_line(text: str) -> str:
@@ -25,7 +51,8 @@ def _saved(run: Path, step: int) -> None:
     (run / "checkpoints" / "latest").write_text(f"step-{step:08d}")
 
 
-def test_the_killed_rank_is_named_first_and_once(tmp_path: Path) -> None:
+@scenario
+def the_killed_rank_is_named_first_and_once(tmp_path: Path) -> None:
     run = tmp_path / "run"
     _saved(run, 16)
     with launch(tmp_path / "ranks", 3) as ranks:
@@ -44,7 +71,8 @@ def test_the_killed_rank_is_named_first_and_once(tmp_path: Path) -> None:
     assert "Traceback" not in screen
 
 
-def test_a_victims_traceback_goes_to_its_log(tmp_path: Path) -> None:
+@scenario
+def a_victims_traceback_goes_to_its_log(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         ranks.tell(0, f"settle {tmp_path / 'run'}", "phase forward 3")
         ranks.tell(1, f"settle {tmp_path / 'run'}", "phase forward 3")
@@ -56,7 +84,8 @@ def test_a_victims_traceback_goes_to_its_log(tmp_path: Path) -> None:
     assert "Connection closed by peer" in (tmp_path / "run" / "logs" / "attempt-001" / "rank-0000.log").read_text()
 
 
-def test_a_victim_that_hears_of_it_before_its_monitor_waits(tmp_path: Path) -> None:
+@scenario
+def a_victim_that_hears_of_it_before_its_monitor_waits(tmp_path: Path) -> None:
     """The other rank is still there when the connection breaks: it is on its way out, with an error of its own."""
     with launch(tmp_path / "ranks", 2) as ranks:
         ranks.order(0, "lose")
@@ -68,7 +97,8 @@ def test_a_victim_that_hears_of_it_before_its_monitor_waits(tmp_path: Path) -> N
     assert "Connection closed" not in screen
 
 
-def test_a_segmentation_fault_shows_its_stack(tmp_path: Path) -> None:
+@scenario
+def a_segmentation_fault_shows_its_stack(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         ranks.send(1, signal.SIGSEGV)
         assert ranks.codes(0) == [1]
@@ -77,7 +107,8 @@ def test_a_segmentation_fault_shows_its_stack(tmp_path: Path) -> None:
     assert "Fatal Python error: Segmentation fault" in screen and "fake_rank.py" in screen
 
 
-def test_an_own_error_is_told_with_its_traceback_and_ends_the_others(tmp_path: Path) -> None:
+@scenario
+def an_own_error_is_told_with_its_traceback_and_ends_the_others(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 3) as ranks:
         ranks.tell(2, "phase forward 5")
         ranks.order(2, "fail the sum is wrong")
@@ -88,7 +119,8 @@ def test_an_own_error_is_told_with_its_traceback_and_ends_the_others(tmp_path: P
     assert screen.count("Traceback (most recent call last)") == 1
 
 
-def test_the_same_error_everywhere_is_told_once_by_rank_0(tmp_path: Path) -> None:
+@scenario
+def the_same_error_everywhere_is_told_once_by_rank_0(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 3) as ranks:
         for rank in (2, 1, 0):
             ranks.order(rank, "mend no such column")
@@ -96,7 +128,8 @@ def test_the_same_error_everywhere_is_told_once_by_rank_0(tmp_path: Path) -> Non
         assert ranks.screen.strip() == "error: no such column"
 
 
-def test_an_error_for_people_on_one_rank_is_told_by_it(tmp_path: Path) -> None:
+@scenario
+def an_error_for_people_on_one_rank_is_told_by_it(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         ranks.order(1, "mend its disk is full")
         assert ranks.codes() == [2, 2]
@@ -104,12 +137,11 @@ def test_an_error_for_people_on_one_rank_is_told_by_it(tmp_path: Path) -> None:
 
 
 def _name(ranks: Launch, rank: int) -> str:
-    import socket
-
     return f"rank {rank} of {len(ranks.ranks)} on host {socket.gethostname()} (pid {ranks.ranks[rank].pid})"
 
 
-def test_clean_ends_raise_no_alarm_and_leave_nothing(tmp_path: Path) -> None:
+@scenario
+def clean_ends_raise_no_alarm_and_leave_nothing(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 3) as ranks:
         for rank, code in enumerate((0, 85, 2)):
             ranks.tell(rank, f"settle {tmp_path / 'run'}")
@@ -119,7 +151,8 @@ def test_clean_ends_raise_no_alarm_and_leave_nothing(tmp_path: Path) -> None:
     assert not list((tmp_path / "ranks").glob("seqaware-*/*"))
 
 
-def test_an_earlier_launch_in_the_same_folder_alarms_nobody(tmp_path: Path) -> None:
+@scenario
+def an_earlier_launch_in_the_same_folder_alarms_nobody(tmp_path: Path) -> None:
     """As when torchrun starts its ranks again: the same parent, the same port."""
     with launch(tmp_path / "ranks", 2) as first:
         first.send(1, signal.SIGKILL)
@@ -136,7 +169,8 @@ def test_an_earlier_launch_in_the_same_folder_alarms_nobody(tmp_path: Path) -> N
         assert again.screen == told
 
 
-def test_a_signal_handler_learns_that_a_sibling_is_dead(tmp_path: Path) -> None:
+@scenario
+def a_signal_handler_learns_that_a_sibling_is_dead(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         assert ranks.ask(0, "dead?") == "False"
         # No monitor could act in its place.
@@ -147,7 +181,8 @@ def test_a_signal_handler_learns_that_a_sibling_is_dead(tmp_path: Path) -> None:
         assert ranks.codes(0) == [1]
 
 
-def test_a_stopped_rank_is_named_and_ended(tmp_path: Path) -> None:
+@scenario
+def a_stopped_rank_is_named_and_ended(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", "phase forward 4")
@@ -161,7 +196,8 @@ def test_a_stopped_rank_is_named_and_ended(tmp_path: Path) -> None:
     assert "rank 0 on host" in screen and "all_reduce" in screen
 
 
-def test_a_rank_that_keeps_the_interpreters_lock_is_named_and_ended(tmp_path: Path) -> None:
+@scenario
+def a_rank_that_keeps_the_interpreters_lock_is_named_and_ended(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", "phase forward 4")
@@ -171,8 +207,7 @@ def test_a_rank_that_keeps_the_interpreters_lock_is_named_and_ended(tmp_path: Pa
         assert _first_line(ranks.screen).startswith(f"{_name(ranks, 1)} does not answer since ")
 
 
-@pytest.mark.parametrize(("hanging", "waiting"), [(1, 0), (0, 1)])
-def test_a_hanging_rank_is_named_with_its_line(tmp_path: Path, hanging: int, waiting: int) -> None:
+def _hang(tmp_path: Path, *, hanging: int, waiting: int) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", f"settle {tmp_path / 'run'}", "phase forward 9")
@@ -188,7 +223,18 @@ def test_a_hanging_rank_is_named_with_its_line(tmp_path: Path, hanging: int, wai
     assert "stands still since" in log and "all_reduce" in log
 
 
-def test_who_waits_for_a_working_rank_does_not_hang(tmp_path: Path) -> None:
+@scenario
+def hanging_rank_0_is_named_with_its_line(tmp_path: Path) -> None:
+    _hang(tmp_path, hanging=0, waiting=1)
+
+
+@scenario
+def hanging_rank_1_is_named_with_its_line(tmp_path: Path) -> None:
+    _hang(tmp_path, hanging=1, waiting=0)
+
+
+@scenario
+def who_waits_for_a_working_rank_does_not_hang(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", "phase exporting 9")
@@ -202,7 +248,8 @@ def test_who_waits_for_a_working_rank_does_not_hang(tmp_path: Path) -> None:
         assert _first_line(ranks.screen).startswith(f"{_name(ranks, 1)} hangs since ")
 
 
-def test_a_job_that_is_stopped_and_goes_on_does_not_hang(tmp_path: Path) -> None:
+@scenario
+def a_job_that_is_stopped_and_goes_on_does_not_hang(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", "phase forward 4")
@@ -216,3 +263,58 @@ def test_a_job_that_is_stopped_and_goes_on_does_not_hang(tmp_path: Path) -> None
             ranks.order(rank, "end 0")
         assert ranks.codes() == [0, 0]
         assert ranks.screen == ""
+
+
+def _two_hosts(ranks_each: int) -> list[dict[str, object]]:
+    """Hosts h0 and h1: what a rank sees of the other is in the run's folder alone."""
+    return [
+        {"host": f"h{host}", "base": f"h{host}", "nodes": 2, "local_size": ranks_each}
+        for host in range(2)
+        for _ in range(ranks_each)
+    ]
+
+
+@scenario
+def a_rank_that_dies_on_another_host_is_told_by_its_sibling_alone(tmp_path: Path) -> None:
+    with launch(tmp_path / "ranks", 4, options=_two_hosts(2)) as ranks:
+        for rank in range(4):
+            ranks.tell(rank, f"settle {tmp_path / 'run'}", "phase backward 8")
+        ranks.send(3, signal.SIGKILL)
+        assert ranks.codes(0, 1, 2) == [1, 1, 1]
+        screen = ranks.screen
+    assert _first_line(screen).startswith("rank 3 of 4 on host h1") and screen.count("was killed by") == 1
+
+
+@scenario
+def a_host_that_is_gone_is_named_by_who_lost_it(tmp_path: Path) -> None:
+    with launch(tmp_path / "ranks", 2, options=_two_hosts(1)) as ranks:
+        for rank in range(2):
+            ranks.tell(rank, f"hang {HANG_MINUTES}", f"settle {tmp_path / 'run'}", "say alive", "phase backward 8")
+        time.sleep(2.5)
+        ranks.send(1, signal.SIGKILL)
+        ranks.order(0, "lose")
+        assert ranks.codes(0) == [1]
+        screen = ranks.screen
+    assert _first_line(screen).startswith("rank 0 of 2 on host h0")
+    assert "lost its connection to another rank at step 8, in backward: RuntimeError: [gloo" in _first_line(screen)
+    assert "rank 1 of 2 on host h1" in screen and "answers no more; last seen at step 8, in backward" in screen
+    assert "    20" in screen and " alive" in screen
+
+
+@scenario
+def a_rank_that_stands_still_on_another_host_is_named(tmp_path: Path) -> None:
+    with launch(tmp_path / "ranks", 4, options=_two_hosts(2)) as ranks:
+        for rank in range(4):
+            ranks.tell(rank, f"hang {HANG_MINUTES}", f"settle {tmp_path / 'run'}", "phase forward 8")
+        ranks.order(3, "stand")
+        for rank in range(3):
+            ranks.order(rank, "wait")
+        assert ranks.codes() == [1, 1, 1, 1]
+        screen = ranks.screen
+    assert _first_line(screen).startswith("rank 3 of 4 on host h1") and "hangs since" in _first_line(screen)
+    assert screen.count("hangs since") == 1
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_ranks(name: str, under_way: dict[str, Future[None]]) -> None:
+    under_way[name].result()
