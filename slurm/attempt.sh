@@ -20,17 +20,26 @@ trap hear USR2
 begin_attempt() {
     local restarts=${SLURM_RESTART_COUNT:-0} i
     printf '==== job %s, attempt %d, on %s, %(%F %T)T\n' "$(job_name)" $((restarts + 1)) "$SLURM_JOB_NODELIST" -1
-    # A kill that SLURM still had queued for the step of an earlier attempt would hit the step of the same number now: one
-    # empty step for each earlier attempt, and one for its doctor, uses those numbers up.
+    # A kill that SLURM still had queued for the step of an earlier attempt would hit the step of the same number now. One
+    # empty step for each earlier attempt, and one for its doctor, use those numbers up.
     for ((i = 0; i < 2 * restarts; i++)); do
         srun --nodes=1 --ntasks=1 --ntasks-per-node=1 true >/dev/null 2>&1 || true
     done
 }
 
-# The doctor's table, on the first node; an error in it ends the job.
+# $@: arguments of launcher/train.py, the config first. The doctor's table, of all ranks; an error in it ends the job.
 consult_doctor() {
-    run_step --nodes=1 --ntasks=1 --ntasks-per-node=1 "${step_options[@]}" \
-        "${python[@]}" "$SEQAWARE_HOME/launcher/doctor.py" "$@" || end_attempt $? "the doctor"
+    local about=("$1")
+    shift
+    while [[ $# -gt 0 ]]; do
+        case $1 in
+            --set | --deepspeed) about+=("$1" "${2:-}") ;;
+            --set=* | --deepspeed=*) about+=("$1") ;;
+        esac
+        shift
+    done
+    run_step --kill-on-bad-exit=1 "${step_options[@]}" \
+        "${python[@]}" "$SEQAWARE_HOME/launcher/doctor.py" "${about[@]}" || end_attempt $? "the doctor"
 }
 
 # $@: arguments of launcher/train.py. All ranks, on all nodes; ends with the first rank that fails.

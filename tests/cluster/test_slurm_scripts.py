@@ -60,7 +60,8 @@ class Site:
     def train(self, *options: str, **variables: str) -> str:
         """Submit train.sbatch for two nodes with a rank each."""
         script = str(launch.ROOT / "slurm" / "train.sbatch")
-        return self.submit(*_TWO_RANKS, *options, script, "a.yaml", "--set", "a.b=c d", **variables)
+        arguments = ("--set", "a.b=c d", "--resume", "never", "--deepspeed=x.json")
+        return self.submit(*_TWO_RANKS, *options, script, "a.yaml", *arguments, **variables)
 
     def end(self, job: str) -> tuple[str, str, str]:
         """State, exit code and restarts of a job at its end."""
@@ -122,7 +123,9 @@ def test_only_a_run_that_left_goes_back_to_the_queue(site: Site) -> None:
 
     log = site.log(jobs["true"])
     for rank in (0, 1):
-        assert f"{rank}: step 1, rank {rank} of 2: train a.yaml --set a.b=c d\n" in log
+        assert (
+            f"{rank}: step 1, rank {rank} of 2: train a.yaml --set a.b=c d --resume never --deepspeed=x.json\n" in log
+        )
     # Steps 0 and 1 are those of the first attempt, whose numbers are not used again.
     twice = site.log(jobs[f"{first_time}; exit 85"])
     assert [f"attempt {number}, on" in twice for number in (1, 2, 3)] == [True, True, False]
@@ -136,7 +139,9 @@ def test_the_doctor_comes_first_and_its_error_ends_the_job(site: Site) -> None:
     sick = site.train(DOCTOR="echo THE TABLE; exit 2")
     assert site.end(sick) == ("FAILED", "2:0", "0")
     log = site.log(sick)
-    assert "step 0, rank 0 of 1: doctor a.yaml\nTHE TABLE\n" in log
+    assert log.count("THE TABLE\n") == 2
+    for rank in (0, 1):
+        assert f"step 0, rank {rank} of 2: doctor a.yaml --set a.b=c d --deepspeed=x.json\n" in log
     assert "train" not in log
 
 
@@ -166,17 +171,16 @@ def test_a_task_of_a_sweep_is_requeued_alone(site: Site) -> None:
     array = site.submit("--array=0-3", *_ONE_CPU, script, "some/b.yaml", "--resume", "never", **lists)
     beyond = site.submit("--array=4", *_ONE_CPU, script, "some/b.yaml", **lists)
     tasks = [f"{array}_{index}" for index in range(4)]
+    ends = {task: site.end(task) for task in tasks}
     leaves = {task: site.cluster.job(task)["JobId"] == array for task in tasks}
     assert list(leaves.values()).count(True) == 1
-    assert {task: site.end(task) for task in tasks} == {
-        task: ("COMPLETED", "0:0", str(int(left))) for task, left in leaves.items()
-    }
+    assert ends == {task: ("COMPLETED", "0:0", str(int(left))) for task, left in leaves.items()}
     for task, gamma, seed in zip(tasks, ("0", "0", "0.9", "0.9"), ("7", "8", "7", "8"), strict=True):
         sets = f"--set training.sft.gamma={gamma} --set training.control.seed={seed}"
         folder = f"--set output.dir=runs/b-sweep/gamma-{gamma}-seed-{seed}"
         log = site.log(task)
         assert log.count(f": train some/b.yaml --resume never {sets} {folder}\n") == 1 + leaves[task]
-        assert log.count("doctor some/b.yaml") == 1 + leaves[task]
+        assert log.count(f"doctor some/b.yaml {sets} {folder}\n") == 1 + leaves[task]
     assert site.end(f"{beyond}_4") == ("FAILED", "2:0", "0")
     assert "4 combinations, counted from 0; got task 4; sbatch --array=0-3" in site.log(f"{beyond}_4")
 
@@ -204,9 +208,9 @@ def test_an_image_of_apptainer_runs_doctor_and_ranks(site: Site) -> None:
     seen = f"{launch.ROOT}:{launch.ROOT},{site.folder}:{site.folder},/data:/data"
     call = f"apptainer exec --nv --bind {seen} --pwd {site.folder} my.sif python {launch.ROOT}/launcher"
     log = site.log(job)
-    assert log.count(f"{call}/doctor.py a.yaml\n") == 1
-    assert log.count(f"{call}/train.py a.yaml --set a.b=c d\n") == 2
-    assert log.count("rank 1 of 2: train") == 1
+    for command in ("doctor", "train"):
+        assert log.count(f"{call}/{command}.py a.yaml --set") == 2
+        assert log.count(f"rank 1 of 2: {command}") == 1
 
 
 def test_the_limit_of_time_is_heard(site: Site, limited: str) -> None:
@@ -238,7 +242,7 @@ def test_any_other_image_is_handed_to_pyxis(tmp_path: Path) -> None:
     image = f"--container-image=/images/my.sqsh --container-mounts={seen} --container-workdir={tmp_path}"
     lines = done.stdout.splitlines()
     assert "module load gcc/13 cuda/12.8" in lines
-    doctor = f"srun --nodes=1 --ntasks=1 --ntasks-per-node=1 {image} python {launch.ROOT}/launcher/doctor.py a.yaml"
+    doctor = f"srun --kill-on-bad-exit=1 {image} python {launch.ROOT}/launcher/doctor.py a.yaml"
     rank = f"bash {launch.ROOT}/slurm/rank.sh python {launch.ROOT}/launcher/train.py a.yaml"
     assert [line for line in lines if line.startswith("srun")] == [
         doctor,
