@@ -18,7 +18,7 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install train test test-matrix check format
+.PHONY: help install train test test-matrix test-soak check format
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ test: install ## set up, then run all tests (PYTEST_ARGS=)
 
 test-matrix: install ## layouts that cover every triple of choices, against the oracle; long
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -m matrix $(PYTEST_ARGS)
+
+test-soak: install ## a run that is killed 20 times at random moments; some ten minutes
+	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -m soak -s $(PYTEST_ARGS)
 
 check: install ## style, types, the direction of imports, the size budget
 	@$(BIN)/ruff check .

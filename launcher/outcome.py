@@ -46,8 +46,8 @@ def person_errors(rank: int = 0) -> Iterator[None]:
 class Watched:
     """Around the work of a rank: the others learn how it ended, and a person learns it once.
 
-    Exit codes: that of a `SystemExit`; 2 after a `SeqawareError`; 1 after anything else, and for a rank that can do
-    nothing more because another one is lost.
+    Exit codes: that of a `SystemExit`; 2 after a `SeqawareError`; 1 after anything else. A rank that can do nothing
+    more because another one is lost is ended by its watch, with 1 or with that one's code.
     """
 
     def __init__(self, heartbeat: WatchedHeartbeat) -> None:
@@ -62,11 +62,7 @@ class Watched:
             case None:
                 heartbeat.close()
             case SystemExit() | click.exceptions.Exit():
-                code = _exit_code(error)
-                if code == _FAILURE and heartbeat.sibling_is_dead():
-                    heartbeat.abandoned()
-                    self._end(_FAILURE)
-                heartbeat.close(code)
+                heartbeat.close(_exit_code(error))
             case KeyboardInterrupt():
                 heartbeat.close(_INTERRUPTED)
             case _:

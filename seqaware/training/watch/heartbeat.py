@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from seqaware.engine.address import RankAddress
-from seqaware.training.watch.failing import fail, wait_to_be_told
+from seqaware.training.watch.failing import fail
 from seqaware.training.watch.launch_folder import LaunchFolder, open_launch_folder
 from seqaware.training.watch.monitor import Monitor
 from seqaware.training.watch.own_rank import OwnRank
@@ -94,10 +94,6 @@ class WatchedHeartbeat(Heartbeat):
     def fail(self, error: BaseException) -> int:
         """The rank ends with an exception. Shows what is to be shown, once in a launch; returns the exit code."""
         return fail(self.own, self._monitor, error)
-
-    def abandoned(self) -> None:
-        """The rank ends because another one is lost: let whoever knows more speak first."""
-        wait_to_be_told(self.own)
 
     def close(self, code: int = 0) -> None:
         if self.own.card.status == "ended":

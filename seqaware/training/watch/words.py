@@ -51,8 +51,8 @@ def _why_dead(dead: Sequence[Peer], memory_kills: int) -> str | None:
     signals = {peer.exit_status & 0x7F if peer.exit_status is not None else signal.SIGKILL for peer in dead}
     if signals <= {signal.SIGKILL}:
         return (
-            "Nobody here has counted a process that the kernel ended for want of memory. What else sends SIGKILL: a "
-            "person, or a batch system that enforces a memory limit (SLURM: sacct -j JOB -o JobID,State,MaxRSS)."
+            "The kernel's out-of-memory killer has ended nothing on this host meanwhile. SIGKILL also comes from a "
+            "person, or from a batch system that enforces a memory limit (SLURM: sacct -j JOB -o JobID,State,MaxRSS)."
         )
     if signal.SIGBUS in signals:
         return "SIGBUS is what a process gets that writes to a full /dev/shm or to a file that was cut."

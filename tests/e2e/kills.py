@@ -1,0 +1,105 @@
+"""A launch of real ranks that a test kills at a moment of its choice: their dials say what each of them does."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from seqaware.training.watch.card import Card, read_card
+from seqaware.training.watch.dial import Place, read_place
+from tests import launch
+
+# Starting two ranks takes half a minute where the cores are shared.
+_UNTIL_THE_MOMENT = 180.0
+_BETWEEN_LOOKS = 0.0005
+
+Wanted = Callable[[Place], bool]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a launch ended after a rank was killed.
+
+    Attributes:
+        place: where the killed rank was. seconds: from the kill to the end of the launcher.
+        screen: what came on standard error from then on. card: of the killed rank.
+    """
+
+    card: Card
+    place: Place
+    seconds: float
+    code: int
+    screen: str
+
+    @property
+    def first_line(self) -> str:
+        return self.screen.strip().splitlines()[0]
+
+
+class Launch:
+    """Ranks under a launcher, with a folder for temporary files of their own, where their dials are found.
+
+    Attributes:
+        stdout, stderr: files of what all of them say.
+    """
+
+    def __init__(self, command: list[str], folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.stdout, self.stderr = folder / "stdout.txt", folder / "stderr.txt"
+        temporary = folder / "tmp"
+        temporary.mkdir()
+        with self.stdout.open("w") as out, self.stderr.open("w") as err:
+            env = launch.environment(TMPDIR=str(temporary))
+            self.launcher = subprocess.Popen(command, cwd=launch.ROOT, env=env, stdout=out, stderr=err)
+
+    def card(self, rank: int) -> Card | None:
+        return next((read_card(path) for path in self.folder.glob(f"tmp/seqaware-*/*/rank-{rank:04d}.json")), None)
+
+    def place(self, rank: int) -> Place | None:
+        return next((read_place(path) for path in self.folder.glob(f"tmp/seqaware-*/*/rank-{rank:04d}.dial")), None)
+
+    def kill(self, rank: int, wanted: Wanted) -> Ending:
+        """Send SIGKILL to a rank in a place that is wanted, and wait for the end of the launch."""
+        card, place = self._stop_in_place(rank, wanted)
+        shown = self.stderr.stat().st_size
+        os.kill(card.process.pid, signal.SIGKILL)
+        begun = time.monotonic()
+        code = self.launcher.wait(timeout=120)
+        seconds = time.monotonic() - begun
+        screen = self.stderr.read_bytes()[shown:].decode()
+        return Ending(card, place, seconds, code, screen)
+
+    def _stop_in_place(self, rank: int, wanted: Wanted) -> tuple[Card, Place]:
+        end = time.monotonic() + _UNTIL_THE_MOMENT
+        while time.monotonic() < end and self.launcher.poll() is None:
+            place, card = self.place(rank), self.card(rank)
+            if place is None or card is None or not wanted(place):
+                time.sleep(_BETWEEN_LOOKS)
+                continue
+            # It may have gone on since: stopped, it can be looked at in peace.
+            os.kill(card.process.pid, signal.SIGSTOP)
+            place = self.place(rank)
+            assert place is not None
+            if wanted(place):
+                return card, place
+            os.kill(card.process.pid, signal.SIGCONT)
+        raise AssertionError(f"the moment never came: {self.stderr.read_text()[-3000:]}")
+
+    def finish(self) -> int:
+        return self.launcher.wait(timeout=300)
+
+
+def deepspeed(*arguments: str) -> list[str]:
+    port = str(launch.free_port())
+    return ["deepspeed", "--num_gpus", "2", "--master_port", port, "launcher/train.py", *arguments]
+
+
+def torchrun(*arguments: str) -> list[str]:
+    port = str(launch.free_port())
+    return ["torchrun", "--nproc-per-node", "2", "--master-port", port, "launcher/train.py", *arguments]

@@ -1,0 +1,150 @@
+"""Ranks that are killed at whatever moment: the launch ends at once and says who it was, and the rerun goes on.
+
+After all kills the run is the one that was never interrupted: the same losses, the same weights, bitwise.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections.abc import Callable
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import launch, tiny
+from tests.e2e.kills import Ending, Launch, Wanted, deepspeed, torchrun
+
+STEPS = 30
+# A launcher looks after its ranks once a second, and the machine may be busy: on an idle one it takes 2 to 4 s.
+SOON = 30.0
+Command = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
+    return tiny.build(tmp_path_factory.mktemp("kills"))
+
+
+class Run:
+    """One run, in as many launches as it takes."""
+
+    def __init__(self, workshop: tiny.Workshop, name: str, command: Command = deepspeed) -> None:
+        # Five rows a step: the thirteen rows make ragged epochs of three steps.
+        schedule = {"num_epochs": 99, "max_steps": STEPS, "global_batch_size": 5, "scheduler_type": "cosine"}
+        self.folder = workshop.folder / name
+        output = {"dir": str(self.folder), "save_every": 2}
+        store = str(workshop.folder / f"store-{name}")
+        config = workshop.config(training__schedule=schedule, output=output, dataset__store_dir=store)
+        self._path = workshop.write(name, config)
+        self._launches = workshop.folder / f"launches-{name}"
+        self._command = command
+        self._count = 0
+
+    def start(self) -> Launch:
+        self._count += 1
+        zero3 = str(launch.DS_CONFIGS / "zero3.json")
+        return Launch(self._command(str(self._path), "--deepspeed", zero3), self._launches / str(self._count))
+
+    def finish(self) -> str:
+        """Go on to the end; returns what was said."""
+        last = self.start()
+        assert last.finish() == 0, last.stderr.read_text()[-4000:]
+        return last.stdout.read_text()
+
+    def newest(self) -> int:
+        latest = self.folder / "checkpoints" / "latest"
+        return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
+
+    def steps(self) -> list[tuple[int, float, float]]:
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"]
+
+
+@pytest.fixture(scope="module")
+def whole(workshop: tiny.Workshop) -> Run:
+    """The run that is never interrupted."""
+    run = Run(workshop, "whole")
+    run.finish()
+    assert [step for step, *_ in run.steps()] == list(range(1, STEPS + 1))
+    return run
+
+
+def _check_told(ending: Ending) -> None:
+    """Who it was comes first, and nothing that might be taken for the cause comes after it."""
+    card = ending.card
+    assert ending.code != 0 and ending.seconds < SOON
+    name = re.escape(f"rank {card.rank} of 2 on host {card.host} (pid {card.process.pid})")
+    place = re.escape(ending.place.words())
+    # A launcher that looks at its ranks more often may have taken the signal's number away.
+    assert re.fullmatch(f"{name} (was killed by SIGKILL|is gone) {place}", ending.first_line), ending.screen
+    # torchrun shows a traceback of its own afterwards.
+    assert 'train.py", line' not in ending.screen, ending.screen
+
+
+def _check_same(run: Run, whole: Run) -> None:
+    assert run.steps() == whole.steps()
+    expected, got = (load_file(each.folder / "model" / "model.safetensors") for each in (whole, run))
+    assert expected.keys() == got.keys()
+    for name, tensor in expected.items():
+        assert got[name].equal(tensor), name
+
+
+def _in(phase: str, step: int = -1) -> Wanted:
+    return lambda place: place.phase == phase and place.step >= step
+
+
+MOMENTS = [
+    (1, _in("tokenising")),
+    (1, _in("loading the model")),
+    (0, _in("forward", 5)),
+    (1, _in("backward", 9)),
+    (1, _in("optimizer step", 13)),
+    (1, _in("saving", 18)),
+]
+
+
+def test_a_rank_killed_at_any_moment_is_named_and_the_rerun_goes_on(workshop: tiny.Workshop, whole: Run) -> None:
+    run = Run(workshop, "parts")
+    for rank, wanted in MOMENTS:
+        started = run.start()
+        ending = started.kill(rank, wanted)
+        _check_told(ending)
+        begun = run.newest()
+        if "resumed" in started.stdout.read_text():
+            assert f"goes on after step {begun}, the newest that is saved" in ending.screen
+    assert run.newest() >= 16
+    said = run.finish()
+    assert f"resumed     after step {begun}" in said
+    _check_same(run, whole)
+
+
+@pytest.mark.parametrize(
+    ("command", "kills"), [(torchrun, 3), pytest.param(deepspeed, 20, marks=pytest.mark.soak)], ids=["3", "20"]
+)
+def test_a_run_survives_kills_at_random_moments(
+    workshop: tiny.Workshop, whole: Run, command: Command, kills: int
+) -> None:
+    choose = random.Random(kills)
+    run = Run(workshop, f"soak-{kills}", command)
+    seconds, places = [], []
+    for left in range(kills, 0, -1):
+        # As many steps at most as leave some for the kills to come; once in a while the start is hit.
+        room = max(1, (STEPS - run.newest()) // left)
+        step = run.newest() + choose.randint(1, room) if choose.random() < 0.8 else -1
+        moves = choose.randint(1, 12)
+        ending = run.start().kill(choose.randrange(2), _after(step, moves))
+        _check_told(ending)
+        seconds.append(ending.seconds)
+        places.append(ending.place.words())
+    run.finish()
+    _check_same(run, whole)
+    print(f"{kills} kills: {places}; the launch ended after {min(seconds):.1f} to {max(seconds):.1f} s")
+
+
+def _after(step: int, turn: int) -> Wanted:
+    """So many turns into a step, or into what comes before the first one."""
+    if step < 0:
+        return lambda place: place.turn >= min(turn, 3)
+    return lambda place: place.step > step or (place.step == step and place.turn >= turn)
