@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.imports import quick_imports
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
@@ -57,7 +58,9 @@ def prepare(
 
 def _whole(settings: Config) -> None:
     from seqaware.report.progress import RowCounter
-    from seqaware.training.prepare import prepare_data
+
+    with quick_imports():
+        from seqaware.training.prepare import prepare_data
 
     for store in prepare_data(settings, progress=RowCounter(typer.echo)):
         typer.echo(f"prepared    {store}")
@@ -66,7 +69,9 @@ def _whole(settings: Config) -> None:
 def _part(settings: Config, text: str) -> None:
     from seqaware.data.parts import PartNumber
     from seqaware.report.progress import RowCounter
-    from seqaware.training.prepare_parts import prepare_one_part
+
+    with quick_imports():
+        from seqaware.training.prepare_parts import prepare_one_part
 
     part = PartNumber.parse(text)
     typer.echo(f"part {part}    {prepare_one_part(settings, part, progress=RowCounter(typer.echo))}")

@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.imports import quick_imports
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
@@ -65,7 +66,8 @@ def _verify(
 ) -> bool:
     config = load_config(path, overrides)
     prepare_environment()
-    from seqaware.training.verify.run import VerifyRequest, verify
+    with quick_imports():
+        from seqaware.training.verify.run import VerifyRequest, verify
 
     request = VerifyRequest(config, deepspeed, steps, dtype.value)
     certificate = verify(request, address=address, say=typer.echo if address.rank == 0 else _silence)

@@ -5,6 +5,8 @@ B [out, rank] starts at zero; s = alpha / rank, or alpha / √rank with rslora. 
 V = W + s·B·A, the norm runs over the inputs of each output, and m [out] starts at ‖W‖.
 
 Adapters have the run's dtype, like every other trained weight: DeepSpeed keeps one dtype, and its own float32 copies.
+
+peft is imported where it is used: it brings bitsandbytes and torch's compiler, and most runs have no adapters.
 """
 
 from __future__ import annotations
@@ -12,13 +14,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
@@ -26,6 +24,9 @@ from transformers.pytorch_utils import Conv1D
 
 from seqaware.config.model import LoraConfig
 from seqaware.engine.lora_targets import find_targets
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 _ADAPTER = "default"
 _SAVED = f".modules_to_save.{_ADAPTER}"
@@ -76,6 +77,9 @@ class Adapters:
         revision: str | None,
         deepspeed: Mapping[str, Any],
     ) -> None:
+        from peft import LoraConfig as PeftLoraConfig
+        from peft import get_peft_model
+
         # The head has been seen to by `find_targets` before anything was loaded.
         targets = find_targets(lora, model, loss_kernel="plain")
         asked = lora.target_modules
@@ -105,6 +109,11 @@ class Adapters:
         if settings.base_model_name_or_path and Path(settings.base_model_name_or_path).is_dir():
             # A relative path would name another folder for whoever loads the adapter from elsewhere.
             settings.base_model_name_or_path = str(Path(settings.base_model_name_or_path).absolute())
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                # bitsandbytes would re-pack the weights in the first evaluation on a CPU that has bfloat16 arithmetic,
+                # and multiply in bfloat16 from then on, whatever the run's dtype.
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         layers = dict(self._layers())
         assert sorted(layers) == sorted(targets.linear), "peft adapted other layers than those that were found"
         for name, layer in layers.items():
@@ -118,6 +127,8 @@ class Adapters:
                 _let_dora_gather(layer)
 
     def _layers(self) -> Iterator[tuple[str, Any]]:
+        from peft.tuners.lora import LoraLayer
+
         for name, module in self.model.named_modules():
             if isinstance(module, LoraLayer):
                 yield name, module
@@ -183,7 +194,7 @@ def _is_inside(name: str, layers: Mapping[str, Any]) -> bool:
 def _plain_weight(module: nn.Module, leaf: str, parameter: nn.Parameter, layer: Any) -> Tensor:
     if leaf == "weight" and layer is not None:
         return merged_weight(layer)
-    weight: Tensor = dequantize_module_weight(module) if leaf == "weight" else parameter
+    weight: Tensor = _dequantised(module) if leaf == "weight" else parameter
     return weight.detach().cpu().clone()
 
 
@@ -194,7 +205,7 @@ def merged_weight(layer: Any) -> Tensor:
     def whole(weight: Tensor) -> Tensor:
         return weight.detach().float().cpu()
 
-    base = whole(dequantize_module_weight(layer.get_base_layer()))
+    base = whole(_dequantised(layer.get_base_layer()))
     turned = bool(getattr(layer, "fan_in_fan_out", False))
     update = whole(layer.lora_B[_ADAPTER].weight) @ whole(layer.lora_A[_ADAPTER].weight)
     merged: Tensor = (base.T if turned else base) + layer.scaling[_ADAPTER] * update
@@ -202,6 +213,14 @@ def merged_weight(layer: Any) -> Tensor:
         magnitude = whole(layer.lora_magnitude_vector[_ADAPTER].weight)
         merged *= (magnitude / torch.linalg.norm(merged, dim=1)).unsqueeze(1)
     return merged.T.contiguous() if turned else merged
+
+
+def _dequantised(module: nn.Module) -> Tensor:
+    """The module's weight as it multiplies, whatever it is held in."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    weight: Tensor = dequantize_module_weight(module)
+    return weight
 
 
 def _gathered(parameters: list[nn.Parameter]) -> Any:

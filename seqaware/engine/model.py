@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -200,7 +199,7 @@ def output_head(model: PreTrainedModel) -> Head:
     start-up probe, which compares this head's logits with the model's own.
     """
     module = model.get_output_embeddings()
-    assert module is not None and not isinstance(module, LoraLayer), "an adapted head is not one matrix"
+    assert module is not None and not hasattr(module, "base_layer"), "an adapted head is not one matrix"
     scale = float(getattr(model.config, "logit_scale", None) or 1.0)
     scale /= float(getattr(model.config, "logits_scaling", None) or 1.0)
     softcap = getattr(model.config, "final_logit_softcapping", None)

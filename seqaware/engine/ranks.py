@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import shutil
 import sys
@@ -277,6 +278,8 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
     if not gpu_is_visible():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns where it has to find that out itself
+    # It misses a kernel that we do not use, on CPUs with bfloat16 arithmetic.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         import warnings
 
