@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.imports import quick_imports
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
@@ -58,7 +59,8 @@ def _train(
 ) -> None:
     config = load_config(path, overrides)
     prepare_environment()
-    from seqaware.training.run import RunRequest, run
+    with quick_imports():
+        from seqaware.training.run import RunRequest, run
 
     run(RunRequest(config, deepspeed, resume), address=address, say=_say if address.rank == 0 else _silence)
     disconnect()
