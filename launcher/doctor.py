@@ -1,0 +1,72 @@
+"""Doctor: is this machine, are these hosts, is this config fit for a run? `python launcher/doctor.py [CONFIG]`.
+
+Alone it looks at this host, in a few seconds; with --hostfile also at the hosts that stand in it; started by deepspeed,
+torchrun, srun or mpirun as a run is, at all ranks together. Exit codes: 0 nothing has to be mended, 2 something has.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.outcome import person_errors
+from seqaware.engine.ranks import environment, find_address, prepare_environment
+
+USER_ERROR = 2
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="The run's YAML; without it the machine alone is looked at.")
+    ] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
+    hostfile: Annotated[Path | None, typer.Option(help="Of deepspeed: look at these hosts too, over ssh.")] = None,
+    ranks: Annotated[int | None, typer.Option(min=1, help="Of the run; default: as started, or one a GPU.")] = None,
+    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+) -> None:
+    """Look for what would stop a run or make it slow, and say what to do about it.
+
+    Examples:
+
+        python launcher/doctor.py train_configs/demo.yaml
+
+        python launcher/doctor.py my.yaml --hostfile hosts
+
+        srun --ntasks-per-node 8 python launcher/doctor.py my.yaml
+    """
+    del local_rank  # appended by the deepspeed launcher, which says the same in the environment
+    found = environment()
+    prepare_environment()
+    with person_errors():
+        address = find_address()
+    from rich.console import Console
+
+    from seqaware.training.doctor.doctor import DoctorRequest, diagnose
+    from seqaware.training.doctor.findings import some_hang
+    from seqaware.training.doctor.table import show
+
+    request = DoctorRequest(config, overrides or [], deepspeed, hostfile, ranks, found)
+    diagnosis = diagnose(request, address)
+    if address.rank == 0:
+        show(diagnosis.findings, hosts=diagnosis.hosts, console=Console(highlight=False))
+    elif not diagnosis.met:
+        for finding in diagnosis.findings:
+            typer.echo(f"error: {finding.found}; {finding.do}", err=True)
+    code = 0 if diagnosis.holds else USER_ERROR
+    if some_hang():  # what hangs must not keep the doctor from leaving
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,157 @@
+"""Versions, ports, disks and settings of one host."""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from seqaware.training.doctor import gpus, network, settings, shared_folder, software
+from seqaware.training.doctor.findings import Finding, Level
+from seqaware.training.doctor.shared_folder import disk, file_system, nearest_existing
+from tests.launch import free_port
+
+
+def levels(found: list[Finding]) -> list[tuple[str, Level]]:
+    return [(each.subject, each.level) for each in found]
+
+
+def test_this_environment_is_what_is_asked_for() -> None:
+    told = list(software.packages())
+    assert {each.level for each in told} == {Level.OK}, told
+    assert [each.subject for each in told] == ["seqaware", "python", "torch", "deepspeed", "transformers", "libraries"]
+
+
+def test_libraries_that_do_not_fit() -> None:
+    wanted = [Requirement("torch>=99"), Requirement("no-such-library"), Requirement("numpy>=1")]
+    torch, absent, others = software.libraries(wanted)
+    assert torch.level is Level.ERROR and f"{metadata.version('torch')}; wanted: >=99" in torch.found
+    assert absent.level is Level.ERROR and "not installed" in absent.found
+    assert others.level is Level.OK and "1 more" in others.found
+
+
+def test_what_torch_was_built_for_is_read_without_it() -> None:
+    import torch
+
+    assert software.torch_cuda() == torch.version.cuda
+
+
+def test_without_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(software, "find_library", lambda name: None)
+    told = list(software.compilers(nvme=True))
+    assert levels(told) == [("compiler", Level.WARNING), ("ninja", Level.WARNING), ("libaio", Level.ERROR)]
+    assert levels(list(software.cuda_compiler(torch_cuda="13.0"))) == [("nvcc", Level.WARNING)]
+    assert list(software.cuda_compiler(torch_cuda=None)) == []
+
+
+def test_nvcc_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    assert levels(list(software.cuda_compiler(torch_cuda="13.0"))) == [("nvcc", Level.WARNING)]
+    assert levels(list(software.cuda_compiler(torch_cuda="12.8"))) == [("nvcc", Level.OK)]
+
+
+def test_gpus_that_torch_cannot_use() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this torch can use them")
+    (told,) = gpus.torch_sees(8, hidden=False)
+    assert told.level is Level.ERROR and told.do
+
+
+def test_ports() -> None:
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        assert levels(list(network.master_port(port, chosen=False))) == [("master port", Level.WARNING)]
+        assert levels(list(network.master_port(port, chosen=True))) == [("master port", Level.ERROR)]
+        assert network.reaches("127.0.0.1", port, seconds=5) is None
+        with network.Listener.on(port) as other:  # in use: on another one
+            assert other.port != port
+            assert network.answers_within("127.0.0.1", other.port, seconds=0.1) is None
+    port = free_port()
+    assert levels(list(network.master_port(port, chosen=True))) == [("master port", Level.OK)]
+    assert network.answers_within("127.0.0.1", port, seconds=0.1) == "Connection refused"
+    assert network.address_towards("127.0.0.1") == "127.0.0.1"
+
+
+def test_a_name_that_is_loopback_matters_to_others_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
+    assert levels(list(network.host_name(hosts=1))) == [("host name", Level.OK)]
+    assert levels(list(network.host_name(hosts=2))) == [("host name", Level.WARNING)]
+
+    def nowhere(name: str) -> str:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "gethostbyname", nowhere)
+    assert levels(list(network.host_name(hosts=1))) == [("host name", Level.WARNING)]
+    assert levels(list(network.host_name(hosts=2))) == [("host name", Level.ERROR)]
+
+
+@pytest.fixture
+def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_folder, "_MOST_BYTES", 2**23)
+    monkeypatch.setattr(shared_folder, "_SLOW_MEGABYTES", 0)
+    monkeypatch.setattr(shared_folder, "_SLOW_SYNC_SECONDS", 1e9)
+
+
+def test_a_disk_that_does_what_a_run_needs(tmp_path: Path, quick_disk: None) -> None:
+    told = list(disk(tmp_path, "run folder"))
+    assert levels(told) == [("run folder speed", Level.OK), ("run folder", Level.OK)]
+    assert f"{tmp_path} on {file_system(tmp_path)}" in told[1].found and "unknown" not in told[1].found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slow_disk(tmp_path: Path, quick_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_folder, "_SLOW_MEGABYTES", 10**9)
+    assert levels(list(disk(tmp_path, "drive")))[0] == ("drive speed", Level.WARNING)
+
+
+def test_a_disk_without_locks(tmp_path: Path, quick_disk: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(file: object, operation: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    told = list(disk(tmp_path, "run folder"))
+    assert ("file locks", Level.ERROR) in levels(told)
+    monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
+    (locks,) = (each for each in disk(tmp_path, "run folder") if each.level is Level.ERROR)
+    assert locks.found == "two processes both get the same lock"
+
+
+def test_a_folder_that_cannot_be_written() -> None:
+    (told,) = disk(Path("/proc"), "run folder")
+    assert told.level is Level.ERROR and "/proc cannot be written" in told.found and told.do
+
+
+def test_the_way_to_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert nearest_existing(tmp_path / "a" / "b") == tmp_path
+    assert nearest_existing(tmp_path / "file" / "b") == tmp_path
+
+
+def test_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    offline = settings.Hub.of(env)
+    assert offline.cache == tmp_path / "hub"
+    (told,) = settings._of_hub("model", "someone/model", "model", offline)
+    assert told.level is Level.ERROR and "HF_HUB_OFFLINE is set" in told.found
+    (told,) = settings._of_hub("model", "someone/model", "model", settings.Hub.of({**env, "HF_HUB_OFFLINE": "0"}))
+    assert told.level is Level.ERROR and "the hub does not answer: " in told.found
+    (tmp_path / "hub" / "models--someone--model" / "snapshots").mkdir(parents=True)
+    (told,) = settings._of_hub("model", "someone/model", "model", offline)
+    assert told.level is Level.OK
+    monkeypatch.setattr(settings, "_SLOW_MEGABYTES", 0)
+    assert levels(list(settings.cache(offline))) == [("hub cache", Level.OK)]
+    monkeypatch.setattr(settings, "_SLOW_MEGABYTES", 10**9)
+    assert levels(list(settings.cache(offline))) == [("hub cache", Level.WARNING)]
+    monkeypatch.setattr(settings, "_CACHE_BYTES", 10**30)
+    assert levels(list(settings.cache(offline))) == [("hub cache", Level.WARNING)]
+    (told,) = settings.cache(settings.Hub.of({"HF_HUB_CACHE": "/proc/hub"}))
+    assert told.level is Level.WARNING and "/proc/hub cannot be written" in told.found
