@@ -6,6 +6,7 @@ A command that trains is watched besides: whatever ends it, it is told once, and
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -66,6 +67,8 @@ class Watched:
             case KeyboardInterrupt():
                 heartbeat.close(_INTERRUPTED)
             case _:
+                # A launcher may send it while the others are still finding out what happened; we end by ourselves.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 self._end(heartbeat.fail(error))
 
     def _end(self, code: int) -> None:
@@ -74,6 +77,7 @@ class Watched:
             raise SystemExit(code) from None
         sys.stdout.flush()
         sys.stderr.flush()
+        self._heartbeat.own.finish_speaking()
         os._exit(code)
 
 

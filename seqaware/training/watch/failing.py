@@ -22,6 +22,7 @@ _LOST_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError")
 # Longer than the other monitors take to find out, in seconds.
 _UNTIL_TOLD = 4.0
 _UNTIL_FAILED_TELLS = 10.0
+_UNTIL_ENDED = 10.0
 # An error of every rank is rank 0's to tell.
 _AFTER_RANK_0, _AFTER_RANK_0_ELSEWHERE = 3.0, 5.0
 # A card comes every `share_seconds`, if its monitor and the file system are not slow.
@@ -52,14 +53,8 @@ def fail(own: OwnRank, monitor: Monitor, error: BaseException) -> int:
         text = f"error{where}: {error}"
     else:
         text = words.of_a_failure(card, trace, own.shared)
-    if own.take_the_word(text):
-        words.show(text)
+    own.tell(text)
     return code
-
-
-def wait_to_be_told(own: OwnRank) -> bool:
-    """Give those who know more the time to speak; True once one has."""
-    return _wait(own.told, _UNTIL_FAILED_TELLS if missed_now(own) else _UNTIL_TOLD)
 
 
 def _message(error: BaseException) -> str:
@@ -80,7 +75,8 @@ def _is_victim(own: OwnRank, error: BaseException, message: str) -> bool:
 
 
 def _tell_of_a_loss(own: OwnRank, monitor: Monitor, message: str) -> int:
-    if wait_to_be_told(own):
+    if _wait(own.told, _UNTIL_FAILED_TELLS if missed_now(own) else _UNTIL_TOLD):
+        monitor.join(_UNTIL_ENDED)  # it ends this process, with the code that fits
         return FAILURE
     # Nobody of this host is to blame.
     far = own.address.nodes > 1 and own.shared is not None
@@ -88,8 +84,7 @@ def _tell_of_a_loss(own: OwnRank, monitor: Monitor, message: str) -> int:
     silent = silent_afar(own, seconds) if far else []
     monitor.stop()
     text = words.of_the_lost(own.update(status="failed", code=FAILURE, message=message), message, silent, own.shared)
-    if own.take_the_word(text):
-        words.show(text)
+    own.tell(text)
     return FAILURE
 
 

@@ -11,7 +11,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from seqaware.engine.address import RankAddress
 from seqaware.training.watch.failing import fail
@@ -22,6 +25,7 @@ from seqaware.training.watch.peers import missed_now
 
 # These change several times a step: they go to the dial, not to the log.
 _QUICK = frozenset(("forward", "backward", "reduce", "optimizer step", "batches"))
+_SECONDS_BETWEEN_STEPS = 5.0
 
 
 class Heartbeat:
@@ -39,6 +43,9 @@ class Heartbeat:
 
     def note(self, text: str) -> None:
         """A line for this rank's log file."""
+
+    def reported(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Lines of `metrics.jsonl` that this rank knows; the log gets one every few seconds."""
 
     def watch_hangs(self, minutes: float | None) -> None:
         """From now on a rank that does not move for so long ends the launch; None: never."""
@@ -64,6 +71,7 @@ class WatchedHeartbeat(Heartbeat):
     def __init__(self, address: RankAddress, folder: LaunchFolder, *, host: str | None = None) -> None:
         self.own = OwnRank(address, folder, host=host)
         self._monitor = Monitor(self.own)
+        self._reported = float("-inf")
 
     def start(self) -> None:
         """Begin to watch and to be watched."""
@@ -81,6 +89,13 @@ class WatchedHeartbeat(Heartbeat):
 
     def note(self, text: str) -> None:
         self.own.log.note(text)
+
+    def reported(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        now = time.monotonic()
+        if lines and now - self._reported >= _SECONDS_BETWEEN_STEPS:
+            self._reported = now
+            figures = ("step", "loss", "grad_norm", "lr", "tokens_per_second")
+            self.note("  ".join(f"{name} {lines[-1][name]:.6g}" for name in figures if name in lines[-1]))
 
     def watch_hangs(self, minutes: float | None) -> None:
         self.own.hang_seconds = None if minutes is None else minutes * 60.0

@@ -1,6 +1,6 @@
 """The thread that watches: it beats for its own rank, looks after the others, and ends the launch when one is lost.
 
-Whoever finds out first takes the word (`OwnRank.take_the_word`): it is told once in a launch how it ended. The lowest
+Whoever finds out first has the word (`OwnRank.tell`): it is told once in a launch how it ended. The lowest
 rank that can speak goes first, the others a little later in case it cannot.
 """
 
@@ -107,8 +107,7 @@ class Monitor(threading.Thread):
         if not self._await_turn([rank for rank in able if rank < own.address.rank]):
             kills = memory_kills() - self._memory_kills
             text = words.of_the_dead(dead, memory_kills=kills, shared=own.shared)
-            if own.take_the_word(text):
-                words.show(text)
+            own.tell(text)
         self._leave(FAILURE)
 
     def _await_turn(self, before: list[int]) -> bool:
@@ -128,8 +127,7 @@ class Monitor(threading.Thread):
             return
         card = failed[0].card
         text = f"{card.name()} failed {card.place.words()}: {card.message}\nits log: {card.log}"
-        if self._own.take_the_word(text):
-            words.show(text)
+        self._own.tell(text)
         self._leave(self._code())
 
     def _look_for_hang(self, elapsed: float) -> None:
@@ -158,8 +156,7 @@ class Monitor(threading.Thread):
         able = [each.rank for each in standings if each.answers(hang) and each.rank < own.address.rank]
         if not self._await_turn(able):
             text = words.of_the_hanging(culprits, standings, hang_seconds=hang, shared=own.shared)
-            if own.take_the_word(text):
-                words.show(text)
+            own.tell(text)
         self._leave(FAILURE)
 
     def _standings(self) -> list[Standing]:
@@ -185,6 +182,7 @@ class Monitor(threading.Thread):
                 peer.card.process.kill()
         for child in children():
             child.kill()
+        self._own.finish_speaking()
         with suppress(OSError):
             if os.isatty(1):
                 os.write(1, _SHOW_CURSOR)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -15,6 +17,7 @@ from seqaware.training.watch.launch_folder import TOLD, LaunchFolder, claim
 from seqaware.training.watch.rank_log import RankLog
 
 _SHARE_SECONDS = 5.0
+_LONGEST_WORD = 5.0
 
 
 class OwnRank:
@@ -38,6 +41,7 @@ class OwnRank:
         self.hang_seconds: float | None = None
         self.failing = False
         self._lock = Lock()
+        self._speaking = Lock()
         self.card = Card(
             rank=address.rank,
             size=address.size,
@@ -84,11 +88,30 @@ class OwnRank:
         """Whether a rank of this launch has told how it ends."""
         return self.folder.told() or (self.shared is not None and (self.shared / TOLD).exists())
 
-    def take_the_word(self, text: str) -> bool:
-        """Whether nobody of this launch has told how it ends: what the first one tells is shown, and nothing else."""
-        first = self.folder.claim(text) and (self.shared is None or claim(self.shared, text))
-        self.log.note(text if first else f"not shown, as another rank has told how the launch ended:\n{text}")
-        return first
+    def tell(self, text: str) -> None:
+        """Show how the launch ends, unless a rank of it has: only the first word is shown."""
+        with self._speaking:
+            first = self.folder.claim(text) and (self.shared is None or claim(self.shared, text))
+            self.log.note(text if first else f"not shown, as another rank has told how the launch ended:\n{text}")
+            if first:
+                show(text)
+
+    def finish_speaking(self) -> None:
+        """Before the process ends: another thread of it may have taken the word, and not yet have shown it."""
+        self._speaking.acquire(timeout=_LONGEST_WORD)
+
+
+def show(text: str) -> None:
+    """Put text on standard error in one piece, whatever else this process is writing."""
+    content = f"\n{text}\n".encode(errors="replace")
+    until = time.monotonic() + _LONGEST_WORD
+    while content and time.monotonic() < until:
+        try:
+            content = content[os.write(2, content) :]
+        except BlockingIOError:
+            time.sleep(0.01)  # somebody before us has made it a descriptor that does not wait for its reader
+        except OSError:
+            return  # nobody is there to read it; it is in the log
 
 
 def card_in(shared: Path, rank: int) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import textwrap
 from collections.abc import Sequence
@@ -150,16 +149,6 @@ def duration(seconds: float) -> str:
     if whole < 7200:
         return f"{whole // 60} min"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
-
-
-def show(text: str) -> None:
-    """Put text on standard error in one piece, whatever else this process is writing."""
-    content = f"\n{text}\n".encode(errors="replace")
-    while content:
-        try:
-            content = content[os.write(2, content) :]
-        except OSError:
-            return  # nobody is there to read it; it is in the log
 
 
 def first_line(text: str) -> str:

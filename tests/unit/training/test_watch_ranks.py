@@ -5,6 +5,8 @@ What happens to them takes waiting more than work: all scenarios go on at the sa
 
 from __future__ import annotations
 
+import fcntl
+import os
 import signal
 import socket
 import time
@@ -95,6 +97,23 @@ def a_victim_that_hears_of_it_before_its_monitor_waits(tmp_path: Path) -> None:
         screen = ranks.screen
     assert _first_line(screen).startswith("rank 1 of 2") and "ValueError: a bug" in _first_line(screen)
     assert "Connection closed" not in screen
+
+
+@scenario
+def a_word_that_is_read_late_is_not_lost(tmp_path: Path) -> None:
+    """The monitor is still writing when the main thread, which has lost its connection, is through with its own."""
+    read_end, write_end = os.pipe()
+    filler = b"." * fcntl.fcntl(write_end, fcntl.F_GETPIPE_SZ)
+    os.write(write_end, filler)
+    with launch(tmp_path / "ranks", 2, stderr=write_end) as ranks:
+        ranks.send(1, signal.SIGKILL)
+        ranks.order(0, "lose")
+        time.sleep(2.0)
+        assert os.read(read_end, len(filler)) == filler
+        assert ranks.codes(0) == [1]
+        os.close(write_end)
+        assert b"rank 1 of 2" in os.read(read_end, 100)
+    os.close(read_end)
 
 
 @scenario

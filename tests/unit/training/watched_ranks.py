@@ -77,18 +77,24 @@ class Launch:
 
 @contextmanager
 def launch(
-    folder: Path, size: int, *, port: int = 29500, options: list[dict[str, object]] | None = None
+    folder: Path,
+    size: int,
+    *,
+    port: int = 29500,
+    options: list[dict[str, object]] | None = None,
+    stderr: int | None = None,
 ) -> Iterator[Launch]:
     """Start `size` ranks that meet in `folder`; whatever still runs at the end is killed.
 
     Args:
         port: another one makes another launch of the same parent. options: of each rank, see fake_rank.py.
+        stderr: their standard error, instead of a file.
     """
     folder.mkdir(exist_ok=True)
     screen = folder / f"screen-{port}.txt"
     started = Launch(folder, screen)
     each = options or [{} for _ in range(size)]
-    with screen.open("a") as stderr:
+    with screen.open("a") as file:
         for rank in range(size):
             arguments = [str(rank), str(size), str(port), str(folder), json.dumps(each[rank])]
             process = subprocess.Popen(
@@ -97,7 +103,7 @@ def launch(
                 env=environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=stderr,
+                stderr=file if stderr is None else stderr,
                 text=True,
             )
             started.ranks.append(process)
