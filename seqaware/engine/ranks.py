@@ -13,11 +13,13 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqaware.engine.address import RankAddress, address_in, interface_towards
+from seqaware.engine.address import RankAddress, address_in, free_port, interface_towards
+from seqaware.engine.meeting import agree_on_port
 from seqaware.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -185,6 +187,8 @@ def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ra
     """
     import torch
 
+    timeout = _let_groups_wait(timeout_minutes)
+    address = _away_from_torchruns_store(address, timeout)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     os.environ.update(
         RANK=str(address.rank),
@@ -202,7 +206,6 @@ def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ra
         _name_interface(address)
     import deepspeed
 
-    timeout = _let_groups_wait(timeout_minutes)
     # DeepSpeed prints that it built its shared-memory op; nobody asked.
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
@@ -229,6 +232,19 @@ def _let_groups_wait(minutes: float | None) -> timedelta:
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
     return timeout
+
+
+def _away_from_torchruns_store(address: RankAddress, timeout: timedelta) -> RankAddress:
+    """The address, with a port of rank 0's own in place of torchrun's store, which mixes up its attempts."""
+    import torch.distributed as dist
+
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return address
+    meeting = (address.master_address, address.master_port)
+    store = dist.TCPStore(*meeting, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
+    port = agree_on_port(store, address.rank, size=address.size, port=free_port())
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # or torch would look for torchrun's store at the new port
+    return replace(address, master_port=port)
 
 
 def _name_interface(address: RankAddress) -> None:
