@@ -48,14 +48,14 @@ class Launch:
         stdout, stderr: files of what all of them say.
     """
 
-    def __init__(self, command: list[str], folder: Path) -> None:
+    def __init__(self, command: list[str], folder: Path, **extra: str) -> None:
         folder.mkdir(parents=True)
         self.folder = folder
         self.stdout, self.stderr = folder / "stdout.txt", folder / "stderr.txt"
         temporary = folder / "tmp"
         temporary.mkdir()
         with self.stdout.open("w") as out, self.stderr.open("w") as err:
-            env = launch.environment(TMPDIR=str(temporary))
+            env = launch.environment(TMPDIR=str(temporary), **extra)
             self.launcher = subprocess.Popen(command, cwd=launch.ROOT, env=env, stdout=out, stderr=err)
 
     def card(self, rank: int) -> Card | None:
@@ -75,6 +75,13 @@ class Launch:
         screen = self.stderr.read_bytes()[shown:].decode()
         return Ending(card, place, seconds, code, screen)
 
+    def wait_for(self, rank: int, wanted: Wanted) -> None:
+        """Wait until a rank has come to a place that is wanted."""
+        end = time.monotonic() + _UNTIL_THE_MOMENT
+        while (place := self.place(rank)) is None or not wanted(place):
+            assert time.monotonic() < end and self.launcher.poll() is None, self.stderr.read_text()[-3000:]
+            time.sleep(0.05)
+
     def _stop_in_place(self, rank: int, wanted: Wanted) -> tuple[Card, Place]:
         end = time.monotonic() + _UNTIL_THE_MOMENT
         while time.monotonic() < end and self.launcher.poll() is None:
@@ -90,6 +97,14 @@ class Launch:
                 return card, place
             os.kill(card.process.pid, signal.SIGCONT)
         raise AssertionError(f"the moment never came: {self.stderr.read_text()[-3000:]}")
+
+    def end(self) -> None:
+        """End what still runs of it."""
+        for rank in range(2):
+            card = self.card(rank)
+            if card is not None:
+                card.process.kill()
+        self.launcher.wait(timeout=60)
 
     def finish(self) -> int:
         return self.launcher.wait(timeout=300)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from safetensors.torch import load_file
@@ -62,6 +62,35 @@ class Run:
         return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"]
 
 
+SLOW_WEIGHTS = """
+import os, pathlib, time
+
+def weigh(k, length):
+    while os.environ["RANK"] == "1" and pathlib.Path(__file__).with_name("hang").exists():
+        time.sleep(3600)
+    return k * 0.0 + 1.0
+"""
+HANGING_LINE = 6
+
+
+@pytest.fixture(scope="module")
+def hanging(workshop: tiny.Workshop) -> Iterator[Launch]:
+    """A launch whose rank 1 hangs after a few steps."""
+    folder = workshop.folder / "hanging"
+    folder.mkdir()
+    (folder / "slow_weights.py").write_text(SLOW_WEIGHTS)
+    config = workshop.config(output__dir=str(folder / "run"), training__schedule__num_epochs=9999)
+    # Longer than any phase of the start takes, importing torch included.
+    config["faults"] = {"hang_minutes": 0.75}
+    config["training"]["sft"] = {"weighting": "slow_weights:weigh"}
+    command = deepspeed(str(workshop.write("hanging-run", config)))
+    started = Launch(command, folder / "launch", PYTHONPATH=f"{launch.ROOT}:{folder}")
+    started.wait_for(1, _in("forward", 3))
+    (folder / "hang").touch()
+    yield started
+    started.end()
+
+
 @pytest.fixture(scope="module")
 def whole(workshop: tiny.Workshop) -> Run:
     """The run that is never interrupted."""
@@ -105,6 +134,8 @@ MOMENTS = [
 ]
 
 
+# It takes a minute of doing nothing until a hang is told: that minute passes in the meantime.
+@pytest.mark.usefixtures("hanging")
 def test_a_rank_killed_at_any_moment_is_named_and_the_rerun_goes_on(workshop: tiny.Workshop, whole: Run) -> None:
     run = Run(workshop, "parts")
     for rank, wanted in MOMENTS:
@@ -141,6 +172,17 @@ def test_a_run_survives_kills_at_random_moments(
     run.finish()
     _check_same(run, whole)
     print(f"{kills} kills: {places}; the launch ended after {min(seconds):.1f} to {max(seconds):.1f} s")
+
+
+def test_a_rank_that_hangs_is_named_with_its_line(hanging: Launch) -> None:
+    assert hanging.finish() != 0
+    screen = hanging.stderr.read_text()
+    (first,) = re.findall(r"rank . of 2 on host .* hangs since .*", screen)
+    assert re.fullmatch(r"rank 1 of 2 on host \S+ \(pid \d+\) hangs since \d+ s at step \d+, in \w+: \S+", first)
+    assert f"slow_weights.py:{HANGING_LINE} in weigh" in screen
+    # The other rank is seen to wait, in a real collective.
+    assert re.search(r"rank 0 on host \S+ waits at step \d+, in .*/torch/distributed/.*", screen)
+    assert 'train.py", line' not in screen
 
 
 def _after(step: int, turn: int) -> Wanted:

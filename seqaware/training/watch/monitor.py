@@ -21,6 +21,7 @@ from seqaware.training.watch.peers import Peer, Peers, Stillness
 
 FAILURE = 1
 _PERIOD = 1.0
+_LOOKS_A_SECOND = 16
 _MUTE_SECONDS = 5.0
 # For the rank before this one to speak first; and for a main thread to end by itself once the launch is over.
 _TURN = 0.7
@@ -44,6 +45,7 @@ class Monitor(threading.Thread):
         self._over = Stillness()
         self._failed_for = 0.0
         self._since_share = 0.0
+        self._since_look = 0.0
         self._memory_kills = memory_kills()
 
     def stop(self) -> None:
@@ -56,21 +58,25 @@ class Monitor(threading.Thread):
     def run(self) -> None:
         before = time.monotonic()
         while not self._stopping.is_set():
-            self._peers.wait(_PERIOD)
+            woken = self._peers.wait(_PERIOD)
             now = time.monotonic()
             # Time in which this very process was stopped says nothing of the others.
             elapsed = min(now - before, 2 * _PERIOD)
             before = now
             try:
                 if not self._stopping.is_set():
-                    self._look(elapsed)
+                    self._look(elapsed, woken=woken)
             except OSError as problem:
                 # A full disk, say: not to be seen by the others is no reason to end.
                 self._own.log.note(f"the watch could not do its work: {problem}")
 
-    def _look(self, elapsed: float) -> None:
+    def _look(self, elapsed: float, *, woken: bool) -> None:
         self._own.dial.beat()
-        self._peers.look_around(elapsed)
+        self._since_look += elapsed
+        # Each looks at each: less often where they are many. The end of a process wakes us in any case.
+        if woken or self._since_look >= len(self._peers.here()) / _LOOKS_A_SECOND:
+            self._peers.look_around(self._since_look)
+            self._since_look = 0.0
         self._share(elapsed)
         if self._own.told():
             self._follow(elapsed)

@@ -17,6 +17,7 @@ from seqaware.training.watch.launch_folder import TOLD, LaunchFolder, claim
 from seqaware.training.watch.rank_log import RankLog
 
 _SHARE_SECONDS = 5.0
+_SHARES_A_SECOND = 50
 _LONGEST_WORD = 5.0
 
 
@@ -54,8 +55,9 @@ class OwnRank:
 
     @property
     def share_seconds(self) -> float:
-        """How often the card is shown to other hosts."""
-        return _SHARE_SECONDS if self.hang_seconds is None else min(_SHARE_SECONDS, self.hang_seconds / 6)
+        """How often the card is shown to other hosts: less often where a file system serves many ranks."""
+        usual = max(_SHARE_SECONDS, self.address.size / _SHARES_A_SECOND)
+        return usual if self.hang_seconds is None else min(usual, self.hang_seconds / 6)
 
     def update(self, **changes: Any) -> Card:
         """Change the card, and write it for the ranks of this host."""

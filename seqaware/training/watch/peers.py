@@ -66,7 +66,6 @@ class Peers:
         self._own = own
         self._known: dict[int, Peer] = {}
         self._poll = select.poll()
-        self._descriptors: dict[int, int] = {}
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._poll.register(self._wake_read, select.POLLIN)
 
@@ -77,9 +76,10 @@ class Peers:
         """Those on this host, by rank."""
         return [peer for peer in self.all() if peer.here]
 
-    def wait(self, seconds: float) -> None:
-        """Wait, at most until a process of this host ends or `wake` is called."""
-        for descriptor, _ in self._poll.poll(seconds * 1000.0):
+    def wait(self, seconds: float) -> bool:
+        """Wait, at most until a process of this host ends or `wake` is called; whether that was so."""
+        events = self._poll.poll(seconds * 1000.0)
+        for descriptor, _ in events:
             if descriptor == self._wake_read:
                 with suppress(BlockingIOError):
                     os.read(descriptor, 64)
@@ -87,6 +87,7 @@ class Peers:
                 # It stays readable for good: once is enough.
                 self._poll.unregister(descriptor)
                 os.close(descriptor)
+        return bool(events)
 
     def wake(self) -> None:
         with suppress(BlockingIOError):
