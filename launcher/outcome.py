@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
-import click
 import typer
 
 from seqaware.errors import SeqawareError
@@ -62,7 +61,7 @@ class Watched:
         match error:
             case None:
                 heartbeat.close()
-            case SystemExit() | click.exceptions.Exit():
+            case SystemExit() | typer.Exit():
                 heartbeat.close(_exit_code(error))
             case KeyboardInterrupt():
                 heartbeat.close(_INTERRUPTED)
@@ -81,8 +80,8 @@ class Watched:
         os._exit(code)
 
 
-def _exit_code(error: SystemExit | click.exceptions.Exit) -> int:
-    code = error.exit_code if isinstance(error, click.exceptions.Exit) else error.code
+def _exit_code(error: SystemExit | typer.Exit) -> int:
+    code = error.exit_code if isinstance(error, typer.Exit) else error.code
     if code is None:
         return 0
     return code if isinstance(code, int) else _FAILURE

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from seqaware.training.watch.card import Card, read_card
 from seqaware.training.watch.dial import Place, read_place
+from seqaware.training.watch.host import Life
 from tests import launch
 
 # Starting two ranks takes half a minute where the cores are shared.
@@ -64,12 +65,23 @@ class Launch:
     def place(self, rank: int) -> Place | None:
         return next((read_place(path) for path in self.folder.glob(f"tmp/seqaware-*/*/rank-{rank:04d}.dial")), None)
 
-    def kill(self, rank: int, wanted: Wanted) -> Ending:
-        """Send SIGKILL to a rank in a place that is wanted, and wait for the end of the launch."""
-        card, place = self._stop_in_place(rank, wanted)
+    def kill(self, rank: int, wanted: Wanted, *, later: float = 0.0) -> Ending:
+        """Send SIGKILL to a rank in a place that is wanted, and wait for the end of the launch.
+
+        Args:
+            later: seconds that it goes on from there, to wherever that is.
+        """
+        card = self._stop_in_place(rank, wanted)
         shown = self.stderr.stat().st_size
+        if later:
+            os.kill(card.process.pid, signal.SIGCONT)
+            time.sleep(later)
         os.kill(card.process.pid, signal.SIGKILL)
         begun = time.monotonic()
+        while card.process.life() is not Life.GONE:
+            time.sleep(_BETWEEN_LOOKS)
+        place = self.place(rank)
+        assert place is not None
         code = self.launcher.wait(timeout=120)
         seconds = time.monotonic() - begun
         screen = self.stderr.read_bytes()[shown:].decode()
@@ -82,7 +94,7 @@ class Launch:
             assert time.monotonic() < end and self.launcher.poll() is None, self.stderr.read_text()[-3000:]
             time.sleep(0.05)
 
-    def _stop_in_place(self, rank: int, wanted: Wanted) -> tuple[Card, Place]:
+    def _stop_in_place(self, rank: int, wanted: Wanted) -> Card:
         end = time.monotonic() + _UNTIL_THE_MOMENT
         while time.monotonic() < end and self.launcher.poll() is None:
             place, card = self.place(rank), self.card(rank)
@@ -94,7 +106,7 @@ class Launch:
             place = self.place(rank)
             assert place is not None
             if wanted(place):
-                return card, place
+                return card
             os.kill(card.process.pid, signal.SIGCONT)
         raise AssertionError(f"the moment never came: {self.stderr.read_text()[-3000:]}")
 

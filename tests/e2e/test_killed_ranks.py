@@ -120,6 +120,10 @@ def _check_same(run: Run, whole: Run) -> None:
         assert got[name].equal(tensor), name
 
 
+STARTING = ("tokenising", "connecting", "loading the model")
+TRAINING = ("batches", "forward", "backward", "optimizer step", "saving")
+
+
 def _in(phase: str, step: int = -1) -> Wanted:
     return lambda place: place.phase == phase and place.step >= step
 
@@ -162,10 +166,9 @@ def test_a_run_survives_kills_at_random_moments(
     seconds, places = [], []
     for left in range(kills, 0, -1):
         # As many steps at most as leave some for the kills to come; once in a while the start is hit.
-        room = max(1, (STEPS - run.newest()) // left)
-        step = run.newest() + choose.randint(1, room) if choose.random() < 0.8 else -1
-        moves = choose.randint(1, 12)
-        ending = run.start().kill(choose.randrange(2), _after(step, moves))
+        step = run.newest() + choose.randint(1, max(1, (STEPS - run.newest()) // left))
+        wanted = _in(choose.choice(STARTING)) if choose.random() < 0.2 else _in(choose.choice(TRAINING), step)
+        ending = run.start().kill(choose.randrange(2), wanted, later=choose.uniform(0.0, 0.1))
         _check_told(ending)
         seconds.append(ending.seconds)
         places.append(ending.place.words())
@@ -178,15 +181,8 @@ def test_a_rank_that_hangs_is_named_with_its_line(hanging: Launch) -> None:
     assert hanging.finish() != 0
     screen = hanging.stderr.read_text()
     (first,) = re.findall(r"rank . of 2 on host .* hangs since .*", screen)
-    assert re.fullmatch(r"rank 1 of 2 on host \S+ \(pid \d+\) hangs since \d+ s at step \d+, in \w+: \S+", first)
-    assert f"slow_weights.py:{HANGING_LINE} in weigh" in screen
+    where = rf"\S+slow_weights\.py:{HANGING_LINE} in weigh"
+    assert re.fullmatch(rf"rank 1 of 2 on host \S+ \(pid \d+\) hangs since \d+ s at step \d+, in \w+: {where}", first)
     # The other rank is seen to wait, in a real collective.
     assert re.search(r"rank 0 on host \S+ waits at step \d+, in .*/torch/distributed/.*", screen)
     assert 'train.py", line' not in screen
-
-
-def _after(step: int, turn: int) -> Wanted:
-    """So many turns into a step, or into what comes before the first one."""
-    if step < 0:
-        return lambda place: place.turn >= min(turn, 3)
-    return lambda place: place.step > step or (place.step == step and place.turn >= turn)

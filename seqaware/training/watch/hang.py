@@ -16,6 +16,7 @@ from seqaware.training.watch.dial import Place
 _WAITING_FILES = ("/torch/distributed/", "/deepspeed/comm/", "/torch/cuda/streams.py")
 _WAITING_CALLS = ("wait", "wait_for_handle")
 _LIBRARIES = ("/torch/", "/deepspeed/")
+_COMMAND_LINE = "/site-packages/typer/"  # frames that say nothing
 _BACKWARD = "_engine_run_backward"
 # A monitor beats every second; a busy host may let it wait.
 _SILENT_SECONDS = 5.0
@@ -89,7 +90,8 @@ def look_at_main_thread(seconds: float) -> Stuck:
 def _stack(frame: FrameType | None) -> list[traceback.FrameSummary]:
     if frame is None:
         return []
-    return list(reversed(traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False)))
+    stack = traceback.StackSummary.extract(traceback.walk_stack(frame), lookup_lines=False)
+    return [each for each in reversed(stack) if _COMMAND_LINE not in each.filename]
 
 
 def _waits(frame: traceback.FrameSummary) -> bool:

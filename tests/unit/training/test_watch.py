@@ -22,7 +22,8 @@ from seqaware.training.watch.hang import Standing, awaited, look_at_main_thread
 from seqaware.training.watch.heartbeat import Heartbeat
 from seqaware.training.watch.host import HostProcess, Life, ending
 from seqaware.training.watch.launch_folder import claim, open_launch_folder
-from seqaware.training.watch.peers import Peer, Stillness
+from seqaware.training.watch.own_rank import OwnRank
+from seqaware.training.watch.peers import Peer, Peers, Stillness, missed_now
 from seqaware.training.watch.rank_log import RankLog, last_lines
 
 HANG = 60.0
@@ -88,6 +89,25 @@ def test_who_has_ended_is_left_out_but_mentioned() -> None:
 def test_stillness_counts_only_the_time_that_is_told() -> None:
     still = Stillness()
     assert [still.see(value, 1.0) for value in (5, 5, 5, 6, 6)] == [0.0, 1.0, 2.0, 0.0, 1.0]
+
+
+def test_who_ends_while_it_is_looked_at_is_not_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = open_launch_folder(_address(), tmp_path)
+    own = OwnRank(_address(), folder)
+    sibling = replace(_card(1), size=2)
+    sibling.write(folder.card(1))
+
+    def end_meanwhile(process: HostProcess) -> Life:
+        replace(sibling, status="ended", code=0).write(folder.card(1))
+        return Life.GONE
+
+    monkeypatch.setattr(HostProcess, "life", end_meanwhile)
+    peers = Peers(own)
+    peers.look_around(1.0)
+    (peer,) = peers.here()
+    assert peer.life is Life.GONE and not peer.missed
+    sibling.write(folder.card(1))
+    assert missed_now(own) == []
 
 
 def test_the_stack_of_the_main_thread_is_seen_from_another() -> None:

@@ -272,11 +272,13 @@ def a_job_that_is_stopped_and_goes_on_does_not_hang(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", "phase forward 4")
+        time.sleep(2.5)  # each has looked at the other
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for rank in range(2):
                 ranks.send(rank, number)
             if number == signal.SIGSTOP:
                 time.sleep(3 * HANG_SECONDS)
+        time.sleep(HANG_SECONDS / 2)
         for rank in range(2):
             ranks.tell(rank, "phase backward 4")
             ranks.order(rank, "end 0")
