@@ -1,17 +1,18 @@
 """Train: `deepspeed launcher/train.py CONFIG`, or `python launcher/train.py CONFIG` for one rank.
 
-Also started as it is by torchrun, srun and mpirun. Exit codes: 0 trained, 2 something a person has to mend.
+Also started as it is by torchrun, srun and mpirun. Exit codes: 0 trained, 2 something a person has to mend, 85
+saved and left because it was asked to (the same command goes on), 1 anything else.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from launcher.imports import quick_imports
-from launcher.outcome import person_errors
+from launcher.outcome import Watched, person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
 from seqaware.engine.ranks import disconnect, find_address, gpu_is_visible, prepare_environment
@@ -21,12 +22,23 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def train(
+    context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
     deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint's folder.")] = "auto",
+    resume_anyway: Annotated[
+        list[str] | None,
+        typer.Option(help="Go on although this has changed: objective, data, batch, …; repeatable, or with commas."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved Plan and stop.")] = False,
     ranks: Annotated[int | None, typer.Option(help="With --dry-run: plan for this many ranks.")] = None,
+    print_sbatch: Annotated[
+        bool, typer.Option("--print-sbatch", help="Print this run's script for SLURM and stop.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="With --print-sbatch: nodes.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="With --print-sbatch: GPUs of a node, one rank each.")] = 8,
+    time: Annotated[str, typer.Option(help="With --print-sbatch: the time limit.")] = "24:00:00",
     local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
 ) -> None:
     """Train a causal language model with discounted log-suffix weighting.
@@ -36,15 +48,24 @@ def train(
         deepspeed --num_gpus 2 launcher/train.py train_configs/demo.yaml --deepspeed ds_configs/zero3.json
 
         python launcher/train.py train_configs/demo.yaml --set training.sft.gamma=0.9 --dry-run
+
+        python launcher/train.py train_configs/demo.yaml --print-sbatch --nodes 2 --time 2:00:00 | sbatch
     """
     del local_rank  # appended by the deepspeed launcher, which says the same in the environment
     with person_errors():
         address = find_address()
     with person_errors(address.rank):
-        if dry_run:
+        if print_sbatch:
+            from launcher.sbatch import print_script
+            from seqaware.plan.slurm import SlurmJob
+
+            print_script(context, job=SlurmJob(nodes, gpus_per_node, time))
+        elif dry_run:
             _dry_run(config, deepspeed, overrides or [], ranks or address.size)
         else:
-            _train(config, deepspeed, overrides or [], resume=resume, address=address)
+            anyway = tuple(name.strip() for each in resume_anyway or [] for name in each.split(","))
+            settings = {"deepspeed_path": deepspeed, "resume": resume, "resume_anyway": anyway}
+            _train(config, overrides or [], address=address, **settings)
 
 
 def _dry_run(path: Path | None, deepspeed: Path | None, overrides: list[str], ranks: int) -> None:
@@ -54,24 +75,32 @@ def _dry_run(path: Path | None, deepspeed: Path | None, overrides: list[str], ra
     typer.echo(plan_without_torch(config, deepspeed_path=deepspeed, ranks=ranks, gpu=gpu_is_visible()).render())
 
 
-def _train(
-    path: Path | None, deepspeed: Path | None, overrides: list[str], *, resume: str, address: RankAddress
-) -> None:
-    config = load_config(path, overrides)
+def _train(path: Path | None, overrides: list[str], *, address: RankAddress, **settings: Any) -> None:
+    """settings: those of a `RunRequest`, whose module is slow to import."""
     prepare_environment()
-    with quick_imports():
-        from seqaware.training.run import RunRequest, run
+    from seqaware.training.interrupt import Left, Signals
+    from seqaware.training.watch.heartbeat import start_heartbeat
 
-    run(RunRequest(config, deepspeed, resume), address=address, say=_say if address.rank == 0 else _silence)
-    disconnect()
+    with Watched(start_heartbeat(address)) as heartbeat, Signals(abandoned=heartbeat.sibling_is_dead) as signals:
+        config = load_config(path, overrides)
+        heartbeat.watch_hangs(config.faults.hang_minutes)
+        # The slow imports of torch and DeepSpeed.
+        with quick_imports():
+            from seqaware.training.run import RunRequest, run
 
+        def say(text: str) -> None:
+            heartbeat.note(text)
+            if address.rank == 0:
+                typer.echo(text)
 
-def _say(text: str) -> None:
-    typer.echo(text)
-
-
-def _silence(text: str) -> None:
-    del text
+        try:
+            request = RunRequest(config, **settings)
+            run(request, address=address, say=say, signals=signals, heartbeat=heartbeat)
+        except Left as left:
+            if left.together:
+                disconnect()
+            raise
+        disconnect()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from seqaware.config.messages import config_error, nearest, show
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
+from seqaware.masking import holds_secret
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = REPOSITORY / "train_configs" / "default.yaml"
@@ -37,9 +38,24 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
         written = _overridden(written, override)
     origin = f"{file}{' with --set' if overrides else ''}"
     try:
-        return Config.model_validate(written)
+        config = Config.model_validate(written)
     except ValidationError as error:
         raise config_error(error, origin=origin) from error
+    _refuse_secrets(config.model_dump(mode="json"))
+    return config
+
+
+def _refuse_secrets(written: Any, key: str = "") -> None:
+    """A config is written into its run's folder, and from there into every copy of it."""
+    if isinstance(written, str) and holds_secret(written):
+        raise ConfigError(
+            f"{key} holds a password or a token, and configs are kept with their runs",
+            got=written,  # an error masks it
+            do="take it out; tokens come from the environment (HF_TOKEN, WANDB_API_KEY), data from a path or a hub id",
+        )
+    parts = written.items() if isinstance(written, dict) else enumerate(written) if isinstance(written, list) else ()
+    for name, value in parts:
+        _refuse_secrets(value, f"{key}.{name}" if key else str(name))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

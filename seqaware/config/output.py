@@ -34,14 +34,12 @@ class FaultsConfig(Section):
     nonfinite: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is not finite: stop and name its documents, or pass over it, counted."""
     max_skipped_steps: Count = 10
-    """With nonfinite: skip, more such steps than this stop the run."""
+    """More steps passed over than this, for whichever reason, stop the run."""
     spike_factor: FromOne | None = None
     """A loss above this times the median of the last spike_window steps: go back to a checkpoint and pass over the
     step. null: never."""
     spike_window: Count = 50
     """Steps whose median a loss is held against; before so many have been seen there are no spikes."""
-    max_rewinds: Count = 3
-    """More spikes than this stop the run."""
     hang_minutes: Positive | None = 30.0
     """A rank that makes no progress for so long ends the run, by name; null: wait for ever."""
     time_limit_minutes: Positive | None = None

@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from seqaware.errors import DataError
 
 class MetricsFile:
     """Appends lines to a run's `metrics.jsonl`, each flushed as it is written.
+
+    A line that cannot be written (a full disk) is kept and written with a later one: training goes on without it.
 
     Args:
         path: the file. It is created with its folder.
@@ -25,16 +28,30 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             _keep_until(path, from_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps({key: _finite(value) for key, value in line.items()}).encode() + b"\n"
+        with suppress(OSError):
+            self._write_waiting()
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps: the run has gone back to `step`."""
+        self._write_waiting()
+        self._file.close()
+        _keep_until(self._path, step)
+        self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
-        self._file.flush()
+        self._write_waiting()
         os.fsync(self._file.fileno())
         self._file.close()
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

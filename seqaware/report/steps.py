@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from seqaware.engine.engine import StepResult
-from seqaware.errors import SeqawareError
 from seqaware.objective.sums import NormalizeBy
 from seqaware.report.metrics import MetricsFile
 from seqaware.report.progress import ProgressDisplay
 
 Figures = Mapping[str, float]
-
-
-class DivergenceError(SeqawareError):
-    """The loss or the gradient of a step is not finite."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +28,10 @@ class PendingStep:
 class StepReporter:
     """Collects steps and reports them every `log_every` steps: only then does the host wait for the device.
 
-    Every rank has one, so that every rank notices a loss that is not finite; only rank 0's has outputs.
+    Every rank has one, so that every rank knows the losses; only rank 0's has outputs.
 
     Args:
         metrics, progress: where lines go; None on the other ranks.
-        blame: names the documents of a step, for the message when its loss is not finite.
     """
 
     def __init__(
@@ -47,36 +41,34 @@ class StepReporter:
         log_every: int,
         metrics: MetricsFile | None,
         progress: ProgressDisplay | None,
-        blame: Callable[[int], list[str]],
     ) -> None:
         self._normalize_by = normalize_by
         self._log_every = log_every
         self._metrics = metrics
         self._progress = progress
-        self._blame = blame
         self._pending: list[PendingStep] = []
         self._clock = time.perf_counter()
 
-    def step(self, pending: PendingStep) -> None:
-        """Take in a step; report all that wait when their time has come."""
+    def step(self, pending: PendingStep) -> list[dict[str, Any]]:
+        """Take in a step; report all that wait when their time has come. Returns the lines that were reported."""
         self._pending.append(pending)
-        if pending.step % self._log_every == 0:
-            self.flush()
+        return self.flush() if pending.step % self._log_every == 0 else []
 
-    def flush(self) -> None:
-        """Report the steps that wait.
-
-        Raises:
-            DivergenceError: one of them has a loss or a gradient that is not finite.
-        """
+    def flush(self) -> list[dict[str, Any]]:
+        """Report the steps that wait, and return their lines."""
         figures = [waiting.result.sums.metrics(self._normalize_by) for waiting in self._pending]
         norms = [float(waiting.result.grad_norm) for waiting in self._pending]
         now = time.perf_counter()
         seconds = (now - self._clock) / max(1, len(self._pending))
         self._clock = now
-        for waiting, values, norm in zip(self._pending, figures, norms, strict=True):
-            self._report(self._line(waiting, values, norm=norm, seconds=seconds))
+        lines = [
+            self._line(waiting, values, norm=norm, seconds=seconds)
+            for waiting, values, norm in zip(self._pending, figures, norms, strict=True)
+        ]
         self._pending.clear()
+        for line in lines:
+            self._report(line)
+        return lines
 
     def _line(self, waiting: PendingStep, values: Figures, *, norm: float, seconds: float) -> dict[str, Any]:
         counts = {name: int(values[name]) for name in ("sequences", "supervised_tokens", "tokens")}
@@ -100,14 +92,6 @@ class StepReporter:
             self._metrics.write(line)
         if self._progress is not None:
             self._progress.step(line)
-        total = line["loss"] + line["grad_norm"]
-        if total != total or total in (float("inf"), float("-inf")):
-            names = self._blame(line["step"])
-            raise DivergenceError(
-                f"the loss or gradient of step {line['step']} is not finite",
-                got=f"loss {line['loss']}, gradient norm {line['grad_norm']}; first documents of the step: {names[:8]}",
-                do="lower training.optimizer.lr, or look at these documents",
-            )
 
     def skip_time(self) -> None:
         """Forget the time since the last report: an evaluation or a checkpoint is no part of a step."""
@@ -117,6 +101,11 @@ class StepReporter:
         """Write a line that is not a step (an evaluation, say)."""
         if self._metrics is not None:
             self._metrics.write(line)
+
+    def go_back(self, step: int) -> None:
+        """The run goes back to `step`: its later steps are told anew."""
+        if self._metrics is not None:
+            self._metrics.go_back(step)
 
     def say(self, text: str) -> None:
         if self._progress is not None:

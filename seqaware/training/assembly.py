@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from transformers import PreTrainedModel
 
 from seqaware.engine.address import RankAddress
@@ -19,8 +17,7 @@ from seqaware.plan.plan import Plan
 from seqaware.training.batches import RowFormat
 from seqaware.training.folder import RunFolder
 from seqaware.training.prepare import Prepared
-
-Say = Callable[[str], None]
+from seqaware.training.process import Say
 
 
 def world_of(address: RankAddress) -> World:

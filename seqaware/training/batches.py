@@ -78,6 +78,12 @@ class StepBatches:
         ids = self._order.documents(*self._order.position(step))
         return [self._store.document(int(index)).name for index in ids]
 
+    def alone(self, step: int, name: str) -> list[Batch]:
+        """One document of a step by itself, the same on every rank."""
+        ids = self._order.documents(*self._order.position(step))
+        chosen = np.array([index for index in ids if self._store.name(int(index)) == name][:1], dtype=np.int64)
+        return rank_batches(self._store, chosen, rows=self._rows, rank=0, size=self._rows.sequence)
+
     def epoch_after(self, step: int) -> float:
         """How many epochs are done after `step`, as a fraction."""
         epoch, step_in_epoch = self._order.position(step)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -34,14 +34,25 @@ class Answer:
     correct: bool
 
 
-def held_out_loss(engine: Engine, steps: Iterable[Sequence[Batch]], normalize_by: NormalizeBy) -> dict[str, float]:
+Leaving = Callable[[], bool]
+"""Collective: whether the run is asked to leave, which no long evaluation may hold up."""
+
+
+def held_out_loss(
+    engine: Engine, steps: Iterable[Sequence[Batch]], normalize_by: NormalizeBy, *, leaving: Leaving
+) -> dict[str, float] | None:
     """The objective over all held-out rows: weighted, unweighted, accuracy. Collective; the same on every rank.
 
     Args:
         steps: this rank's micro-batches, the same number on every rank.
+
+    Returns:
+        None where the run leaves before the end.
     """
     total = None
     for batches in steps:
+        if leaving():
+            return None
         sums = engine.evaluate_step(batches)
         total = sums if total is None else total + sums
     assert total is not None, "no held-out batch"
@@ -59,9 +70,17 @@ class GenerationOptions:
 
 
 def generate_answers(
-    engine: Engine, questions: Sequence[Question], *, tokenizer: PreTrainedTokenizerBase, options: GenerationOptions
-) -> list[Answer]:
-    """Answer every question once, shared among the ranks; all answers in the questions' order, on every rank."""
+    engine: Engine,
+    questions: Sequence[Question],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    options: GenerationOptions,
+    leaving: Leaving,
+) -> list[Answer] | None:
+    """Answer every question once, shared among the ranks; all answers in the questions' order, on every rank.
+
+    None where the run leaves before the end.
+    """
     ranks = engine.ranks
     # Prompts of a like length together: little padding. Dealt out in turn, so that the ranks' work is alike.
     order = sorted(range(len(questions)), key=lambda i: len(questions[i].prompt_ids))
@@ -71,6 +90,8 @@ def generate_answers(
     engine.deepspeed.eval()
     with standard_attention(engine.wrapped.model):
         for round_number in range(rounds):
+            if leaving():
+                return None
             indices = mine[round_number * options.batch_size :][: options.batch_size]
             # A rank that has run out generates for the first question again, only to stay in step.
             prompts = [questions[i].prompt_ids for i in indices] or [questions[0].prompt_ids]

@@ -9,28 +9,37 @@ certificate.json   what launcher/verify.py found, before or after the run
 from __future__ import annotations
 
 import json
+import os
 import shutil
-import subprocess
-import sys
+import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from seqaware import __version__
 from seqaware.engine.address import RankAddress
-from seqaware.engine.checkpoint.manifest import complete_checkpoints, read_state, write_durably
+from seqaware.engine.checkpoint.manifest import read_state, step_of, survey, write_durably
+from seqaware.engine.versions import git_revision, versions
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import Plan
 
 # What a run, or its verification, makes before the folder is claimed: with nothing else in it, the folder is free.
-_BEFORE_THE_CLAIM = ("initial", "initial.lock", "initial.partial", "certificate.json", "certificate.json.partial")
-_VERSIONS_OF = ("torch", "deepspeed", "transformers", "peft", "datasets", "numpy", "numba", "pydantic")
+_BEFORE_THE_CLAIM = (
+    "initial",
+    "initial.lock",
+    "initial.partial",
+    "certificate.json",
+    "certificate.json.partial",
+    ".lock",
+    ".lock.owner",
+)
 _BYTES_PER_PARAMETER_MODEL = 4
 _BYTES_PER_PARAMETER_CHECKPOINT = 14  # bfloat16 weights, float32 master weights and two moments
 
@@ -69,12 +78,40 @@ class RunFolder:
     def manifest(self) -> Path:
         return self.path / "manifest.json"
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other runs out. Rank 0 holds it for as long as it works; whatever ends the process frees it.
 
-def check_claim(folder: RunFolder, plan: Plan, *, resume: str) -> None:
+        Raises:
+            ConfigError: another run is at work in the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        owner = self.path / ".lock.owner"
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            by = owner.read_text().strip() if owner.is_file() else "another process"
+            raise ConfigError(
+                "another run is at work in output.dir",
+                got=f"{self.path}, held by {by}",
+                do="wait for it, end it, or choose another output.dir",
+            ) from error
+        try:
+            since = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            owner.write_text(f"pid {os.getpid()} on {socket.gethostname()} since {since}")
+            yield
+        finally:
+            owner.unlink(missing_ok=True)
+            lock.release()
+
+
+def check_claim(folder: RunFolder, plan: Plan, *, resume: str, anyway: Collection[str] = ()) -> None:
     """Refuse a folder that holds something else. Changes nothing.
 
     Args:
         resume: "auto" goes on with the same run, "never" wants an empty folder, anything else is a checkpoint's path.
+        anyway: names of `Plan.mathematics()` that may have changed.
 
     Raises:
         ConfigError: the folder holds another run, or no run at all but other files, or cannot be written.
@@ -87,15 +124,14 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str) -> None:
         raise ConfigError("output.dir is not empty and holds no run", got=path, do="choose another output.dir")
     if resume == "never":
         raise ConfigError("output.dir already holds a run", got=path, do="choose another output.dir, or --resume auto")
-    if not folder.metrics.exists() and next(complete_checkpoints(folder.checkpoints), None) is None:
+    if not folder.metrics.exists() and not survey(folder.checkpoints).whole:
         return  # claimed by a run that stopped before its first step: nothing is lost
-    before = json.loads(folder.manifest.read_text())["mathematics"]
-    now = _as_json(plan.mathematics())
-    if before != now:
+    differences = changed(json.loads(folder.manifest.read_text())["mathematics"], plan.mathematics(), anyway)
+    if differences:
         raise ConfigError(
             "output.dir holds another run",
-            got=f"{path}, where {_difference(before, now)}",
-            do="choose another output.dir, or go back to that run's config",
+            got=f"{path}, where {_listed(differences)}",
+            do=f"choose another output.dir, go back to that run's config, or {_how_to_go_on(differences)}",
         )
 
 
@@ -143,29 +179,56 @@ def check_disk(path: Path, plan: Plan, parameters: int, *, trained: int) -> None
         )
 
 
-def resume_point(folder: RunFolder, plan: Plan, *, resume: str) -> tuple[Path | None, int]:
-    """The checkpoint to go on from and its step; (None, 0) for a fresh start.
+@dataclass(frozen=True)
+class ResumePoints:
+    """Checkpoints that a run may go on from, best first, and damaged ones that are passed over.
+
+    Attributes:
+        candidates: whole by their manifests and sizes; their hashes are yet to be checked. asked: a person named it.
+        damaged: what is wrong with newer ones, a line each.
+    """
+
+    candidates: tuple[Path, ...]
+    damaged: tuple[str, ...]
+    asked: bool
+
+
+def resume_points(folder: RunFolder, plan: Plan, *, resume: str, anyway: Collection[str] = ()) -> ResumePoints:
+    """Where a run may go on; no candidates for a fresh start. Looks at manifests and sizes only.
+
+    Args:
+        anyway: names of `Plan.mathematics()` that may have changed.
 
     Raises:
-        CheckpointError: the one that was asked for is torn, of another run, or later than this run's end.
+        CheckpointError: one is torn that was asked for, of another run, or later than this run's end.
     """
+    if resume == "never":
+        return ResumePoints((), (), asked=False)
     if resume == "auto":
-        checkpoint = next(complete_checkpoints(folder.checkpoints), None)
+        found = survey(folder.checkpoints)
+        newest = step_of(found.whole[0]) if found.whole else -1
+        damaged = tuple(f"{each.path}: {each.problem}" for each in found.damaged if step_of(each.path) > newest)
+        candidates, asked = found.whole, False
     else:
-        checkpoint = None if resume == "never" else Path(resume)
-    if checkpoint is None:
-        return None, 0
+        candidates, damaged, asked = (Path(resume),), (), True
+    for checkpoint in candidates[:1]:
+        _check_checkpoint(checkpoint, plan, anyway)
+    return ResumePoints(candidates, damaged, asked)
+
+
+def _check_checkpoint(checkpoint: Path, plan: Plan, anyway: Collection[str]) -> None:
     state = read_state(checkpoint)
-    now = _as_json(plan.mathematics())
-    if dict(state.mathematics) != now:
-        raise CheckpointError("the checkpoint belongs to another run", got=_difference(dict(state.mathematics), now))
+    differences = changed(state.mathematics, plan.mathematics(), anyway)
+    if differences:
+        raise CheckpointError(
+            "the checkpoint belongs to another run", got=_listed(differences), do=_how_to_go_on(differences)
+        )
     if plan.total_steps is not None and state.step > plan.total_steps:
         raise CheckpointError(
             "the checkpoint is later than the end of this run",
             got=f"{checkpoint} at step {state.step}, and the run has {plan.total_steps} steps",
             do="name an earlier one with --resume, or raise training.schedule.max_steps",
         )
-    return checkpoint, state.step
 
 
 def is_finished(folder: RunFolder, plan: Plan) -> bool:
@@ -183,8 +246,12 @@ def finish(folder: RunFolder, plan: Plan, *, card: str) -> None:
     write_durably(folder.manifest, json.dumps(manifest, indent=1))
 
 
-def claim(folder: RunFolder, plan: Plan, *, address: RankAddress) -> None:
-    """Write config.yaml, plan.json and manifest.json. Rank 0 alone calls it."""
+def claim(folder: RunFolder, plan: Plan, *, address: RankAddress, anyway: Sequence[str] = ()) -> int:
+    """Write config.yaml, plan.json and manifest.json. Rank 0 alone calls it. Returns the number of this attempt.
+
+    Args:
+        anyway: names of `Plan.mathematics()` that may have changed; the attempt tells it.
+    """
     folder.path.mkdir(parents=True, exist_ok=True)
     # Nulls are written too: leaving one out would bring back a default. The DeepSpeed file is the one that is used.
     config = {**plan.config.model_dump(mode="json"), "deepspeed": str(plan.deepspeed_path)}
@@ -201,6 +268,7 @@ def claim(folder: RunFolder, plan: Plan, *, address: RankAddress) -> None:
                 "zero_stage": plan.zero_stage,
                 "dtype": plan.dtype,
             },
+            **({"resumed_anyway": list(anyway)} if anyway else {}),
         }
     )
     manifest = {
@@ -213,18 +281,7 @@ def claim(folder: RunFolder, plan: Plan, *, address: RankAddress) -> None:
         "attempts": attempts,
     }
     write_durably(folder.manifest, json.dumps(manifest, indent=1))
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that decide what a run computes."""
-    return {"python": sys.version.split()[0], **{name: metadata.version(name) for name in _VERSIONS_OF}}
-
-
-def git_revision() -> str | None:
-    """The revision of the source tree this package runs from, if it is one."""
-    here = Path(__file__).parent
-    answer = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return answer.stdout.strip() or None
+    return len(attempts)
 
 
 def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,11 +290,34 @@ def _as_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return as_read
 
 
-def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
-    for name in sorted({*before, *now}):
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict) and old != new:
-            return _difference(old, new, f"{prefix}{name}.")
-        if old != new:
-            return f"{prefix}{name} was {json.dumps(old)} and is now {json.dumps(new)}"
-    raise AssertionError("no difference")
+def changed(before: Mapping[str, Any], now: Mapping[str, Any], anyway: Collection[str]) -> dict[str, str]:
+    """What has changed in the mathematics of a run, by its top names, but for those in `anyway`.
+
+    Raises:
+        ConfigError: a name in `anyway` is none of the mathematics.
+    """
+    now = _as_json(now)
+    unknown = [name for name in anyway if name not in {*before, *now}]
+    if unknown:
+        raise ConfigError(
+            "--resume-anyway names nothing that a run is made of",
+            got=", ".join(unknown),
+            do=f"the names are {', '.join(sorted({*before, *now}))}",
+        )
+    names = [name for name in sorted({*before, *now}) if name not in anyway and before.get(name) != now.get(name)]
+    return {name: _difference(before.get(name), now.get(name), name) for name in names}
+
+
+def _difference(old: Any, new: Any, name: str) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        inner = [each for each in sorted({*old, *new}) if old.get(each) != new.get(each)]
+        return ", ".join(_difference(old.get(each), new.get(each), f"{name}.{each}") for each in inner)
+    return f"{name} was {json.dumps(old)} and is now {json.dumps(new)}"
+
+
+def _listed(differences: Mapping[str, str]) -> str:
+    return "; ".join(differences.values())
+
+
+def _how_to_go_on(differences: Mapping[str, str]) -> str:
+    return f"to go on all the same write {' '.join(f'--resume-anyway {name}' for name in differences)}"

@@ -16,7 +16,7 @@ from seqaware.data.batch import Batch
 from seqaware.data.store import TokenStore
 from seqaware.engine.engine import Engine
 from seqaware.training.batches import RowFormat, rank_batches
-from seqaware.training.evaluate import GenerationOptions, accuracy, as_lines, generate_answers, held_out_loss
+from seqaware.training.evaluate import GenerationOptions, Leaving, accuracy, as_lines, generate_answers, held_out_loss
 from seqaware.training.prepare import Prepared
 from seqaware.training.questions import Question
 
@@ -42,21 +42,32 @@ class HeldOut:
         config = prepared.plan.config.evaluation
         return cls(engine, prepared.held_out, rows, config, prepared.tokenizer, prepared.questions)
 
-    def loss(self) -> dict[str, float]:
-        """The objective over all held-out rows; the same on every rank."""
-        return held_out_loss(self.engine, self._batches(), self.engine.normalize_by)
+    def loss(self, *, leaving: Leaving) -> dict[str, float] | None:
+        """The objective over all held-out rows; the same on every rank. None where the run leaves before the end.
 
-    def evaluate(self, step: int, *, answers: Path | None) -> dict[str, Any]:
+        Args:
+            leaving: asked between the parts of the work, on every rank; where it says so, the rest is not done.
+        """
+        return held_out_loss(self.engine, self._batches(), self.engine.normalize_by, leaving=leaving)
+
+    def evaluate(self, step: int, *, answers: Path | None, leaving: Leaving) -> dict[str, Any] | None:
         """A line for `metrics.jsonl`: the loss, and exact match where the config asks for it.
 
         Args:
-            answers: where rank 0 writes every generated answer; None writes none.
+            answers: where rank 0 writes every generated answer; None writes none. leaving: as for `loss`.
         """
-        line: dict[str, Any] = {"kind": "evaluation", "step": step, **self.loss()}
+        loss = self.loss(leaving=leaving)
+        if loss is None:
+            return None
+        line: dict[str, Any] = {"kind": "evaluation", "step": step, **loss}
         if not self.questions:
             return line
         options = GenerationOptions(self.config.max_new_tokens, self.config.batch_size, self.config.answer_pattern)
-        given = generate_answers(self.engine, self.questions, tokenizer=self.tokenizer, options=options)
+        given = generate_answers(
+            self.engine, self.questions, tokenizer=self.tokenizer, options=options, leaving=leaving
+        )
+        if given is None:
+            return None
         if answers is not None and self.engine.ranks.is_first:
             answers.write_text("".join(json.dumps(entry) + "\n" for entry in as_lines(given)), encoding="utf-8")
         return {**line, "exact_match": accuracy(given), "questions": len(given)}

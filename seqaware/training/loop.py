@@ -2,43 +2,120 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from seqaware.engine.engine import Engine
+from seqaware.data.batch import Batch
+from seqaware.engine.engine import Engine, StepResult
+from seqaware.engine.ranks import Votes
 from seqaware.plan.plan import Plan
 from seqaware.report.steps import PendingStep, StepReporter
 from seqaware.schedule import learning_rate
 from seqaware.training.batches import StepBatches
+from seqaware.training.divergence import SpikeWatch
+from seqaware.training.interrupt import Asked, Interrupts
+from seqaware.training.watch.heartbeat import Heartbeat
+
+
+@dataclass
+class Course:
+    """Where a run stands.
+
+    Attributes:
+        done: the last step that is over. passed_over: steps that updated nothing, because their numbers went wrong.
+        saved: the last step that a checkpoint holds.
+    """
+
+    done: int
+    passed_over: list[int] = field(default_factory=list)
+    saved: int = 0
 
 
 @dataclass(frozen=True)
 class Due:
-    """What happens between steps: each is collective, so every rank calls it after the same step."""
+    """What happens between steps. Each is collective, so every rank calls it after the same step.
+
+    Attributes:
+        save: write a checkpoint. leave: write one, and leave (raises `Left`). evaluate: the held-out rows.
+        not_finite: a step was not applied, because its loss or its gradient is not finite; course.done is before it.
+        interrupts, votes: what this rank is asked to do, and what all are. spikes: holds losses against the usual.
+        heartbeat: hears which step the training turns to.
+    """
 
     save: Callable[[int], None]
+    leave: Callable[[int], None]
     evaluate: Callable[[int], None]
+    not_finite: Callable[[int, StepResult, Sequence[Batch]], None]
+    interrupts: Interrupts
+    votes: Votes
+    spikes: SpikeWatch
+    heartbeat: Heartbeat
 
 
-def train_steps(
-    plan: Plan, *, engine: Engine, batches: StepBatches, reporter: StepReporter, due: Due, done: int
-) -> None:
-    """Run optimizer steps done + 1 … total_steps."""
-    total = plan.total_steps
-    assert total is not None, "the plan of a run knows its steps"
-    save_every = plan.config.output.save_every
-    evaluate_every = plan.config.evaluation.every_steps
-    reporter.skip_time()
-    for step, micro_batches in batches.steps(done + 1, total):
-        rate = scheduled_rate(plan, step)
-        result = engine.train_step(micro_batches, learning_rate=rate)
-        reporter.step(PendingStep(step, batches.epoch_after(step), rate, result))
-        is_last = step == total
-        if evaluate_every and step % evaluate_every == 0 and not is_last:
-            _between_steps(reporter, due.evaluate, step)
-        if is_last or (save_every and step % save_every == 0):
-            _between_steps(reporter, due.save, step)
-    reporter.flush()
+class TrainingLoop:
+    """Runs the optimizer steps from course.done + 1 to the last, but for those that are passed over."""
+
+    def __init__(
+        self, plan: Plan, *, engine: Engine, batches: StepBatches, reporter: StepReporter, due: Due, course: Course
+    ) -> None:
+        assert plan.total_steps is not None, "the plan of a run knows its steps"
+        self._plan = plan
+        self._total = plan.total_steps
+        self._engine = engine
+        self._batches = batches
+        self._reporter = reporter
+        self._due = due
+        self._course = course
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            SpikeError: a loss is far above what it was; all steps so far are reported.
+            Left: the run was asked to leave and has saved.
+        """
+        due = self._due
+        save_every, evaluate_every = self._plan.config.output.save_every, self._plan.config.evaluation.every_steps
+        self._reporter.skip_time()
+        for step, micro_batches in self._batches.steps(self._course.done + 1, self._total):
+            asked = self._step(step, micro_batches)
+            is_last = step == self._total
+            if evaluate_every and step % evaluate_every == 0 and not is_last:
+                self._between_steps(due.evaluate, step)
+            if asked == Asked.LEAVE and not is_last:
+                self._between_steps(due.leave, step)
+            elif is_last or asked == Asked.SAVE or (save_every and step % save_every == 0):
+                self._between_steps(due.save, step)
+
+    def _step(self, step: int, micro_batches: Sequence[Batch]) -> Asked:
+        """One step, and what the ranks are asked to do after it."""
+        due, course = self._due, self._course
+        due.heartbeat.phase("batches", step)
+        due.votes.cast(due.interrupts.asked())
+        if step in course.passed_over:
+            course.done = step
+            return Asked(due.votes.result())
+        rate = scheduled_rate(self._plan, step)
+        result = self._engine.train_step(micro_batches, learning_rate=rate)
+        asked = Asked(due.votes.result())
+        if result.applied:
+            course.done = step
+            self._see(self._reporter.step(PendingStep(step, self._batches.epoch_after(step), rate, result)))
+        else:
+            self._see(self._reporter.flush())
+            due.not_finite(step, result, micro_batches)
+            course.done = step
+        return asked
+
+    def _see(self, reported: Sequence[dict[str, Any]]) -> None:
+        self._due.heartbeat.reported(reported)
+        self._due.spikes.see(reported)
+
+    def _between_steps(self, action: Callable[[int], None], step: int) -> None:
+        self._see(self._reporter.flush())
+        action(step)
+        self._reporter.skip_time()
 
 
 def scheduled_rate(plan: Plan, step: int) -> float:
@@ -55,9 +132,3 @@ def scheduled_rate(plan: Plan, step: int) -> float:
         power=schedule.power,
         decay_ratio=schedule.decay_ratio,
     )
-
-
-def _between_steps(reporter: StepReporter, action: Callable[[int], None], step: int) -> None:
-    reporter.flush()
-    action(step)
-    reporter.skip_time()

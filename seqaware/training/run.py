@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from seqaware.config.schema import Config
 from seqaware.engine.address import RankAddress
-from seqaware.engine.checkpoint.export import export_model
-from seqaware.engine.checkpoint.load import load_checkpoint
-from seqaware.engine.checkpoint.manifest import RunState, set_aside_later
-from seqaware.engine.checkpoint.save import save_checkpoint
+from seqaware.engine.checkpoint.checkpoints import Checkpoints
+from seqaware.engine.checkpoint.manifest import first_wrong_hash, read_state, step_of
+from seqaware.engine.checkpoint.retention import Retention, set_aside_later
 from seqaware.engine.engine import Engine
-from seqaware.engine.first_step import check_losses
 from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
-from seqaware.engine.ranks import Ranks, connect
+from seqaware.engine.ranks import Ranks, beyond_hangs, connect
 from seqaware.errors import CheckpointError
 from seqaware.plan.offload import swap_folders
 from seqaware.plan.plan import Plan
-from seqaware.report.metrics import MetricsFile
-from seqaware.report.progress import ProgressDisplay, RowCounter
-from seqaware.report.steps import StepReporter
-from seqaware.training.assembly import Say, build_engine, model_source, probe_of, row_format, world_of
-from seqaware.training.batches import StepBatches
-from seqaware.training.folder import RunFolder, check_claim, check_disk, claim, finish, is_finished, resume_point
-from seqaware.training.held_out import HeldOut
-from seqaware.training.loop import Due, train_steps
+from seqaware.report.progress import RowCounter
+from seqaware.training.assembly import build_engine, model_source, probe_of, world_of
+from seqaware.training.folder import (
+    ResumePoints,
+    RunFolder,
+    check_claim,
+    check_disk,
+    claim,
+    finish,
+    is_finished,
+    resume_points,
+)
+from seqaware.training.interrupt import Signals
+from seqaware.training.loop import Course
 from seqaware.training.prepare import Prepared, prepare
+from seqaware.training.process import Process, Say
+from seqaware.training.session import Session
 from seqaware.training.summary import model_card, summary_lines
+from seqaware.training.watch.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True)
@@ -39,63 +47,135 @@ class RunRequest:
     Attributes:
         deepspeed_path: the ZeRO json, or None for the config's.
         resume: "auto", "never" or a checkpoint's folder.
+        resume_anyway: names of `Plan.mathematics()` that may differ from those of the run that is resumed.
     """
 
     config: Config
     deepspeed_path: Path | None = None
     resume: str = "auto"
+    resume_anyway: tuple[str, ...] = ()
 
 
-def run(request: RunRequest, *, address: RankAddress, say: Say) -> Path:
+def run(
+    request: RunRequest,
+    *,
+    address: RankAddress,
+    say: Say,
+    signals: Signals | None = None,
+    heartbeat: Heartbeat | None = None,
+) -> Path:
     """Train as the config says, on these ranks. Every rank calls it; returns the run's folder.
 
     Args:
-        say: shows a line to the person (rank 0's goes to the screen).
+        say: shows a line to the person (rank 0's goes to the screen). signals: those that this process catches.
+        heartbeat: hears what the run turns to.
+
+    Raises:
+        Left: the run was asked to leave; the same command goes on.
+        SeqawareError: something a person has to mend.
     """
+    process = Process(address, say, signals or Signals(), heartbeat or Heartbeat())
+    phase = process.heartbeat.phase
+    phase("tokenising")
+    counter = RowCounter(say)
+
+    def rows_done(rows: int) -> None:
+        process.heartbeat.pulse()
+        counter(rows)
+
     prepared = prepare(
-        request.config, world=world_of(address), deepspeed_path=request.deepspeed_path, progress=RowCounter(say)
+        request.config, world=world_of(address), deepspeed_path=request.deepspeed_path, progress=rows_done
     )
-    plan = prepared.plan
-    folder = RunFolder(Path(plan.config.output_dir))
-    standing = _standing(request, prepared, folder) if address.rank == 0 else None
-    ranks = connect(address)
-    # Rank 0 alone decides where to go on: hosts may see different files.
-    checkpoint, done, finished = ranks.agree(standing)
-    if finished:
-        say(f"complete: all {done} steps of this run are done; its model and results are in {folder.path}")
-        return folder.path
-    say(plan.render(settings=False))
-    engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=say)
-    _probe(engine, plan, say=say)
-    if ranks.is_first:
-        claim(folder, plan, address=address)
-        set_aside_later(folder.checkpoints, done)
-    ranks.barrier()
-    if checkpoint:
-        load_checkpoint(engine, checkpoint)
-        say(f"resumed     after step {done}, from {checkpoint}")
-    _train(prepared, engine, folder=folder, done=done, say=say)
-    if address.local_rank == 0:
-        remove_swap_files(plan)
+    folder = RunFolder(Path(prepared.plan.config.output_dir))
+    with ExitStack() as stack:
+        standing = _standing(request, prepared, folder, stack=stack) if address.rank == 0 else None
+        phase("connecting")
+        ranks = connect(address, timeout_minutes=beyond_hangs(prepared.plan.config.faults.hang_minutes))
+        # Rank 0 alone decides where to go on: hosts may see different files.
+        points: ResumePoints | None = ranks.agree(standing)
+        if points is None:
+            total = prepared.plan.total_steps
+            say(f"complete: all {total} steps of this run are done; its model and results are in {folder.path}")
+            return folder.path
+        checkpoint = _first_whole(points, ranks, say=say)
+        _work(prepared, folder, checkpoint, ranks=ranks, process=process, anyway=request.resume_anyway)
     return folder.path
 
 
-def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder) -> tuple[Path | None, int, bool]:
-    """The checkpoint to go on from, its step, and whether nothing is left to do; refuses a folder of another run."""
+def _work(
+    prepared: Prepared,
+    folder: RunFolder,
+    checkpoint: Path | None,
+    *,
+    ranks: Ranks,
+    process: Process,
+    anyway: tuple[str, ...],
+) -> None:
+    plan, say, phase = prepared.plan, process.say, process.heartbeat.phase
+    say(plan.render(settings=False))
+    phase("loading the model")
+    engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=say)
+    engine.phase = phase
+    _probe(engine, plan, say=say)
+    state = None if checkpoint is None else read_state(checkpoint)
+    course = Course(0) if state is None else Course(state.step, list(state.passed_over), saved=state.step)
+    attempt = claim(folder, plan, address=ranks.address, anyway=anyway) if ranks.is_first else None
+    if ranks.is_first:
+        set_aside_later(folder.checkpoints, course.done)
+    process.heartbeat.settle(folder.path, ranks.agree(attempt))
+    output = plan.config.output
+    keep = Retention(output.keep_last, output.keep_every, output.keep_best)
+    checkpoints = Checkpoints(engine, folder.checkpoints, keep=keep, asynchronous=output.async_save)
+    if checkpoint is not None:
+        phase("loading the checkpoint", course.done)
+        checkpoints.load(checkpoint)
+        say(f"resumed     after step {course.done}, from {checkpoint}")
+    try:
+        _train(Session(prepared, engine, folder=folder, course=course, checkpoints=checkpoints, process=process))
+    finally:
+        checkpoints.close()
+    if ranks.address.local_rank == 0:
+        remove_swap_files(plan)
+
+
+def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder, *, stack: ExitStack) -> ResumePoints | None:
+    """Where the run may go on, or None where nothing is left to do; refuses a folder of another run.
+
+    Args:
+        stack: holds the folder's lock from now on, if there is something to do.
+    """
     plan = prepared.plan
-    check_claim(folder, plan, resume=request.resume)
-    checkpoint, done = resume_point(folder, plan, resume=request.resume)
-    finished = done == plan.total_steps and is_finished(folder, plan)
-    if checkpoint and not finished and swap_folders(plan.deepspeed["zero_optimization"]):
+    check_claim(folder, plan, resume=request.resume, anyway=request.resume_anyway)
+    points = resume_points(folder, plan, resume=request.resume, anyway=request.resume_anyway)
+    if points.candidates and step_of(points.candidates[0]) == plan.total_steps and is_finished(folder, plan):
+        return None
+    if points.candidates and swap_folders(plan.deepspeed["zero_optimization"]):
         # Measured: the steps after it are not those of a run that never stopped.
         raise CheckpointError(
             "DeepSpeed does not bring back what lay on a drive, so a run that offloads to nvme cannot be resumed",
-            got=f"{checkpoint}, and nvme in {plan.deepspeed_path}",
+            got=f"{points.candidates[0]}, and nvme in {plan.deepspeed_path}",
             do="start anew in another output.dir, with ds_configs/zero3_offload_cpu.json if it must be resumable",
         )
-    if not finished:
-        check_disk(folder.path, plan, prepared.parameters, trained=prepared.trained_parameters)
-    return checkpoint, done, finished
+    check_disk(folder.path, plan, prepared.parameters, trained=prepared.trained_parameters)
+    stack.enter_context(folder.locked())
+    return points
+
+
+def _first_whole(points: ResumePoints, ranks: Ranks, *, say: Say) -> Path | None:
+    """The first candidate whose files are what was written, by their hashes: every rank reads its share of them."""
+    for damage in points.damaged:
+        say(f"warning     passed over {damage}")
+    for checkpoint in points.candidates:
+        problems = ranks.gather(first_wrong_hash(checkpoint, rank=ranks.rank, size=ranks.size))
+        problem = next((each for each in problems if each is not None), None)
+        if problem is None:
+            return checkpoint
+        if points.asked:
+            raise CheckpointError(
+                "the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another, or --resume auto"
+            )
+        say(f"warning     passed over {checkpoint}: {problem}")
+    return None
 
 
 def _probe(engine: Engine, plan: Plan, *, say: Say) -> None:
@@ -106,50 +186,17 @@ def _probe(engine: Engine, plan: Plan, *, say: Say) -> None:
         probe_head(engine.wrapped, probe)
 
 
-def _train(prepared: Prepared, engine: Engine, *, folder: RunFolder, done: int, say: Say) -> None:
-    plan, ranks = prepared.plan, engine.ranks
-    rows = row_format(plan, prepared)
-    batches = StepBatches(prepared.store, prepared.order, rows=rows, rank=ranks.rank, size=ranks.size)
-    held_out = HeldOut.of(prepared, engine, rows=rows)
-    reporter = _reporter(plan, folder, batches=batches, ranks=ranks, done=done)
+def _train(session: Session) -> None:
     started = time.monotonic()
-
-    def save(step: int) -> None:
-        epoch, _ = prepared.order.position(step)
-        state = RunState(step, epoch, prepared.store.fingerprint, plan.mathematics())
-        save_checkpoint(engine, folder.checkpoints, state=state, keep_last=plan.config.output.keep_last)
-
-    def evaluate(step: int) -> None:
-        if held_out is not None:
-            reporter.event(held_out.evaluate(step, answers=None))
-
+    session.process.signals.hold()
     try:
-        if plan.total_steps is not None and done < plan.total_steps:
-            check_losses(engine, batches.of_step(done + 1)[0])
-        if held_out is not None and done == 0:
-            reporter.event({"kind": "evaluation", "step": 0, **held_out.loss()})
-        train_steps(plan, engine=engine, batches=batches, reporter=reporter, due=Due(save, evaluate), done=done)
-        if plan.config.output.save_model:
-            export_model(engine, folder.model, tokenizer=prepared.tokenizer, lora=plan.config.lora)
-        if held_out is not None:
-            reporter.event(held_out.evaluate(plan.total_steps or 0, answers=folder.answers))
+        session.train()
+        session.finish()
     finally:
-        reporter.close()
-    if ranks.is_first:
-        lines = summary_lines(plan, folder, seconds=time.monotonic() - started)
-        finish(folder, plan, card=model_card(plan, lines))
+        session.reporter.close()
+    if session.ranks.is_first:
+        lines = summary_lines(session.plan, session.folder, seconds=time.monotonic() - started)
+        finish(session.folder, session.plan, card=model_card(session.plan, lines))
         for line in lines:
-            say(line)
-    ranks.barrier()
-
-
-def _reporter(plan: Plan, folder: RunFolder, *, batches: StepBatches, ranks: Ranks, done: int) -> StepReporter:
-    assert plan.total_steps is not None
-    first = ranks.is_first
-    return StepReporter(
-        normalize_by=plan.config.training.sft.normalize_by,
-        log_every=plan.config.training.control.log_every,
-        metrics=MetricsFile(folder.metrics, from_step=done) if first else None,
-        progress=ProgressDisplay(plan.total_steps, done=done, style=plan.config.logging.progress) if first else None,
-        blame=batches.names_of_step,
-    )
+            session.process.say(line)
+    session.ranks.barrier()

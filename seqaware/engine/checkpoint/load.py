@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-
-from seqaware.engine.checkpoint.manifest import MANIFEST
+from seqaware.engine.checkpoint.manifest import read_manifest
+from seqaware.engine.checkpoint.reading import read_tensors
+from seqaware.engine.checkpoint.save import restore_random_state, together
+from seqaware.engine.checkpoint.storage import load_through, own_files
 from seqaware.engine.engine import Engine
 from seqaware.errors import CheckpointError
 
@@ -16,10 +17,11 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     """Put model, optimizer and random state of `checkpoint` into the engine. Collective.
 
     Raises:
-        CheckpointError: it was written by another number of ranks, or another ZeRO stage with files of another kind.
+        CheckpointError: it was written by another number of ranks, or another ZeRO stage with files of another kind; or
+            a file would run code, or does not fit the model.
     """
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    ranks, stage = manifest["world_size"], manifest["zero_stage"]
+    topology = read_manifest(checkpoint)["topology"]
+    ranks, stage = topology["ranks"], topology["zero_stage"]
     same_kind = stage == engine.zero_stage or {stage, engine.zero_stage} == {1, 2}
     if ranks != engine.ranks.size or not same_kind:
         raise CheckpointError(
@@ -27,12 +29,21 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
             got=f"{ranks} ranks with ZeRO-{stage} then, {engine.ranks.size} with ZeRO-{engine.zero_stage} now",
             do=f"resume on {ranks} ranks with ZeRO-{stage}",
         )
-    path, _ = engine.deepspeed.load_checkpoint(
-        str(checkpoint.parent), tag=checkpoint.name, load_module_strict=engine.wrapped.adapters is None
+    random_state = checkpoint / f"rng-{engine.ranks.rank}.pt"
+
+    def try_to_read() -> None:
+        # Before DeepSpeed's loader, which meets at barriers: a file that one rank refuses, all ranks refuse.
+        for path in [random_state, *own_files(engine, checkpoint)]:
+            read_tensors(path)
+
+    together(engine.ranks, try_to_read, on_first_only=False, error=_not_loaded(checkpoint))
+    together(engine.ranks, lambda: load_through(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
+    restore_random_state(read_tensors(random_state))
+
+
+def _not_loaded(checkpoint: Path) -> Callable[[str], CheckpointError]:
+    return lambda problem: CheckpointError(
+        "the checkpoint cannot be loaded",
+        got=f"{checkpoint}, {problem}",
+        do="name another with --resume, or move this one out of the way",
     )
-    if path is None:
-        raise CheckpointError("DeepSpeed could not read the checkpoint", got=checkpoint)
-    rng = torch.load(checkpoint / f"rng-{engine.ranks.rank}.pt", weights_only=True)
-    torch.set_rng_state(rng["cpu"])
-    if "cuda" in rng and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])

@@ -3,70 +3,231 @@
     checkpoints/step-00000120/           what DeepSpeed writes, rng-<rank>.pt, and seqaware.json, written last
     checkpoints/latest                   the name of the newest complete one
 
-A folder without a `seqaware.json` whose sizes agree with the files is not a checkpoint, whatever its name.
+A folder whose `seqaware.json` is missing or disagrees with the files is not a checkpoint, whatever its name. Which one
+is the newest is told by the step, never by a clock: the hosts of a run may disagree about the time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import time
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from seqaware.data.inside import inside
 from seqaware.data.store_writer import sync_to_disk
 from seqaware.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from seqaware.plan.plan import Plan
+
 MANIFEST = "seqaware.json"
 LATEST = "latest"
+FORMAT = "seqaware checkpoint"
+FORMAT_VERSION = 2
+PARTIAL = ".partial"
+# Folders on their way in or out: whatever a crash leaves of them holds nothing that is needed.
+PASSING = (PARTIAL, ".replaced", ".deleting")
+_NAME = re.compile(r"step-(\d{8,})")
+_SET_ASIDE = re.compile(r"abandoned-(\d{4,})-step-(\d{8,})")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands after an optimizer step: enough to go on, because a step's examples follow from its number."""
+    """Where a run stands after an optimizer step: enough to go on, because a step's examples follow from its number.
+
+    Attributes:
+        mathematics: `Plan.mathematics()`, with objective, data, tokenizer and schedule; plan_hash: its SHA-256.
+        passed_over: steps whose update was left out, after a loss that was not finite or a spike.
+    """
 
     step: int
     epoch: int
     data_fingerprint: str
     mathematics: Mapping[str, Any]
+    plan_hash: str
+    passed_over: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, plan: Plan, *, step: int, epoch: int, passed_over: tuple[int, ...] = ()) -> RunState:
+        """The state of a run of `plan` after `step`."""
+        assert plan.data is not None, "a run knows its data"
+        mathematics, plan_hash = plan.mathematics(), plan.mathematics_hash()
+        return cls(step, epoch, plan.data.fingerprint, mathematics, plan_hash, passed_over)
 
 
-def set_aside_later(folder: Path, step: int) -> None:
-    """Rename the checkpoints of later steps, when a run goes back to an earlier one: they are no part of it now."""
-    for checkpoint in list(complete_checkpoints(folder)):
-        if read_state(checkpoint).step > step:
-            checkpoint.rename(folder / f"abandoned-{time.strftime('%Y%m%d-%H%M%S')}-{checkpoint.name}")
+@dataclass(frozen=True)
+class FileRecord:
+    """What was written into a file of a checkpoint: its size in bytes and its SHA-256."""
+
+    bytes: int
+    sha256: str
 
 
-def complete_checkpoints(folder: Path) -> Iterator[Path]:
-    """The complete checkpoints under `folder`, newest first."""
-    for candidate in sorted(folder.glob("step-*"), reverse=True):
-        if candidate.suffix != ".partial" and is_complete(candidate):
-            yield candidate
+@dataclass(frozen=True)
+class Damage:
+    """A folder with a checkpoint's name that is none, and what is wrong with it."""
+
+    path: Path
+    problem: str
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether the manifest is there and every file it lists has its size."""
+@dataclass(frozen=True)
+class Survey:
+    """The checkpoints of a folder, by their manifests and sizes: whole ones and damaged ones, each newest first."""
+
+    whole: tuple[Path, ...]
+    damaged: tuple[Damage, ...]
+
+
+def survey(folder: Path) -> Survey:
+    """Look through a run's `checkpoints` folder; one that is not there holds none."""
+    whole, damaged = [], []
+    for path in _named(folder, _NAME):
+        problem = what_is_wrong(path)
+        if problem is None:
+            whole.append(path)
+        else:
+            damaged.append(Damage(path, problem))
+    return Survey(tuple(whole), tuple(damaged))
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name, also of one that was set aside."""
+    return int(path.name.rpartition("-")[2])
+
+
+def what_is_wrong(checkpoint: Path) -> str | None:
+    """Why the folder is no complete checkpoint, in words that name the file; None where manifest and sizes agree."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        return all((checkpoint / name).stat().st_size == size for name, size in files.items())
-    except (OSError, ValueError, KeyError):
-        return False
+        manifest = read_manifest(checkpoint)
+        if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != manifest["step"]:
+            return f"{MANIFEST} is that of step {manifest['step']}"
+        for name, record in files_of(checkpoint, manifest).items():
+            size = (checkpoint / name).stat().st_size
+            if size != record.bytes:
+                return f"{name} has {size:,} bytes instead of {record.bytes:,}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, checked by its own checksum.
+
+    Raises:
+        CheckpointError: it is damaged, or of another version of this program.
+        OSError: it is not there, or cannot be read.
+    """
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError as error:  # broken JSON, or bytes that are no text
+        raise CheckpointError(f"{MANIFEST} is damaged: it is not JSON") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{MANIFEST} is not a manifest of this program's checkpoints")
+    if manifest.get("version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{MANIFEST} is of another version", got=f"{manifest.get('version')}, this program reads {FORMAT_VERSION}"
+        )
+    if manifest.get("checksum") != _checksum(manifest):
+        raise CheckpointError(f"{MANIFEST} is damaged: its checksum is another one")
+    return manifest
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest as it reads back from a file, with its checksum."""
+    as_read: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "version": FORMAT_VERSION, **manifest}))
+    return as_read | {"checksum": _checksum(as_read)}
+
+
+def files_of(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """The files a manifest lists.
+
+    Raises:
+        CheckpointError: a name leads out of the folder.
+    """
+    for name in manifest["files"]:
+        inside(checkpoint, name, error=CheckpointError)
+    return {name: FileRecord(**record) for name, record in manifest["files"].items()}
+
+
+def first_wrong_hash(checkpoint: Path, *, rank: int, size: int) -> str | None:
+    """The first file whose bytes are not those that were written, of this rank's share of the files; or None.
+
+    Args:
+        rank, size: the ranks take the files in turn, so that each is read once.
+    """
+    records = sorted(files_of(checkpoint, read_manifest(checkpoint)).items())
+    for name, record in records[rank::size]:
+        try:
+            with (checkpoint / name).open("rb") as file:
+                found = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+        if found != record.sha256:
+            return f"{name} is damaged: its SHA-256 is {found[:12]}… instead of {record.sha256[:12]}…"
+    return None
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The run's state in a complete checkpoint."""
-    if not is_complete(checkpoint):
-        raise CheckpointError("not a complete checkpoint", got=checkpoint, do="name another, or write --resume auto")
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    return RunState(manifest["step"], manifest["epoch"], manifest["data_fingerprint"], manifest["mathematics"])
+    """The run's state in a complete checkpoint.
+
+    Raises:
+        CheckpointError: it is not complete: which file, and what is wrong with it.
+    """
+    problem = what_is_wrong(checkpoint)
+    if problem is not None:
+        raise CheckpointError(
+            "not a complete checkpoint", got=f"{checkpoint}, where {problem}", do="name another, or write --resume auto"
+        )
+    manifest = read_manifest(checkpoint)
+    return RunState(
+        step=manifest["step"],
+        epoch=manifest["epoch"],
+        data_fingerprint=manifest["data_fingerprint"],
+        mathematics=manifest["mathematics"],
+        plan_hash=manifest["plan_hash"],
+        passed_over=tuple(manifest["passed_over"]),
+    )
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """The checkpoints that runs have left behind when they went back, the last ones first."""
+    return sorted(_named(folder, _SET_ASIDE), key=lambda path: (set_aside_number(path), step_of(path)), reverse=True)
 
 
 def write_durably(path: Path, text: str) -> None:
     """Replace a small file so that a crash leaves the old one or the new one, never a torn one."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(text, encoding="utf-8")
     sync_to_disk(partial)
     partial.replace(path)
     sync_to_disk(path.parent)
+
+
+def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    """The children whose whole name the pattern describes, the highest step first."""
+    children = folder.iterdir() if folder.is_dir() else ()
+    return sorted((child for child in children if pattern.fullmatch(child.name)), key=step_of, reverse=True)
+
+
+def set_aside_number(path: Path) -> int:
+    match = _SET_ASIDE.fullmatch(path.name)
+    assert match is not None
+    return int(match[1])
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    body = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

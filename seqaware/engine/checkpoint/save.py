@@ -1,144 +1,162 @@
-"""Checkpoints: written aside, made durable, renamed, and only then called the latest."""
+"""The parts of saving: a folder to write into, the random state, and the step from a partial folder to a checkpoint."""
 
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from seqaware.data.inside import inside
 from seqaware.data.store_writer import sync_to_disk
-from seqaware.engine.checkpoint.manifest import LATEST, MANIFEST, RunState, complete_checkpoints, write_durably
+from seqaware.engine.checkpoint.manifest import LATEST, MANIFEST, FileRecord, RunState, sealed, write_durably
+from seqaware.engine.checkpoint.retention import sweep
+from seqaware.engine.checkpoint.writing import FAILURES, Vote, vote_path
 from seqaware.engine.engine import Engine
 from seqaware.engine.ranks import Ranks
+from seqaware.engine.versions import versions
 from seqaware.errors import CheckpointError
 
 
-def save_checkpoint(engine: Engine, folder: Path, *, state: RunState, keep_last: int) -> Path:
-    """Write `folder`/step-N. Collective. Returns the checkpoint's folder.
-
-    Raises:
-        CheckpointError: it could not be written, on any rank; what was there before is untouched.
-    """
-    ranks = engine.ranks
-    final = folder / f"step-{state.step:08d}"
-    partial = folder / f"{final.name}.partial"
-    together(ranks, lambda: _make_empty(partial), on_first_only=True)
-    _write_shards(engine, partial)
-
-    def complete() -> None:
-        _complete(partial, final, state, engine)
-        _forget_old(folder, keep_last)
-
-    together(ranks, complete, on_first_only=True)
-    return final
-
-
-def together(ranks: Ranks, action: Callable[[], None], *, on_first_only: bool) -> None:
+def together(
+    ranks: Ranks,
+    action: Callable[[], None],
+    *,
+    on_first_only: bool,
+    error: Callable[[str], CheckpointError] | None = None,
+) -> None:
     """Do something that may fail on one rank, and let all ranks know: none is left waiting for it.
 
+    Args:
+        error: makes the error of the first problem.
+
     Raises:
-        CheckpointError: on every rank, with the first problem.
+        CheckpointError: on every rank.
     """
     problem = None
     if ranks.is_first or not on_first_only:
         try:
             action()
-        except (OSError, RuntimeError) as error:
-            problem = f"rank {ranks.rank}: {error}"
+        except (*FAILURES, CheckpointError) as failure:
+            problem = f"rank {ranks.rank}: {failure}"
     problems = [text for text in ranks.gather(problem) if text]
     if problems:
-        raise CheckpointError(
-            "the model's state could not be written",
-            got=problems[0],
-            do="see to the disk's space and rights, and rerun",
-        )
+        raise (error or _not_written)(problems[0])
 
 
-def _make_empty(partial: Path) -> None:
-    for stale in partial.parent.glob("*.partial"):
-        shutil.rmtree(stale, ignore_errors=True)
-    partial.mkdir(parents=True)
+def _not_written(problem: str) -> CheckpointError:
+    do = "see to the disk's space and rights, and rerun"
+    return CheckpointError("the model's state could not be written", got=problem, do=do)
 
 
-class _GuardedWriter:
-    """DeepSpeed's checkpoint writer, which keeps an error for later instead of raising it.
+def make_empty(partial: Path) -> None:
+    """A new folder to write into; what earlier attempts have left goes.
 
-    DeepSpeed meets at a barrier after every rank has written. A rank that raised would never come to it, and the others
-    would wait for the collective's timeout.
+    Raises:
+        OSError: no rights, no space, or the run's own folder is gone (it is not made again: what is mounted there is).
     """
-
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
-        self.problem: Exception | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._writer, name)
-
-    def save(self, *arguments: Any, **options: Any) -> Any:
-        try:
-            return self._writer.save(*arguments, **options)
-        except (OSError, RuntimeError) as error:
-            self.problem = error
+    partial.parent.mkdir(exist_ok=True)
+    sweep(partial.parent)
+    partial.mkdir()
 
 
-def _write_shards(engine: Engine, partial: Path) -> None:
-    writer = engine.deepspeed.checkpoint_engine
-    guard = _GuardedWriter(writer)
-    engine.deepspeed.checkpoint_engine = guard
-    try:
-        engine.deepspeed.save_checkpoint(
-            str(partial.parent),
-            tag=partial.name,
-            client_state={},
-            save_latest=False,
-            # The weights that adapters leave alone are in the base model already.
-            exclude_frozen_parameters=engine.wrapped.adapters is not None,
-        )
-    finally:
-        engine.deepspeed.checkpoint_engine = writer
-
-    def finish() -> None:
-        if guard.problem is not None:
-            raise RuntimeError(str(guard.problem)) from guard.problem
-        torch.save(_rng_state(), partial / f"rng-{engine.ranks.rank}.pt")
-
-    together(engine.ranks, finish, on_first_only=False)
-
-
-def _complete(partial: Path, final: Path, state: RunState, engine: Engine) -> None:
-    files = {
-        str(path.relative_to(partial)): path.stat().st_size for path in sorted(partial.rglob("*")) if path.is_file()
+def random_state() -> dict[str, Any]:
+    """Every generator of this process, in values that load without running code."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "cpu": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
     }
-    manifest = {
-        "step": state.step,
-        "epoch": state.epoch,
-        "data_fingerprint": state.data_fingerprint,
-        "mathematics": dict(state.mathematics),
-        "world_size": engine.ranks.size,
-        "zero_stage": engine.zero_stage,
-        "files": files,
-    }
-    for name in files:
-        sync_to_disk(partial / name)
-    write_durably(partial / MANIFEST, json.dumps(manifest, indent=1))
-    if final.exists():
-        shutil.rmtree(final)
-    partial.rename(final)
-    sync_to_disk(final.parent)
-    write_durably(final.parent / LATEST, final.name)
-
-
-def _forget_old(folder: Path, keep_last: int) -> None:
-    for old in list(complete_checkpoints(folder))[keep_last:]:
-        shutil.rmtree(old)
-
-
-def _rng_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` has taken."""
+    torch.set_rng_state(state["cpu"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def describe(state: RunState, engine: Engine) -> dict[str, Any]:
+    """The manifest of a checkpoint, but for its files.
+
+    Of the learning rate nothing is kept: it follows from the step and `mathematics.schedule`.
+    """
+    return {
+        "step": state.step,
+        "epoch": state.epoch,
+        "passed_over": list(state.passed_over),
+        "data_fingerprint": state.data_fingerprint,
+        "tokenizer": state.mathematics.get("tokenizer"),
+        "objective": state.mathematics["objective"],
+        "plan_hash": state.plan_hash,
+        "mathematics": dict(state.mathematics),
+        "topology": {
+            "ranks": engine.ranks.size,
+            "nodes": engine.ranks.address.nodes,
+            "zero_stage": engine.zero_stage,
+            "sequence": 1 if engine.sequence is None else engine.sequence.size,
+        },
+        "versions": versions(),
+    }
+
+
+def complete(partial: Path, final: Path, votes: Sequence[Vote], *, manifest: Mapping[str, Any]) -> int:
+    """Make a checkpoint of a partial folder that all ranks have voted for. Rank 0 alone calls it.
+
+    Returns:
+        its bytes.
+
+    Raises:
+        CheckpointError: a rank vetoes, or its file does not lie here as it was written.
+        OSError: the manifest cannot be written, or the folder cannot be renamed.
+    """
+    files = _agreed(partial, votes)
+    for vote in votes:
+        vote_path(partial, vote.rank).unlink(missing_ok=True)
+    written = {name: asdict(record) for name, record in sorted(files.items())}
+    # It also makes the folder's names durable.
+    write_durably(partial / MANIFEST, json.dumps(sealed({**manifest, "files": written}), indent=1))
+    if final.exists():
+        final.rename(final.with_name(final.name + ".replaced"))
+    partial.rename(final)
+    sync_to_disk(final.parent)
+    return sum(record.bytes for record in files.values())
+
+
+def call_latest(final: Path) -> list[str]:
+    """Let `latest` name a complete checkpoint; what went wrong. Only tools of others read it."""
+    try:
+        write_durably(final.parent / LATEST, final.name)
+    except OSError as error:
+        return [f"{final.parent / LATEST} could not be written: {error.strerror}"]
+    return []
+
+
+def _agreed(partial: Path, votes: Sequence[Vote]) -> dict[str, FileRecord]:
+    """All ranks' files, each of which lies here in its size."""
+    files: dict[str, FileRecord] = {}
+    for vote in votes:
+        if vote.problem is not None:
+            raise CheckpointError(vote.problem)
+        for name, record in vote.files.items():
+            assert name not in files, f"two ranks wrote {name}"
+            files[name] = record
+            path = inside(partial, name, error=CheckpointError)
+            size = path.stat().st_size if path.exists() else None
+            if size != record.bytes:
+                seen = "is not seen" if size is None else f"has {size:,} bytes instead of {record.bytes:,}"
+                raise CheckpointError(f"{name} of rank {vote.rank} {seen} on rank 0; the hosts must share the folder")
+    return files

@@ -16,8 +16,9 @@ import torch
 from seqaware import __version__
 from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.manifest import write_durably
+from seqaware.engine.versions import git_revision, versions
 from seqaware.plan.plan import Plan
-from seqaware.training.folder import RunFolder, git_revision, versions
+from seqaware.training.folder import RunFolder
 from seqaware.training.verify.items import Item
 
 HOLDS, FALLS_SHORT = "holds", "falls short"

@@ -24,10 +24,11 @@ from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.plan import Plan
 from seqaware.report.progress import RowCounter
-from seqaware.training.assembly import Say, build_engine, model_source, probe_of, row_format, world_of
+from seqaware.training.assembly import build_engine, model_source, probe_of, row_format, world_of
 from seqaware.training.batches import StepBatches
 from seqaware.training.folder import RunFolder, check_claim
 from seqaware.training.prepare import Prepared, prepare
+from seqaware.training.process import Say
 from seqaware.training.verify.certificate import Certificate, table
 from seqaware.training.verify.items import Item, count_item, epsilon, gradient_item, loss_item, norm_item, weight_item
 from seqaware.training.verify.measure import Measured, measure_step

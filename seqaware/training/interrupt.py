@@ -1,0 +1,178 @@
+"""What asks a run to save, or to save and leave: signals, files in its folder, the clock.
+
+A signal may reach one rank only, and only rank 0 looks at files and clocks. What this rank was asked goes into a vote
+of all ranks (`Votes`), so that all of them act after the same step. Imports without torch.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from seqaware.config.output import FaultsConfig
+
+LEFT = 85
+"""Exit code of a run that saved and left because it was asked to; the same command goes on."""
+
+# Not SIGUSR1: NCCL catches it.
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+_SECONDS_BETWEEN_LOOKS = 1.0
+_LARGEST_SHARE_OF_LIMIT = 0.25
+
+
+class Asked(IntEnum):
+    """What a run is asked to do; the highest of all ranks' counts."""
+
+    NOTHING = 0
+    SAVE = 1
+    LEAVE = 2
+
+
+class Left(SystemExit):
+    """The run was asked to leave and left; ends the command with `LEFT`.
+
+    Args:
+        together: all ranks leave, after the same step; else this rank had not begun to train.
+    """
+
+    def __init__(self, reason: str, *, together: bool) -> None:
+        super().__init__(LEFT)
+        self.reason = reason
+        self.together = together
+
+
+def _never() -> bool:
+    return False
+
+
+class Signals:
+    """Hears SIGTERM, SIGUSR2 and SIGINT from the first moment of a process.
+
+    Before the training there is nothing to save, and the process leaves at once. From `hold` on a signal is only noted,
+    for the vote of all ranks. A second SIGINT ends the process in any case.
+
+    Args:
+        abandoned: whether another rank is gone: a launcher then sends SIGTERM to the rest, who cannot save any more.
+
+    Attributes:
+        caught: name of the last signal, or None.
+    """
+
+    def __init__(self, abandoned: Callable[[], bool] = _never) -> None:
+        self.caught: str | None = None
+        self._abandoned = abandoned
+        self._held = False
+        self._former: dict[signal.Signals, signal._HANDLER] = {}
+
+    def __enter__(self) -> Self:
+        for number in _SIGNALS:
+            self._former[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def hold(self) -> None:
+        """The training begins: note signals, and leave it to the vote when to leave."""
+        self._held = True
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if number == signal.SIGTERM and self._abandoned():
+            return  # The watch ends this process and tells why; an exception from here could come up anywhere.
+        name = signal.Signals(number).name
+        again = name == "SIGINT" and self.caught == "SIGINT"
+        self.caught = name
+        if again:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt
+        if not self._held:
+            raise Left(name, together=False)
+
+
+class Interrupts:
+    """What this rank is asked to do now.
+
+    Args:
+        folder: the run's; a person may `touch` STOP or SAVE in it.
+        first: whether this is rank 0, which alone looks at files and clocks.
+        job_ends: when the batch system ends the job, seconds since 1970; None where it has not said.
+        clock: seconds that only ever rise.
+    """
+
+    def __init__(
+        self,
+        signals: Signals,
+        folder: Path,
+        *,
+        first: bool,
+        seconds_left: float | None,
+        save_every_minutes: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.reason: str | None = None
+        self._signals = signals
+        self._stop, self._save = folder / "STOP", folder / "SAVE"
+        self._first = first
+        self._clock = clock
+        self._deadline = None if seconds_left is None else clock() + seconds_left
+        self._save_seconds = None if save_every_minutes is None else save_every_minutes * 60.0
+        self._saved = clock()
+        self._looked = float("-inf")
+        self._seen = Asked.NOTHING
+
+    def asked(self) -> Asked:
+        """This rank's part of the vote; `reason` then says why."""
+        if self._signals.caught is not None:
+            self.reason = self._signals.caught
+            return Asked.LEAVE
+        now = self._clock()
+        if self._first and now - self._looked >= _SECONDS_BETWEEN_LOOKS:
+            self._looked = now
+            self._seen = self._look(now)
+        return self._seen
+
+    def _look(self, now: float) -> Asked:
+        if self._stop.exists():
+            self.reason = f"the file {self._stop}"
+            return Asked.LEAVE
+        if self._deadline is not None and now >= self._deadline:
+            self.reason = "the time limit is near"
+            return Asked.LEAVE
+        if self._save.exists():
+            return Asked.SAVE
+        due = self._save_seconds is not None and now - self._saved >= self._save_seconds
+        return Asked.SAVE if due else Asked.NOTHING
+
+    def saved(self) -> None:
+        """A checkpoint was written: its file of request has done its duty, and the minutes count anew."""
+        self._saved = self._clock()
+        self._seen, self._looked = Asked.NOTHING, float("-inf")
+        if self._first:
+            self._save.unlink(missing_ok=True)
+
+    def left(self) -> None:
+        """The run leaves: the next one shall not find its request."""
+        if self._first:
+            self._stop.unlink(missing_ok=True)
+
+
+def seconds_until_leaving(faults: FaultsConfig, *, job_ends: float | None, now: float) -> float | None:
+    """How long the run may train before it saves and leaves; None without any limit.
+
+    Args:
+        job_ends, now: seconds since 1970, of this host's clock.
+    """
+    limits = [] if faults.time_limit_minutes is None else [faults.time_limit_minutes * 60.0]
+    if job_ends is not None:
+        limits.append(job_ends - now)
+    if not limits:
+        return None
+    limit = min(limits)
+    return max(0.0, limit - min(faults.leave_minutes * 60.0, limit * _LARGEST_SHARE_OF_LIMIT))

@@ -1,0 +1,27 @@
+"""This process among those of the run: which rank it is, whom it tells, and what it hears."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from seqaware.engine.address import RankAddress
+from seqaware.training.interrupt import Signals
+from seqaware.training.watch.heartbeat import Heartbeat
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a command hands down to the run.
+
+    Attributes:
+        say: shows a line to the person (rank 0's goes to the screen).
+        signals: those this process has caught. heartbeat: hears what the process turns to.
+    """
+
+    address: RankAddress
+    say: Say
+    signals: Signals = field(default_factory=Signals)
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)

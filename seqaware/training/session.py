@@ -1,0 +1,270 @@
+"""A run under way: what its ranks do between the steps, and where they go when something goes wrong."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from seqaware.data.batch import Batch
+from seqaware.engine.checkpoint.checkpoints import Checkpoints
+from seqaware.engine.checkpoint.export import export_model
+from seqaware.engine.checkpoint.manifest import RunState, step_of, survey
+from seqaware.engine.engine import Engine, StepResult
+from seqaware.engine.first_step import check_losses
+from seqaware.engine.ranks import Votes
+from seqaware.errors import CheckpointError
+from seqaware.report.metrics import MetricsFile, read_metrics
+from seqaware.report.progress import ProgressDisplay
+from seqaware.report.steps import StepReporter
+from seqaware.training.assembly import row_format
+from seqaware.training.batches import StepBatches
+from seqaware.training.divergence import DivergenceError, SpikeError, SpikeWatch, documents_to_blame, not_finite
+from seqaware.training.folder import RunFolder
+from seqaware.training.held_out import HeldOut
+from seqaware.training.interrupt import Asked, Interrupts, Left, seconds_until_leaving
+from seqaware.training.loop import Course, Due, TrainingLoop
+from seqaware.training.prepare import Prepared
+from seqaware.training.process import Process
+
+_NAMED = 8
+
+
+class Session:
+    """Trains, and does what is due between steps. Every method is collective, and so is making one.
+
+    Args:
+        course: where the run stands: a checkpoint that was loaded, or the beginning.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        engine: Engine,
+        *,
+        folder: RunFolder,
+        course: Course,
+        checkpoints: Checkpoints,
+        process: Process,
+    ) -> None:
+        self.plan = plan = prepared.plan
+        assert plan.total_steps is not None, "the plan of a run knows its steps"
+        self.total = plan.total_steps
+        self.prepared = prepared
+        self.engine, self.ranks = engine, engine.ranks
+        self.folder = folder
+        self.course = course
+        self.checkpoints = checkpoints
+        self.process = process
+        rows = row_format(plan, prepared)
+        self.batches = StepBatches(
+            prepared.store, prepared.order, rows=rows, rank=self.ranks.rank, size=self.ranks.size
+        )
+        self.held_out = HeldOut.of(prepared, engine, rows=rows)
+        self.votes = Votes(self.ranks)
+        self.spikes = SpikeWatch(plan.config.faults)
+        self.reporter = _reporter(self)
+        self.interrupts = _interrupts(self)
+
+    def train(self) -> None:
+        """From where the run stands to its last step, and that step's checkpoint.
+
+        Raises:
+            Left: the run was asked to leave; its checkpoint is complete.
+            DivergenceError: the losses went wrong more often than the config allows.
+            CheckpointError: the last checkpoint could not be written.
+        """
+        due = Due(
+            save=self.save,
+            leave=self.leave,
+            evaluate=self.evaluate,
+            not_finite=self.not_finite,
+            interrupts=self.interrupts,
+            votes=self.votes,
+            spikes=self.spikes,
+            heartbeat=self.process.heartbeat,
+        )
+        loop = TrainingLoop(
+            self.plan, engine=self.engine, batches=self.batches, reporter=self.reporter, due=due, course=self.course
+        )
+        self._begin()
+        while self.course.done < self.total:
+            try:
+                loop.run()
+            except SpikeError as spike:
+                self.go_back(spike)
+        self._save(self.total, must=True)
+        self.checkpoints.finish()
+
+    def _begin(self) -> None:
+        if self.plan.config.faults.spike_factor is not None:
+            self.spikes.remember(self.ranks.agree(_reported_steps(self.folder) if self.ranks.is_first else None))
+        if self.course.done < self.total:
+            check_losses(self.engine, self.batches.of_step(self.course.done + 1)[0])
+        if self.held_out is not None and self.course.done == 0:
+            self.process.heartbeat.phase("evaluating", 0)
+            loss = self.held_out.loss(leaving=self.leaving)
+            if loss is None:
+                raise Left(self._reason(), together=True)
+            self.reporter.event({"kind": "evaluation", "step": 0, **loss})
+
+    def finish(self) -> None:
+        """After the last step: the model's folder, and the last look at the held-out rows.
+
+        Raises:
+            Left: the run was asked to leave; the same command does again what is left to do.
+        """
+        if self.plan.config.output.save_model:
+            self.process.heartbeat.phase("exporting", self.total)
+            export_model(self.engine, self.folder.model, tokenizer=self.prepared.tokenizer, lora=self.plan.config.lora)
+        if self.held_out is None:
+            return
+        self.process.heartbeat.phase("evaluating", self.total)
+        line = self.held_out.evaluate(self.total, answers=self.folder.answers, leaving=self.leaving)
+        if line is None:
+            raise Left(self._reason(), together=True)
+        self.reporter.event(line)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. One that cannot be written is told and tried again later, but for the last."""
+        self._save(step, must=step == self.total)
+
+    def leave(self, step: int) -> None:
+        """Save and leave.
+
+        Raises:
+            Left: always. CheckpointError: the checkpoint could not be written; the one before it stands.
+        """
+        reason = self._reason()
+        self._save(step, must=True)
+        self.checkpoints.finish()
+        self.interrupts.left()
+        self.reporter.event({"kind": "left", "step": step, "reason": reason})
+        self.process.say(
+            f"left        after step {step} ({reason}); it is saved, and the same command goes on from there"
+        )
+        raise Left(reason, together=True)
+
+    def leaving(self) -> bool:
+        """Whether a rank was asked to leave meanwhile: asked between the parts of a long evaluation."""
+        self.process.heartbeat.pulse()
+        self.votes.cast(self.interrupts.asked())
+        return self.votes.result() == Asked.LEAVE
+
+    def evaluate(self, step: int) -> None:
+        """The held-out rows, unless the run is asked to leave meanwhile."""
+        if self.held_out is None:
+            return
+        self.process.heartbeat.phase("evaluating", step)
+        line = self.held_out.evaluate(step, answers=None, leaving=self.leaving)
+        if line is not None:
+            self.reporter.event(line)
+            self.checkpoints.note_evaluation(step, line["loss"])
+
+    def not_finite(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
+        """A step was not applied: pass over it, or stop and name its documents.
+
+        Raises:
+            DivergenceError: the config says stop, or there have been too many.
+        """
+        faults, course = self.plan.config.faults, self.course
+        documents = documents_to_blame(self.engine, result, micro_batches, batches=self.batches, step=step)
+        if faults.nonfinite == "skip" and len(course.passed_over) < faults.max_skipped_steps:
+            course.passed_over.append(step)
+            self.reporter.event({"kind": "skipped", "step": step, "documents": documents})
+            self.process.say(
+                f"warning     the loss or gradient of step {step} is not finite: it is passed over "
+                f"({len(course.passed_over)} of {faults.max_skipped_steps} such steps that are allowed); documents: "
+                f"{', '.join(documents[:_NAMED])}"
+            )
+            return
+        if course.done:
+            self._save(course.done, must=False)
+            self.checkpoints.finish()
+        saved = f"step {course.saved}, the last good one that is saved, is in {self.folder.checkpoints}"
+        raise not_finite(step, result, documents, kept=saved if course.saved else "nothing is saved yet")
+
+    def go_back(self, spike: SpikeError) -> None:
+        """Load the checkpoint before a spike, and pass over its step from now on.
+
+        Raises:
+            DivergenceError: there have been too many.
+        """
+        self.checkpoints.finish()
+        earlier = self._checkpoint_before(spike.step) if self.ranks.is_first else None
+        checkpoint = self.ranks.agree(earlier)
+        if checkpoint is None:
+            self.process.say(f"warning     {spike}; there is no checkpoint to go back to, so training goes on")
+            return
+        course, allowed = self.course, self.plan.config.faults.max_skipped_steps
+        if len(course.passed_over) >= allowed:
+            steps = ", ".join(map(str, [*course.passed_over, spike.step]))
+            raise DivergenceError(
+                str(spike),
+                got=f"{allowed} steps passed over before it, which is all that faults.max_skipped_steps allows",
+                do=f"lower training.optimizer.lr, or look at the data of the steps {steps}",
+            )
+        self.process.heartbeat.phase("loading the checkpoint", spike.step)
+        self.checkpoints.load(checkpoint)
+        step = step_of(checkpoint)
+        course.passed_over.append(spike.step)
+        course.done = course.saved = step
+        self.spikes.forget_after(step)
+        self.reporter.go_back(step)
+        self.reporter.event(
+            {"kind": "rewind", "step": step, "spike": spike.step, "loss": spike.loss, "median": spike.usual}
+        )
+        self.process.say(
+            f"warning     {spike}; back to the checkpoint of step {step}, and step {spike.step} is passed over"
+        )
+
+    def _save(self, step: int, *, must: bool) -> None:
+        course = self.course
+        if course.saved == step:
+            return
+        self.process.heartbeat.phase("saving", step)
+        epoch, _ = self.prepared.order.position(step)
+        state = RunState.of(self.plan, step=step, epoch=epoch, passed_over=tuple(course.passed_over))
+        try:
+            self.checkpoints.save(state)
+        except CheckpointError as error:
+            if must:
+                raise
+            self.reporter.event({"kind": "save_failed", "step": step, "problem": str(error)})
+            self.process.say(f"warning     {error}; training goes on, and saves again when it is due")
+            return
+        course.saved = step
+        self.interrupts.saved()
+
+    def _checkpoint_before(self, step: int) -> Path | None:
+        return next((path for path in survey(self.folder.checkpoints).whole if step_of(path) < step), None)
+
+    def _reason(self) -> str:
+        reasons: list[str | None] = self.ranks.gather(self.interrupts.reason)
+        return next((reason for reason in reasons if reason), "asked to")
+
+
+def _reported_steps(folder: RunFolder) -> list[dict[str, object]]:
+    return [line for line in read_metrics(folder.metrics) if line["kind"] == "step"] if folder.metrics.exists() else []
+
+
+def _reporter(session: Session) -> StepReporter:
+    plan, folder, done, first = session.plan, session.folder, session.course.done, session.ranks.is_first
+    return StepReporter(
+        normalize_by=plan.config.training.sft.normalize_by,
+        log_every=plan.config.training.control.log_every,
+        metrics=MetricsFile(folder.metrics, from_step=done) if first else None,
+        progress=ProgressDisplay(session.total, done=done, style=plan.config.logging.progress) if first else None,
+    )
+
+
+def _interrupts(session: Session) -> Interrupts:
+    process, config = session.process, session.plan.config
+    left = seconds_until_leaving(config.faults, job_ends=process.address.job_ends, now=time.time())
+    return Interrupts(
+        process.signals,
+        session.folder.path,
+        first=session.ranks.is_first,
+        seconds_left=left,
+        save_every_minutes=config.output.save_every_minutes,
+    )

@@ -1,0 +1,204 @@
+"""A run that is asked to leave, that meets numbers which are none, or whose loss jumps: on two ranks, ZeRO-3.
+
+All scenarios share one launch: each is a run of its own in `interrupted_runs.py`, compared with an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests import launch, tiny
+
+STEPS = 6
+POISON = "rows.jsonl:8"
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the ranks told of one run."""
+
+    folder: Path
+    endings: tuple[dict[str, Any], dict[str, Any]]
+
+    @property
+    def hows(self) -> list[str]:
+        return [ending["how"] for ending in self.endings]
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["kind"] == kind]
+
+    @property
+    def losses(self) -> dict[int, tuple[float, float]]:
+        return {line["step"]: (line["loss"], line["grad_norm"]) for line in self.lines("step")}
+
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in (self.folder / "checkpoints").glob("step-*[0-9]"))
+
+
+class Launch:
+    """Collects runs, starts them all at once."""
+
+    def __init__(self, workshop: tiny.Workshop) -> None:
+        self.workshop = workshop
+        self.requests: list[dict[str, Any]] = []
+        self.names: dict[str, tuple[Path, int]] = {}
+
+    def add(self, name: str, folder: str, disturb: dict[str, Any] | None = None, **changes: Any) -> None:
+        schedule = {"num_epochs": 9, "max_steps": STEPS, "global_batch_size": 5, "scheduler_type": "constant"}
+        run = self.workshop.folder / folder
+        settings = {"training__schedule": schedule, "output__dir": str(run), **changes}
+        path = self.workshop.write(name, self.workshop.config(**settings))
+        zero3 = str(launch.DS_CONFIGS / "zero3.json")
+        if disturb and "touch" in disturb:
+            disturb = {**disturb, "touch": str(run / disturb["touch"])}
+        self.names[name] = (run, len(self.requests))
+        self.requests.append({"config": str(path), "deepspeed": zero3, "set": [], "disturb": disturb})
+
+    def start(self) -> dict[str, Told]:
+        path = self.workshop.folder / "requests.json"
+        path.write_text(json.dumps(self.requests))
+        done = launch.deepspeed("tests/e2e/interrupted_runs.py", str(path), ranks=2)
+        assert done.returncode == 0, done.stderr[-6000:]
+        endings = [json.loads((self.workshop.folder / f"endings-{rank}.json").read_text()) for rank in (0, 1)]
+        return {
+            name: Told(folder, (endings[0][place], endings[1][place])) for name, (folder, place) in self.names.items()
+        }
+
+
+def _poisoned_rows(workshop: tiny.Workshop) -> Path:
+    """The rows, one of them with a weight whose sum is beyond float32, and the same with a merely large one."""
+    rows = [json.loads(line) for line in workshop.rows.read_text().splitlines()]
+    for name, weight in (("poison", 3e38), ("jump", 500.0)):
+        folder = workshop.folder / "rows" / name
+        folder.mkdir(parents=True)
+        lines = [json.dumps({**row, "weight": weight if place == 7 else 1.0}) for place, row in enumerate(rows)]
+        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return workshop.folder / "rows"
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
+    workshop = tiny.build(tmp_path_factory.mktemp("interrupted"))
+    rows = _poisoned_rows(workshop)
+    runs = Launch(workshop)
+    runs.add("whole", "whole")
+    runs.add("signal on rank 1", "signal", {"step": 3, "rank": 1, "signal": "SIGUSR2"})
+    runs.add("after the signal", "signal")
+    runs.add("signal on rank 0", "term", {"step": 3, "rank": 0, "signal": "SIGTERM"})
+    runs.add("stop file", "files", {"step": 1, "touch": "STOP"})
+    runs.add("save file", "files", {"step": 2, "touch": "SAVE"})
+    runs.add("time limit", "limit", faults__time_limit_minutes=1e-9)
+    held_out = {"dataset": {"name": str(workshop.rows), "max_examples": 1}, "metric": "exact_match"}
+    held_out |= {"max_new_tokens": 4, "answer_pattern": "(?P<answer>.+)", "batch_size": 1}
+    # One held-out row: rank 1 has none of its own, neither for the loss nor to answer.
+    one_row = {"num_epochs": 1, "max_steps": 2, "global_batch_size": 2, "scheduler_type": "constant"}
+    runs.add("one row", "one_row", evaluation=held_out, training__schedule=one_row)
+    in_evaluation = {"step": 2, "rank": 1, "signal": "SIGTERM", "phase": "evaluating"}
+    runs.add("leave an evaluation", "evaluating", in_evaluation, evaluation=held_out, training__schedule=one_row)
+    runs.add("after the evaluation", "evaluating", evaluation=held_out, training__schedule=one_row)
+    poison = {"dataset__name": str(rows / "poison" / "rows.jsonl")}
+    runs.add("not finite: stop", "stop", **poison)
+    runs.add("not finite: skip", "skip", **poison, faults__nonfinite="skip")
+    runs.add("not finite too often", "often", **poison, faults={"nonfinite": "skip", "max_skipped_steps": 1})
+    spike = {"dataset__name": str(rows / "jump" / "rows.jsonl"), "output__save_every": 1}
+    runs.add("spike", "spike", **spike, faults={"spike_factor": 5, "spike_window": 1})
+    runs.add("no spike", "no_spike", **spike)
+    return runs.start()
+
+
+def test_a_signal_to_one_rank_is_heard_by_all_and_the_rerun_is_the_whole_run(told: dict[str, Told]) -> None:
+    first, again, whole = told["signal on rank 1"], told["after the signal"], told["whole"]
+    assert first.hows == ["left", "left"] and {ending["text"] for ending in first.endings} == {"SIGUSR2"}
+    assert any("left" in line and "step 3" in line and "SIGUSR2" in line for line in first.endings[0]["said"])
+    assert again.hows == ["trained", "trained"]
+    assert any("after step 3" in line for line in again.endings[0]["said"])
+    assert again.losses == whole.losses and list(again.losses) == list(range(1, STEPS + 1))
+    expected, resumed = (load_file(run.folder / "model" / "model.safetensors") for run in (whole, again))
+    assert all(resumed[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_sigterm_leaves_a_checkpoint_of_the_same_step(told: dict[str, Told]) -> None:
+    run = told["signal on rank 0"]
+    assert run.hows == ["left", "left"] and run.checkpoints() == [3]
+    assert [line["reason"] for line in run.lines("left")] == ["SIGTERM"]
+
+
+def test_files_in_the_folder_ask_to_leave_and_to_save(told: dict[str, Told]) -> None:
+    stopped, saved = told["stop file"], told["save file"]
+    assert stopped.hows == ["left", "left"] and "STOP" in stopped.endings[1]["text"]
+    assert saved.hows == ["trained", "trained"]
+    assert any("after step 1" in line for line in saved.endings[0]["said"])
+    assert not (saved.folder / "STOP").exists() and not (saved.folder / "SAVE").exists()
+    assert saved.checkpoints() == [2, STEPS]
+
+
+def test_a_time_limit_leaves_in_time(told: dict[str, Told]) -> None:
+    run = told["time limit"]
+    assert run.hows == ["left", "left"] and run.checkpoints() == [1]
+    assert run.endings[1]["text"] == "the time limit is near"
+
+
+def test_a_rank_without_rows_is_not_left_behind(told: dict[str, Told]) -> None:
+    run = told["one row"]
+    assert run.hows == ["trained", "trained"]
+    assert [line["questions"] for line in run.lines("evaluation") if "questions" in line] == [1]
+
+
+def test_an_evaluation_is_left_and_done_again(told: dict[str, Told]) -> None:
+    left, again = told["leave an evaluation"], told["after the evaluation"]
+    assert left.hows == ["left", "left"] and left.checkpoints() == [2]
+    assert again.hows == ["trained", "trained"]
+    assert again.losses == told["one row"].losses
+    assert again.lines("evaluation") == told["one row"].lines("evaluation")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_document(told: dict[str, Told]) -> None:
+    run = told["not finite: stop"]
+    assert run.hows == ["DivergenceError", "DivergenceError"]
+    text = run.endings[0]["text"]
+    assert text == run.endings[1]["text"]
+    assert f"from {POISON};" in text, text
+    bad = max(run.losses, default=0) + 1
+    assert f"step {bad} is not finite" in text
+    # Nothing is lost: the last good step is saved, though no checkpoint was due.
+    assert run.checkpoints() == ([bad - 1] if bad > 1 else [])
+
+
+def test_steps_that_are_not_finite_can_be_passed_over_and_are_counted(told: dict[str, Told]) -> None:
+    run = told["not finite: skip"]
+    assert run.hows == ["trained", "trained"]
+    skipped = [line["step"] for line in run.lines("skipped")]
+    assert skipped and sorted([*skipped, *run.losses]) == list(range(1, STEPS + 1))
+    assert all(POISON in line["documents"][0] and len(line["documents"]) == 1 for line in run.lines("skipped"))
+    state = json.loads((run.folder / "checkpoints" / f"step-{STEPS:08d}" / "seqaware.json").read_text())
+    assert state["passed_over"] == skipped
+    # Until the first of them, it is the run that stopped there.
+    assert {step: loss for step, loss in run.losses.items() if step < skipped[0]} == told["not finite: stop"].losses
+    weights = load_file(run.folder / "model" / "model.safetensors")
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+
+
+def test_too_many_of_them_stop_the_run(told: dict[str, Told]) -> None:
+    run = told["not finite too often"]
+    assert run.hows == ["DivergenceError", "DivergenceError"]
+    assert len(run.lines("skipped")) == 1
+
+
+def test_a_spike_is_gone_back_from_and_passed_over(told: dict[str, Told]) -> None:
+    run, plain = told["spike"], told["no spike"]
+    assert run.hows == ["trained", "trained"]
+    spikes = [line["spike"] for line in run.lines("rewind")]
+    assert spikes, "the planted document is in one of the first steps"
+    assert sorted([*spikes, *run.losses]) == list(range(1, STEPS + 1))
+    before = [step for step in plain.losses if step < spikes[0]]
+    assert [run.losses[step] for step in before] == [plain.losses[step] for step in before]
+    assert plain.losses[spikes[0]][0] == run.lines("rewind")[0]["loss"]
+    state = json.loads((run.folder / "checkpoints" / f"step-{STEPS:08d}" / "seqaware.json").read_text())
+    assert state["passed_over"] == spikes

@@ -1,0 +1,138 @@
+"""What asks a run to save or to leave: signals, files, the clock."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqaware.config.output import FaultsConfig
+from seqaware.training.interrupt import Asked, Interrupts, Left, Signals, seconds_until_leaving
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _interrupts(folder: Path, signals: Signals | None = None, **changes: Any) -> tuple[Interrupts, Clock]:
+    clock = Clock()
+    settings: dict[str, Any] = {"first": True, "seconds_left": None, "save_every_minutes": None, **changes}
+    return Interrupts(signals or Signals(), folder, clock=clock, **settings), clock
+
+
+def test_nothing_is_asked(tmp_path: Path) -> None:
+    interrupts, _ = _interrupts(tmp_path)
+    assert interrupts.asked() == Asked.NOTHING and interrupts.reason is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_while_training_is_noted_for_the_vote(tmp_path: Path, number: signal.Signals) -> None:
+    with Signals() as signals:
+        interrupts, _ = _interrupts(tmp_path, signals, first=False)
+        signals.hold()
+        assert interrupts.asked() == Asked.NOTHING
+        os.kill(os.getpid(), number)
+        assert interrupts.asked() == Asked.LEAVE
+        assert interrupts.reason == number.name
+
+
+def test_before_the_training_a_signal_ends_the_process_with_the_code_for_going_on() -> None:
+    with Signals(), pytest.raises(Left) as left:
+        os.kill(os.getpid(), signal.SIGUSR2)
+    assert left.value.code == 85 and not left.value.together
+
+
+def test_the_second_interrupt_from_the_keyboard_ends_at_once() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Signals() as signals:
+        signals.hold()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_rank_that_is_left_alone_does_not_try_to_save() -> None:
+    with Signals(abandoned=lambda: True) as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        signals.hold()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.caught is None
+
+
+def test_a_stop_file_asks_to_leave_and_is_gone_for_the_next_run(tmp_path: Path) -> None:
+    interrupts, _ = _interrupts(tmp_path)
+    (tmp_path / "STOP").touch()
+    assert interrupts.asked() == Asked.LEAVE
+    assert interrupts.reason is not None and "STOP" in interrupts.reason
+    interrupts.left()
+    assert not (tmp_path / "STOP").exists()
+
+
+def test_only_the_first_rank_looks_at_files(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    interrupts, _ = _interrupts(tmp_path, first=False)
+    assert interrupts.asked() == Asked.NOTHING
+    interrupts.left()
+    assert (tmp_path / "STOP").exists()
+
+
+def test_a_save_file_asks_once(tmp_path: Path) -> None:
+    interrupts, clock = _interrupts(tmp_path)
+    (tmp_path / "SAVE").touch()
+    assert interrupts.asked() == Asked.SAVE
+    assert interrupts.asked() == Asked.SAVE  # until it is done
+    interrupts.saved()
+    clock.now += 10.0
+    assert interrupts.asked() == Asked.NOTHING
+
+
+def test_files_are_looked_for_once_a_second(tmp_path: Path) -> None:
+    interrupts, clock = _interrupts(tmp_path)
+    assert interrupts.asked() == Asked.NOTHING
+    (tmp_path / "SAVE").touch()
+    clock.now += 0.5
+    assert interrupts.asked() == Asked.NOTHING
+    clock.now += 0.6
+    assert interrupts.asked() == Asked.SAVE
+
+
+def test_minutes_between_checkpoints_count_from_the_last_one(tmp_path: Path) -> None:
+    interrupts, clock = _interrupts(tmp_path, save_every_minutes=2.0)
+    clock.now += 119.0
+    assert interrupts.asked() == Asked.NOTHING
+    clock.now += 1.0
+    assert interrupts.asked() == Asked.SAVE
+    interrupts.saved()
+    clock.now += 119.0
+    assert interrupts.asked() == Asked.NOTHING
+
+
+def test_the_time_limit(tmp_path: Path) -> None:
+    interrupts, clock = _interrupts(tmp_path, seconds_left=30.0)
+    assert interrupts.asked() == Asked.NOTHING
+    clock.now += 30.0
+    assert interrupts.asked() == Asked.LEAVE and interrupts.reason == "the time limit is near"
+
+
+@pytest.mark.parametrize(
+    ("written", "job_ends", "seconds"),
+    [
+        ({}, None, None),
+        ({"time_limit_minutes": 60}, None, 55 * 60.0),
+        ({"time_limit_minutes": 60, "leave_minutes": 10}, None, 50 * 60.0),
+        ({"time_limit_minutes": 8}, None, 6 * 60.0),  # at most a quarter of it
+        ({}, 1000.0 + 3600.0, 55 * 60.0),
+        ({"time_limit_minutes": 30}, 1000.0 + 3600.0, 25 * 60.0),  # whichever comes first
+        ({"time_limit_minutes": 90}, 1000.0 + 3600.0, 55 * 60.0),
+        ({}, 900.0, 0.0),  # clocks that differ: over already
+    ],
+)
+def test_how_long_a_run_may_train(written: dict[str, Any], job_ends: float | None, seconds: float | None) -> None:
+    assert seconds_until_leaving(FaultsConfig(**written), job_ends=job_ends, now=1000.0) == seconds
