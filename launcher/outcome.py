@@ -65,6 +65,8 @@ class Watched:
                 heartbeat.close(_exit_code(error))
             case KeyboardInterrupt():
                 heartbeat.close(_INTERRUPTED)
+            case SeqawareError() if heartbeat.own.address.size == 1:
+                heartbeat.close(USER_ERROR)  # nobody else to tell it twice
             case _:
                 # A launcher may send it while the others are still finding out what happened; we end by ourselves.
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
