@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,6 +19,8 @@ from tests import launch
 # Starting two ranks takes half a minute where the cores are shared.
 _UNTIL_THE_MOMENT = 180.0
 _BETWEEN_LOOKS = 0.0005
+
+_LAUNCHERS_OWN = re.compile(r"[WE]\d{4} \d\d:\d\d:\d\d\.\d+ |\[\d{4}-\d\d-\d\d ")
 
 Wanted = Callable[[Place], bool]
 
@@ -39,7 +42,9 @@ class Ending:
 
     @property
     def first_line(self) -> str:
-        return self.screen.strip().splitlines()[0]
+        """Of what the ranks say: a launcher may have a word of its own to say before."""
+        lines = [line for line in self.screen.splitlines() if line.strip() and not _LAUNCHERS_OWN.match(line)]
+        return lines[0] if lines else ""
 
 
 class Launch:

@@ -83,7 +83,8 @@ def _tell_of_a_loss(own: OwnRank, monitor: Monitor, message: str) -> int:
     seconds = max(_SILENT_AT_LEAST, _SHARES_MISSED * own.share_seconds)
     silent = silent_afar(own, seconds) if far else []
     monitor.stop()
-    text = words.of_the_lost(own.update(status="failed", code=FAILURE, message=message), message, silent, own.shared)
+    card = own.update(status="failed", code=FAILURE, message=message)
+    text = words.of_the_lost(card, silent=silent, shared=own.shared)
     own.tell(text)
     return FAILURE
 

@@ -58,9 +58,13 @@ def _why_dead(dead: Sequence[Peer], memory_kills: int) -> str | None:
     return None
 
 
-def of_the_lost(card: Card, problem: str, silent: Sequence[Peer], shared: Path | None) -> str:
-    """What a rank says whose connections broke, when no rank of its host is missing."""
-    lines = [f"{card.name()} lost its connection to another rank {card.place.words()}: {problem}"]
+def of_the_lost(card: Card, *, silent: Sequence[Peer], shared: Path | None) -> str:
+    """What a rank says whose connections broke, when no rank of its host is missing.
+
+    Args:
+        card: with its message. silent: ranks of other hosts that show themselves no more.
+    """
+    lines = [f"{card.name()} lost its connection to another rank {card.place.words()}: {card.message}"]
     lines += [
         f"{peer.card.name()} answers no more; last seen {peer.place.words()}\n{_tail(peer.card)}" for peer in silent
     ]
