@@ -56,7 +56,7 @@ def test_a_rank_that_cannot_write_is_heard_by_all(tmp_path: Path) -> None:
     done = launch.deepspeed("tests/e2e/failing_save.py", path, ranks=2, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
-        assert f"rank {rank} heard: the model's state could not be written; got rank 1: " in done.stderr
+        assert f"rank {rank} heard: the checkpoint of step 1 could not be written; got rank 1 on " in done.stderr
     assert not list((run / "checkpoints").glob("step-*[0-9]"))
 
 
