@@ -54,6 +54,10 @@ def fail(own: OwnRank, monitor: Monitor, error: BaseException) -> int:
     else:
         text = words.of_a_failure(card, trace, own.shared)
     own.tell(text)
+    if person:
+        # All that is to be known has been shown.
+        own.update(status="ended")
+        own.folder.remove_if_all_ended(own.address.local_size)
     return code
 
 

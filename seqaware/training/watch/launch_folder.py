@@ -53,10 +53,16 @@ class LaunchFolder:
     def told(self) -> bool:
         return (self.path / TOLD).exists()
 
+    def keep(self, rank: int) -> None:
+        """Show whoever clears old temporary files away that these are in use."""
+        for path in (self.path.parent, self.path, self.card(rank), self.dial(rank), self.log(rank)):
+            with suppress(FileNotFoundError):
+                os.utime(path)
+
     def remove_if_all_ended(self, count: int) -> None:
         """The last of `count` ranks that ends as it should leaves nothing behind."""
         cards = self.cards()
-        if len(cards) == count and all(card.status == "ended" for card in cards) and not self.told():
+        if len(cards) == count and all(card.status == "ended" for card in cards):
             shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -66,6 +72,8 @@ def claim(folder: Path, text: str) -> bool:
         descriptor = os.open(folder / TOLD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     except FileExistsError:
         return False
+    except FileNotFoundError:
+        return True  # somebody has cleared the folder away, and with it all that was told
     os.write(descriptor, text.encode(errors="replace"))
     os.close(descriptor)
     return True

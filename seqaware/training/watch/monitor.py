@@ -22,6 +22,7 @@ from seqaware.training.watch.peers import Peer, Peers, Stillness
 FAILURE = 1
 _PERIOD = 1.0
 _LOOKS_A_SECOND = 16
+_BETWEEN_KEEPS = 3600.0
 _MUTE_SECONDS = 5.0
 # For the rank before this one to speak first; and for a main thread to end by itself once the launch is over.
 _TURN = 0.7
@@ -46,6 +47,7 @@ class Monitor(threading.Thread):
         self._failed_for = 0.0
         self._since_share = 0.0
         self._since_look = 0.0
+        self._since_kept = 0.0
         self._memory_kills = memory_kills()
 
     def stop(self) -> None:
@@ -78,6 +80,10 @@ class Monitor(threading.Thread):
             self._peers.look_around(self._since_look)
             self._since_look = 0.0
         self._share(elapsed)
+        self._since_kept += elapsed
+        if self._since_kept >= _BETWEEN_KEEPS:
+            self._own.folder.keep(self._own.address.rank)
+            self._since_kept = 0.0
         if self._own.told():
             self._follow(elapsed)
         elif dead := [peer for peer in self._peers.here() if peer.missed]:
@@ -104,7 +110,7 @@ class Monitor(threading.Thread):
             self._leave(self._code())
 
     def _code(self) -> int:
-        codes = [peer.card.code for peer in self._peers.all() if peer.card.status == "failed" and peer.card.code]
+        codes = [peer.card.code for peer in self._peers.all() if peer.card.message is not None and peer.card.code]
         return codes[0] if codes else FAILURE
 
     def _tell_of_the_dead(self, dead: list[Peer]) -> None:

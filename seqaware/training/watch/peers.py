@@ -100,9 +100,9 @@ class Peers:
             elapsed: seconds since the last look.
         """
         folder = self._own.folder
-        for card in folder.cards():
-            if card.rank == self._own.address.rank:
-                continue
+        cards = {peer.card.rank: peer.card for peer in self.here()} | {card.rank: card for card in folder.cards()}
+        cards.pop(self._own.address.rank, None)
+        for card in cards.values():
             peer = self._meet(card, here=True)
             place = read_place(folder.dial(card.rank)) or card.place
             self._see(peer, card, place=place, elapsed=elapsed)

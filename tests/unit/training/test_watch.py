@@ -170,6 +170,16 @@ def test_a_card_comes_back_as_it_was_written(tmp_path: Path) -> None:
 def test_only_the_first_claims(tmp_path: Path) -> None:
     assert claim(tmp_path, "one") and not claim(tmp_path, "two")
     assert (tmp_path / "told").read_text() == "one"
+    assert claim(tmp_path / "cleared away", "three")
+
+
+def test_what_is_in_use_looks_new(tmp_path: Path) -> None:
+    folder = open_launch_folder(_address(), tmp_path)
+    _card(0).write(folder.card(0))
+    for path in (folder.path, folder.card(0)):
+        os.utime(path, (0, 0))
+    folder.keep(0)
+    assert folder.path.stat().st_mtime > 0 and folder.card(0).stat().st_mtime > 0
 
 
 def test_a_log_moves_with_all_that_it_holds(tmp_path: Path) -> None:

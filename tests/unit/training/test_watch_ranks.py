@@ -145,6 +145,7 @@ def the_same_error_everywhere_is_told_once_by_rank_0(tmp_path: Path) -> None:
             ranks.order(rank, "mend no such column")
         assert ranks.codes() == [2, 2, 2]
         assert ranks.screen.strip() == "error: no such column"
+    assert not list((tmp_path / "ranks").glob("seqaware-*/*"))
 
 
 @scenario
