@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from seqaware.masking import masked
+
 
 class SeqawareError(Exception):
     """Base of every error that is meant to be read by a person.
@@ -16,14 +18,15 @@ class SeqawareError(Exception):
     """
 
     def __init__(self, what: str, *, got: object | None = None, do: str | None = None) -> None:
-        self.what = what
-        self.got = got
-        self.do = do
-        message = what
-        if got is not None:
-            message += f"; got {got}"
-        if do is not None:
-            message += f"; {do}"
+        # Messages repeat what a person or a library wrote, and end in logs that others read.
+        self.what = masked(what)
+        self.got = None if got is None else masked(str(got))
+        self.do = None if do is None else masked(do)
+        message = self.what
+        if self.got is not None:
+            message += f"; got {self.got}"
+        if self.do is not None:
+            message += f"; {self.do}"
         super().__init__(message)
 
     def __reduce__(self) -> tuple[object, ...]:

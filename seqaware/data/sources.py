@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from seqaware.data.inside import inside
 from seqaware.data.locate import Located, SourceSpec, SplitSlice, locate
 from seqaware.data.read_files import count_rows, read_file
+from seqaware.data.stored_rows import stored_rows
 from seqaware.errors import DataError
 
 
@@ -113,15 +116,19 @@ class Source:
         dataset = self._saved()
         end = len(dataset) if rows.end is None else min(rows.end, len(dataset))
         if rows.begin < end:  # `datasets` selects no empty range
-            yield from _numbered(dataset.select(range(rows.begin, end)), self.located.path.name, rows.begin)
+            chosen = stored_rows(dataset.select(range(rows.begin, end)))
+            yield from _numbered(chosen, self.located.path.name, rows.begin)
 
     def _saved(self) -> Any:
         import datasets
 
+        path = self.located.path
         try:
-            return datasets.load_from_disk(str(self.located.path))
-        except (OSError, ValueError) as error:
-            raise DataError(f"{self.located.path} is not a readable dataset folder", got=error) from error
+            for file in json.loads(inside(path, "state.json").read_text(encoding="utf-8"))["_data_files"]:
+                inside(path, file["filename"])
+            return datasets.load_from_disk(str(path))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is not a readable dataset folder", got=error) from error
 
     def _hub_records(self, rows: SplitSlice) -> Iterator[Record]:
         from seqaware.data.hub import hub_rows

@@ -32,6 +32,7 @@ import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
+from seqaware.data.inside import inside
 from seqaware.data.store_format import (
     COUNTED_FIELDS,
     Counted,
@@ -178,7 +179,7 @@ class TokenStore:
             DataError: a file's content is not what was written.
         """
         for name, written in self._manifest["files"].items():
-            with (self.path / name).open("rb") as file:
+            with inside(self.path, name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != written["sha256"]:
                     raise self._corrupt(f"{name} is not what was written (SHA-256 differs)")
 
@@ -197,12 +198,13 @@ class TokenStore:
         if not os.access(self.path, os.W_OK):
             self.verify()
             return
-        with FileLock(self.path / "verified.lock"):
+        note = inside(self.path, _VERIFIED)
+        with FileLock(inside(self.path, "verified.lock")):
             if self._is_verified():
                 return
             stamps = self._stamps()  # before the reading: what changes meanwhile is read again
             self.verify()
-            (self.path / _VERIFIED).write_text(stamps, encoding="utf-8")
+            note.write_text(stamps, encoding="utf-8")
 
     def _is_verified(self) -> bool:
         note = self.path / _VERIFIED
@@ -224,7 +226,7 @@ class TokenStore:
 
     def _check_sizes(self) -> None:
         for name, written in self._manifest["files"].items():
-            file = self.path / name
+            file = inside(self.path, name)
             size = file.stat().st_size if file.is_file() else None
             if size != written["bytes"]:
                 got = "no such file" if size is None else f"{size} bytes instead of {written['bytes']}"
@@ -236,7 +238,7 @@ class TokenStore:
         )
 
     def _map(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any]:
-        with (self.path / name).open("rb") as file:
+        with inside(self.path, name).open("rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(buffer, dtype=dtype)
 

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from seqaware.data.inside import inside
 from seqaware.errors import DataError
 
 FORMAT = "seqaware token store"
 FORMAT_VERSION = 1
 MANIFEST = "store.json"
 COUNTED_FIELDS = 7
+_ITEMSIZES = {"uint16": 2, "uint32": 4}
 _NAMED_DROPPED = 1000
 
 
@@ -148,16 +150,17 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the store at `path`, checked by its checksum.
+    """The manifest of the store at `path`, checked by its checksum and for what a reader will take from it.
 
     Raises:
-        DataError: there is no store, another version's, or the manifest is damaged.
+        DataError: there is no store, another version's, or the manifest is damaged, or names a file that does not lie
+            in the store's folder.
     """
     again = "delete the folder and prepare the data again"
     if not (path / MANIFEST).is_file():
         raise DataError(f"{path} is not a token store", got=f"no {MANIFEST}", do="prepare it, or correct the path")
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads(inside(path, MANIFEST).read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise DataError(f"the token store {path} is corrupt: {MANIFEST} cannot be read", got=error, do=again) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -167,7 +170,36 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise DataError(f"the token store {path} was written by another version", got=got, do=again)
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise DataError(f"the token store {path} is corrupt: {MANIFEST} was altered", do=again)
+    try:
+        _check_files(path, manifest)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        what = f"the token store {path} is corrupt: {MANIFEST} does not say what it must"
+        raise DataError(what, got=f"{type(error).__name__}: {error}", do=again) from error
     return manifest
+
+
+def _check_files(path: Path, manifest: dict[str, Any]) -> None:
+    """The checksum keeps accidents away, not people: whoever made the manifest made its checksum too."""
+    facts, itemsize = facts_of(manifest), _ITEMSIZES[manifest["token_dtype"]]
+    sizes = {
+        "tokens.bin": itemsize * facts.tokens,
+        "supervised.bin": facts.tokens,
+        "turn_start.bin": facts.tokens,
+        "weights.bin": 4 * facts.tokens,
+        "offsets.bin": 8 * (facts.documents + 1),
+        "lengths.bin": 4 * facts.documents,
+        "totals.bin": 4 * facts.documents,
+        "rows.bin": 8 * facts.documents,
+        "counted.bin": 4 * COUNTED_FIELDS * facts.documents,
+    }
+    files = manifest["files"]
+    for name, written in files.items():
+        inside(path, name)
+        if written["bytes"] != sizes[name]:
+            raise ValueError(f"{name} has {written['bytes']} bytes where {sizes[name]} are needed")
+    absent = sizes.keys() - files.keys() - {"weights.bin", "counted.bin"}
+    if absent or facts.documents < 1 or manifest["names"][0][0] != 0:
+        raise ValueError(f"without {', '.join(sorted(absent)) or 'documents'}")
 
 
 def facts_of(manifest: dict[str, Any]) -> StoreFacts:
