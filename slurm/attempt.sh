@@ -38,27 +38,29 @@ consult_doctor() {
         esac
         shift
     done
-    run_step --kill-on-bad-exit=1 "${step_options[@]}" \
-        "${python[@]}" "$SEQAWARE_HOME/launcher/doctor.py" "${about[@]}" || end_attempt $? "the doctor"
+    run_ranks doctor.py "${about[@]}" || end_attempt $? "the doctor"
 }
 
-# $@: arguments of launcher/train.py. All ranks, on all nodes; ends with the first rank that fails.
+# $@: arguments of launcher/train.py.
 train() {
     local code=0
-    run_step --kill-on-bad-exit=1 --label "${step_options[@]}" \
-        bash "$SEQAWARE_HOME/slurm/rank.sh" "${python[@]}" "$SEQAWARE_HOME/launcher/train.py" "$@" || code=$?
-    ((code <= 100 || code >= 128)) || code=$((code - 100))
+    run_ranks train.py "$@" || code=$?
     # Ranks that SLURM asked to leave and then killed have not failed: what they had saved before holds.
     [[ -z $asked_to_leave || $code -le 128 ]] || code=$SAVED_AND_LEFT
     end_attempt "$code" "training"
 }
 
-# In the background, because bash hears no signal while it waits for a command in the foreground.
-run_step() {
-    local code=0
+# $@: a file of launcher/ and its arguments, on all ranks of all nodes. The first that fails ends the others, but for the
+# doctor's, among whom the one that has the table would lose it. srun works in the background, because bash hears no signal
+# while it waits for a command in the foreground.
+run_ranks() {
+    local code=0 once_one_fails=(--kill-on-bad-exit=1)
     [[ -z $asked_to_leave ]] || return $SAVED_AND_LEFT
-    srun "$@" &
+    [[ $1 != doctor.py ]] || once_one_fails=(--kill-on-bad-exit=0 --wait=120)
+    srun "${once_one_fails[@]}" --label "${step_options[@]}" \
+        bash "$SEQAWARE_HOME/slurm/rank.sh" "${python[@]}" "$SEQAWARE_HOME/launcher/$1" "${@:2}" &
     step=$!
+    [[ -z $asked_to_leave ]] || hear # it came while srun had no number yet
     while true; do
         heard=
         code=0
@@ -66,6 +68,7 @@ run_step() {
         [[ -n $heard ]] || break
     done
     step=
+    ((code <= 100 || code >= 128)) || code=$((code - 100))
     return "$code"
 }
 

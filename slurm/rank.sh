@@ -11,7 +11,7 @@ trap 'sent_away=yes' TERM
 trap : USR2 # for the command, which hears it too
 "$@"
 code=$?
-if [[ -n $sent_away && $code != 0 ]]; then
+if [[ $code == 143 || ($code != 0 && -n $sent_away) ]]; then # the command may have died of it before this script heard it
     exit 85
 elif ((0 < code && code < 28)); then
     exit $((100 + code))

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROGRAMS = ("ip", "nsenter", "setpriv", "ssh-keygen", "sshd", "unshare")
-_SUBNET = "10.77.8"
 _PATIENCE_SECONDS = 20.0
 # Administrators' programs, which a login of a plain user does not look for.
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -32,7 +31,8 @@ mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mount --bind "$2/ssh" /etc/ssh
-for file in hosts nsswitch.conf; do [ ! -e /etc/$file ] || mount --bind "$2/$file" /etc/$file; done
+mount --bind "$2/$1.hosts" /etc/hosts
+[ ! -e /etc/nsswitch.conf ] || mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf
 [ ! -d /root/.ssh ] || mount -t tmpfs tmpfs /root/.ssh
 exec "$3" -D -e
 """
@@ -113,17 +113,17 @@ class Cluster:
             text=True,
         )
 
-    def processes(self, name: str, containing: str = "") -> dict[int, str]:
-        """Command lines of the host's live processes by this machine's pid, without its sshd's."""
+    def processes(self, name: str) -> dict[int, list[str]]:
+        """The words of the command lines of a host's live processes, by this machine's pid, without its sshd's."""
         namespace = Path(f"/proc/{self[name].pid}/ns/pid").readlink()
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
             # A process may end while we look, and a zombie has no command line.
             with suppress(OSError):
-                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+                words = (folder / "cmdline").read_bytes().rstrip(b"\0").decode(errors="replace").split("\0")
                 here = (folder / "ns" / "pid").readlink() == namespace
-                if here and line and not line.startswith(("sshd:", "/usr/sbin/sshd")) and containing in line:
-                    found[int(folder.name)] = line
+                if here and words[0] and "sshd" not in words[0]:
+                    found[int(folder.name)] = words
         return found
 
 
@@ -140,11 +140,15 @@ def hosts(*names: str) -> Iterator[Cluster]:
         for number, name in enumerate(names, start=1):
             first = stack.enter_context(_booted(name, folder))
             _plug_in(switch.pid, first, name=name, number=number)
-            members.append(Host(name, f"{_SUBNET}.{number}", first))
+            members.append(Host(name, _address(number), first))
         for name in names:
             log = folder / f"{name}.log"
             _wait_for(f"{name}'s sshd, see {log}", lambda log=log: "Server listening" in log.read_text())
         yield Cluster(members)
+
+
+def _address(number: int) -> str:
+    return f"10.77.8.{number}"
 
 
 def _write_files(folder: Path, names: Sequence[str]) -> None:
@@ -154,8 +158,10 @@ def _write_files(folder: Path, names: Sequence[str]) -> None:
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", ssh / key], check=True)
     (ssh / "sshd_config").write_text(_SSHD)
     (ssh / "ssh_config").write_text(_SSH)
-    lines = [f"{_SUBNET}.{number} {name}" for number, name in enumerate(names, start=1)]
-    (folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+    for own in names:
+        # As Debian and Ubuntu write it: a host's own name stands for an address where nobody else can reach it.
+        others = [f"{_address(number)} {name}" for number, name in enumerate(names, start=1) if name != own]
+        (folder / f"{own}.hosts").write_text("\n".join(["127.0.0.1 localhost", f"127.0.1.1 {own}", *others, ""]))
     (folder / "nsswitch.conf").write_text("hosts: files\n")
 
 
@@ -200,7 +206,7 @@ def _booted(name: str, folder: Path) -> Iterator[int]:
 
 def _plug_in(switch: int, host: int, *, name: str, number: int) -> None:
     _ip(switch, f"link add {name} type veth peer name eth0 netns {host}", f"link set {name} master lan up")
-    _ip(host, "link set lo up", f"address add {_SUBNET}.{number}/24 dev eth0", "link set eth0 up")
+    _ip(host, "link set lo up", f"address add {_address(number)}/24 dev eth0", "link set eth0 up")
 
 
 def _ip(pid: int, *commands: str) -> None:

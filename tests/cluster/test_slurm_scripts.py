@@ -22,7 +22,12 @@ shift
 attempt=${SLURM_RESTART_COUNT:-0}
 echo "step $SLURM_STEP_ID, rank $SLURM_PROCID of $SLURM_STEP_NUM_TASKS: $name $*"
 case $name in
-    doctor) eval "${DOCTOR:-}" ;;
+    train | doctor)
+        # Begin together: a rank that fails before another has begun is another story.
+        touch "here-$SLURM_JOB_ID-$SLURM_STEP_ID-$SLURM_PROCID"
+        until [[ $(ls "here-$SLURM_JOB_ID-$SLURM_STEP_ID-"* | wc -l) == "$SLURM_STEP_NUM_TASKS" ]]; do sleep 0.1; done
+        if [[ $name == doctor ]]; then eval "${DOCTOR:-}"; else eval "${COMMAND:-}"; fi
+        ;;
     *) eval "${COMMAND:-}" ;;
 esac
 """
@@ -35,7 +40,7 @@ exec "$@"
 _TWO_RANKS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 _ONE_CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
 _LISTEN = (
-    "((attempt == 0)) || exit 0; trap 'echo heard; exit 85' USR2 TERM; "
+    "((attempt == 0)) || exit 0; trap 'touch heard-$SLURM_JOB_ID-$SLURM_PROCID; exit 85' USR2 TERM; "
     "touch listening-$SLURM_JOB_ID-$SLURM_PROCID; sleep 60 & wait"
 )
 
@@ -70,6 +75,10 @@ class Site:
 
     def log(self, job: str) -> str:
         return Path(self.cluster.job(job)["StdOut"]).read_text()
+
+    def has_heard(self, job: str) -> bool:
+        """Whether both ranks were told to leave. Their last words may be lost with the step; files are not."""
+        return all((self.folder / f"heard-{job}-{rank}").exists() for rank in range(2))
 
     def wait_until_listening(self, job: str) -> None:
         files = [self.folder / f"listening-{job}-{rank}" for rank in range(2)]
@@ -136,12 +145,13 @@ def test_only_a_run_that_left_goes_back_to_the_queue(site: Site) -> None:
 
 
 def test_the_doctor_comes_first_and_its_error_ends_the_job(site: Site) -> None:
-    sick = site.train(DOCTOR="echo THE TABLE; exit 2")
+    """One rank has the table, and may be the last to end."""
+    sick = site.train(DOCTOR="[[ $SLURM_PROCID == 0 ]] && sleep 1 && echo THE TABLE; exit 2")
     assert site.end(sick) == ("FAILED", "2:0", "0")
     log = site.log(sick)
-    assert log.count("THE TABLE\n") == 2
+    assert log.count("0: THE TABLE\n") == 1
     for rank in (0, 1):
-        assert f"step 0, rank {rank} of 2: doctor a.yaml --set a.b=c d --deepspeed=x.json\n" in log
+        assert f"{rank}: step 0, rank {rank} of 2: doctor a.yaml --set a.b=c d --deepspeed=x.json\n" in log
     assert "train" not in log
 
 
@@ -159,7 +169,7 @@ def test_people_are_heard(site: Site) -> None:
     assert site.end(refused) == ("FAILED", "85:0", "0")
     assert site.end(cancelled)[::2] == ("CANCELLED", "0")
     for job in (to_script, to_ranks):
-        assert site.log(job).count("heard") == 2
+        assert site.has_heard(job)
     assert "it could not be requeued" in site.log(refused)
 
 
@@ -216,7 +226,7 @@ def test_an_image_of_apptainer_runs_doctor_and_ranks(site: Site) -> None:
 def test_the_limit_of_time_is_heard(site: Site, limited: str) -> None:
     assert site.end(limited) == ("COMPLETED", "0:0", "1")
     log = site.log(limited)
-    assert log.count("heard") == 2
+    assert site.has_heard(limited)
     assert "attempt 2, on" in log
 
 
@@ -242,11 +252,10 @@ def test_any_other_image_is_handed_to_pyxis(tmp_path: Path) -> None:
     image = f"--container-image=/images/my.sqsh --container-mounts={seen} --container-workdir={tmp_path}"
     lines = done.stdout.splitlines()
     assert "module load gcc/13 cuda/12.8" in lines
-    doctor = f"srun --kill-on-bad-exit=1 {image} python {launch.ROOT}/launcher/doctor.py a.yaml"
-    rank = f"bash {launch.ROOT}/slurm/rank.sh python {launch.ROOT}/launcher/train.py a.yaml"
+    start = f"--label {image} bash {launch.ROOT}/slurm/rank.sh python {launch.ROOT}/launcher"
     assert [line for line in lines if line.startswith("srun")] == [
-        doctor,
-        f"srun --kill-on-bad-exit=1 --label {image} {rank}",
+        f"srun --kill-on-bad-exit=0 --wait=120 {start}/doctor.py a.yaml",
+        f"srun --kill-on-bad-exit=1 {start}/train.py a.yaml",
     ]
     assert f"threads 6, path {launch.ROOT}:/mine" in lines
 
