@@ -1,4 +1,4 @@
-"""Small sets of combinations in which all choices meet.
+"""Small, cheap sets of combinations in which all choices meet.
 
 Every fault that needs two (three) certain choices at once shows in a set that covers every pair (triple) of choices.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,12 +19,19 @@ _TRIES = 1000
 
 
 def covering(
-    axes: Mapping[str, Sequence[Any]], *, strength: int, valid: Callable[[Combination], bool]
+    axes: Mapping[str, Sequence[Any]],
+    *,
+    strength: int,
+    valid: Callable[[Combination], bool],
+    cheap: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[Combination]:
     """Valid combinations in which any `strength` choices meet that can meet at all.
 
     Greedy: the next meeting that is missing is put into many random combinations, and the one with most missing
     meetings is taken. Drawn by a fixed seed: the same set every time.
+
+    Args:
+        cheap: axes whose choices cost more and less; the cheaper ones, best first. They stand wherever all still meet.
     """
     draw = random.Random(0)
     missing = dict.fromkeys(_meetings_of(axes, strength))
@@ -38,7 +46,34 @@ def covering(
         chosen.append(best)
         for meeting in _meetings(best, strength):
             missing.pop(meeting, None)
-    return chosen
+    return _cheaper(chosen, cheap or {}, strength=strength, valid=valid)
+
+
+def _cheaper(
+    chosen: Sequence[Combination],
+    cheap: Mapping[str, Sequence[Any]],
+    *,
+    strength: int,
+    valid: Callable[[Combination], bool],
+) -> list[Combination]:
+    """Leave out what brings no meeting of its own; take a cheaper choice where the dearer one's meetings remain."""
+    meetings = [Counter(_meetings(each, strength)) for each in chosen]
+    times = sum(meetings, Counter())
+    kept = []
+    for each, its in zip(chosen, meetings, strict=True):
+        if (times - its).keys() == times.keys():
+            times -= its
+        else:
+            kept.append(each)
+    for axis, place in itertools.product(cheap, range(len(kept))):
+        before = kept[place]
+        others = times - Counter(_meetings(before, strength))
+        for choice in itertools.takewhile(lambda choice, dear=before[axis]: choice != dear, cheap[axis]):
+            after = {**before, axis: choice}
+            if valid(after) and (others + Counter(_meetings(after, strength))).keys() >= times.keys():
+                kept[place], times = after, others + Counter(_meetings(after, strength))
+                break
+    return kept
 
 
 def _candidates(

@@ -77,7 +77,7 @@ def request(
 def launch_all(folder: Path, requests: list[dict[str, Any]], ranks: int) -> None:
     path = folder / f"requests-{ranks}.json"
     path.write_text(json.dumps(requests))
-    done = launch.deepspeed("tests/e2e/many_runs.py", str(path), ranks=ranks, timeout=900)
+    done = launch.forked("tests/e2e/many_runs.py", str(path), ranks=ranks, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 

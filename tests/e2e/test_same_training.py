@@ -6,6 +6,8 @@ norms and final weights must be those of one process that takes the documents on
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from functools import cache
@@ -17,7 +19,7 @@ from safetensors.torch import load_file
 
 from tests import launch, oracles, tiny
 from tests.e2e.kinds import kinds
-from tests.e2e.layouts import Layout, covering_layouts
+from tests.e2e.layouts import CHOICES, Layout, covering_layouts
 
 STEPS = 3
 # Engines of one process are not freed to the last byte: the full matrix takes a fresh process now and then.
@@ -81,7 +83,7 @@ def _train_all(workshop: tiny.Workshop, layouts: Sequence[Layout]) -> None:
         for first in range(0, len(requests), RUNS_A_LAUNCH):
             path = workshop.folder / f"requests-{ranks}-{first}.json"
             path.write_text(json.dumps(requests[first : first + RUNS_A_LAUNCH]))
-            done = launch.deepspeed("tests/e2e/many_runs.py", str(path), ranks=ranks, timeout=60 + 20 * RUNS_A_LAUNCH)
+            done = launch.forked("tests/e2e/many_runs.py", str(path), ranks=ranks, timeout=60 + 20 * RUNS_A_LAUNCH)
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
 
@@ -127,6 +129,16 @@ def _prove(workshop: tiny.Workshop, layouts: Sequence[Layout]) -> None:
 
 def test_layouts_that_cover_every_pair_of_choices(workshop: tiny.Workshop) -> None:
     _prove(workshop, covering_layouts(2))
+
+
+def test_every_pair_of_choices_is_among_them() -> None:
+    """Counted anew, without the generator: only ranks that cannot share a sequence with so many may be missing."""
+    layouts = [dataclasses.asdict(layout) for layout in covering_layouts(2)]
+    for one, other in itertools.combinations(CHOICES, 2):
+        wanted = set(itertools.product(CHOICES[one], CHOICES[other]))
+        left = wanted - {(layout[one], layout[other]) for layout in layouts}
+        assert (one, other) == ("ranks", "sequence") or not left, (one, other, left)
+        assert all(ranks < sequence for ranks, sequence in left)
 
 
 @pytest.mark.matrix

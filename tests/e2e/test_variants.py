@@ -52,7 +52,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         requests.append({"config": str(path), "deepspeed": str(launch.DS_CONFIGS / f"{zero}.json"), "set": []})
     listed = workshop.folder / "requests.json"
     listed.write_text(json.dumps(requests))
-    done = launch.deepspeed("tests/e2e/many_runs.py", str(listed), ranks=2)
+    done = launch.forked("tests/e2e/many_runs.py", str(listed), ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     return folders
 

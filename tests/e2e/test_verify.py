@@ -113,7 +113,7 @@ def outcomes(workshop: tiny.Workshop) -> str:
     add("not-stopped", "zero3", {"model__loss_kernel": "plain"}, plant="kernel without weights", train=True)
     listed = workshop.folder / "requests.json"
     listed.write_text(json.dumps(requests))
-    done = launch.deepspeed("tests/e2e/planted_errors.py", str(listed), ranks=2)
+    done = launch.forked("tests/e2e/planted_errors.py", str(listed), ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stderr
 
