@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests import launch, tiny
+from tests.cluster.mpi import MPICH
 
 # Between one rank and two the same sums are added in another order: float32, see test_same_training.
 TOLERANCE = 1e-5
@@ -59,12 +60,11 @@ def test_torchrun(workshop: tiny.Workshop, alone: list[float]) -> None:
 
 def test_mpirun(workshop: tiny.Workshop, alone: list[float]) -> None:
     """mpi4py finds the ranks; the mpich of the development requirements starts them."""
-    mpirun = shutil.which("mpirun", path=launch.environment()["PATH"])
+    env = launch.environment(**MPICH.variables)
+    mpirun = shutil.which(MPICH.programs["mpirun"], path=env["PATH"])
     assert mpirun is not None, "pip install mpich"
     command = [mpirun, "-n", "2", sys.executable, "launcher/train.py", str(_config(workshop, "mpirun"))]
-    done = subprocess.run(
-        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=300, check=False
-    )
+    done = subprocess.run(command, cwd=launch.ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     _check(workshop, "mpirun", "mpirun", alone)
 
