@@ -18,6 +18,7 @@ from typing import Any
 
 from seqaware.engine.address import RankAddress
 from seqaware.training.watch.failing import fail
+from seqaware.training.watch.guard import is_needed, start_guard
 from seqaware.training.watch.launch_folder import LaunchFolder, open_launch_folder
 from seqaware.training.watch.monitor import Monitor
 from seqaware.training.watch.own_rank import OwnRank
@@ -77,6 +78,10 @@ class WatchedHeartbeat(Heartbeat):
         """Begin to watch and to be watched."""
         self.own.log.hear_the_process()
         self.note(f"{self.own.card.name()} starts")
+        if is_needed(self.own.address):
+            self.own.guarded = True
+            if self.own.address.local_rank == 0:
+                start_guard(self.own.address, self.own.folder)
         self._monitor.start()
 
     def phase(self, name: str, step: int | None = None) -> None:

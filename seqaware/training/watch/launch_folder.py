@@ -79,6 +79,11 @@ def claim(folder: Path, text: str) -> bool:
     return True
 
 
+def card_in(shared: Path, rank: int) -> Path:
+    """Where a rank shows its card to other hosts, in the attempt's folder."""
+    return shared / f"rank-{rank:04d}.json"
+
+
 def open_launch_folder(address: RankAddress, base: Path | None = None) -> LaunchFolder:
     """Make or find the folder of this launch, free of what an earlier launch left under the same name.
 

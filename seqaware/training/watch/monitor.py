@@ -27,6 +27,7 @@ _MUTE_SECONDS = 5.0
 # For the rank before this one to speak first; and for a main thread to end by itself once the launch is over.
 _TURN = 0.7
 _GRACE = 2.0
+_GUARDS_TURN = 3.0
 # A rank that has failed is about to tell so itself.
 _PATIENCE_WITH_FAILED = 8.0
 # A look reads small files; a file system may be slow.
@@ -40,7 +41,7 @@ class Monitor(threading.Thread):
     def __init__(self, own: OwnRank) -> None:
         super().__init__(name="watch", daemon=True)
         self._own = own
-        self._peers = Peers(own)
+        self._peers = Peers(own.folder, size=own.address.size, but=own.address.rank)
         self._stopping = threading.Event()
         self._idle = Stillness()
         self._over = Stillness()
@@ -100,8 +101,8 @@ class Monitor(threading.Thread):
         if self._own.address.nodes == 1 or self._since_share < self._own.share_seconds:
             return
         self._own.share()
-        if hang is not None and self._idle.seconds >= hang / 4:
-            self._peers.look_afar(self._since_share)
+        if hang is not None and self._idle.seconds >= hang / 4 and self._own.shared is not None:
+            self._peers.look_afar(self._since_share, shared=self._own.shared)
         self._since_share = 0.0
 
     def _follow(self, elapsed: float) -> None:
@@ -116,15 +117,16 @@ class Monitor(threading.Thread):
     def _tell_of_the_dead(self, dead: list[Peer]) -> None:
         own = self._own
         able = [peer.card.rank for peer in self._peers.here() if peer.life is Life.RUNNING]
-        if not self._await_turn([rank for rank in able if rank < own.address.rank]):
+        before = [rank for rank in able if rank < own.address.rank]
+        if not self._await_turn(before, extra=_GUARDS_TURN if own.guarded else 0.0):
             kills = memory_kills() - self._memory_kills
             text = words.of_the_dead(dead, memory_kills=kills, shared=own.shared)
             own.tell(text)
         self._leave(FAILURE)
 
-    def _await_turn(self, before: list[int]) -> bool:
-        """Give the ranks before this one the time to speak; True once one has."""
-        until = time.monotonic() + _TURN * len(before)
+    def _await_turn(self, before: list[int], extra: float = 0.0) -> bool:
+        """Give the ranks before this one the time to speak, and `extra` seconds; True once one has."""
+        until = time.monotonic() + _TURN * len(before) + extra
         while time.monotonic() < until:
             if self._own.told():
                 return True

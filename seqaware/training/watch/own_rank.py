@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import time
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -13,12 +11,12 @@ from seqaware.engine.address import RankAddress
 from seqaware.training.watch.card import Card
 from seqaware.training.watch.dial import Dial
 from seqaware.training.watch.host import HostProcess, host_name
-from seqaware.training.watch.launch_folder import TOLD, LaunchFolder, claim
+from seqaware.training.watch.launch_folder import TOLD, LaunchFolder, card_in
 from seqaware.training.watch.rank_log import RankLog
+from seqaware.training.watch.word import LONGEST_WORD, tell_first
 
 _SHARE_SECONDS = 5.0
 _SHARES_A_SECOND = 50
-_LONGEST_WORD = 5.0
 
 
 class OwnRank:
@@ -30,6 +28,7 @@ class OwnRank:
     Attributes:
         shared: the attempt's folder, which ranks on other hosts see too; None before the run's folder is claimed.
         hang_seconds: how long a rank may stand still; None: for ever.
+        guarded: whether a process beside the ranks tells of those that die: see guard.py.
         failing: whether the main thread is about to end with an exception: it does not hang.
     """
 
@@ -40,6 +39,7 @@ class OwnRank:
         self.log = RankLog(folder.log(address.rank))
         self.shared: Path | None = None
         self.hang_seconds: float | None = None
+        self.guarded = False
         self.failing = False
         self._lock = Lock()
         self._speaking = Lock()
@@ -93,29 +93,9 @@ class OwnRank:
     def tell(self, text: str) -> None:
         """Show how the launch ends, unless a rank of it has: only the first word is shown."""
         with self._speaking:
-            first = self.folder.claim(text) and (self.shared is None or claim(self.shared, text))
+            first = tell_first(text, self.folder, self.shared)
             self.log.note(text if first else f"not shown, as another rank has told how the launch ended:\n{text}")
-            if first:
-                show(text)
 
     def finish_speaking(self) -> None:
         """Before the process ends: another thread of it may have taken the word, and not yet have shown it."""
-        self._speaking.acquire(timeout=_LONGEST_WORD)
-
-
-def show(text: str) -> None:
-    """Put text on standard error in one piece, whatever else this process is writing."""
-    content = f"\n{text}\n".encode(errors="replace")
-    until = time.monotonic() + _LONGEST_WORD
-    while content and time.monotonic() < until:
-        try:
-            content = content[os.write(2, content) :]
-        except BlockingIOError:
-            time.sleep(0.01)  # somebody before us has made it a descriptor that does not wait for its reader
-        except OSError:
-            return  # nobody is there to read it; it is in the log
-
-
-def card_in(shared: Path, rank: int) -> Path:
-    """Where a rank shows its card to other hosts."""
-    return shared / f"rank-{rank:04d}.json"
+        self._speaking.acquire(timeout=LONGEST_WORD)

@@ -10,12 +10,14 @@ import os
 import select
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from seqaware.training.watch.card import Card, read_card
 from seqaware.training.watch.dial import Place, read_place
 from seqaware.training.watch.host import Life
-from seqaware.training.watch.own_rank import OwnRank, card_in
+from seqaware.training.watch.launch_folder import LaunchFolder, card_in
+from seqaware.training.watch.own_rank import OwnRank
 
 
 class Stillness:
@@ -60,10 +62,21 @@ class Peer:
 
 
 class Peers:
-    """All other ranks that have shown themselves."""
+    """All ranks of a launch that have shown themselves, as seen from this host.
 
-    def __init__(self, own: OwnRank) -> None:
-        self._own = own
+    Args:
+        size: of the launch. but: the rank that looks, which is not its own peer.
+
+    Attributes:
+        first_gone: the ranks whose end woke a wait first, at one time: what a launcher then ends is not among them.
+    """
+
+    def __init__(self, folder: LaunchFolder, *, size: int, but: int | None = None) -> None:
+        self._folder = folder
+        self._size = size
+        self._but = but
+        self.first_gone: list[int] = []
+        self._watched: dict[int, int] = {}
         self._known: dict[int, Peer] = {}
         self._poll = select.poll()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -87,6 +100,8 @@ class Peers:
                 # It stays readable for good: once is enough.
                 self._poll.unregister(descriptor)
                 os.close(descriptor)
+        ended = [self._watched.pop(descriptor) for descriptor, _ in events if descriptor in self._watched]
+        self.first_gone = self.first_gone or ended
         return bool(events)
 
     def wake(self) -> None:
@@ -99,23 +114,24 @@ class Peers:
         Args:
             elapsed: seconds since the last look.
         """
-        folder = self._own.folder
-        cards = {peer.card.rank: peer.card for peer in self.here()} | {card.rank: card for card in folder.cards()}
-        cards.pop(self._own.address.rank, None)
-        for card in cards.values():
+        known = {peer.card.rank: peer.card for peer in self.here()}
+        for card in (known | {card.rank: card for card in self._folder.cards()}).values():
+            if card.rank == self._but:
+                continue
             peer = self._meet(card, here=True)
-            place = read_place(folder.dial(card.rank)) or card.place
+            place = read_place(self._folder.dial(card.rank)) or card.place
             self._see(peer, card, place=place, elapsed=elapsed)
             if peer.life is not Life.GONE:
                 self._look_at_process(peer)
 
-    def look_afar(self, elapsed: float) -> None:
-        """See what the ranks of other hosts show; reads a file for each of them."""
-        shared = self._own.shared
-        if shared is None:
-            return
-        here = {card.rank for card in self._own.folder.cards()}
-        for rank in sorted(set(range(self._own.address.size)) - here - {self._own.address.rank}):
+    def look_afar(self, elapsed: float, *, shared: Path) -> None:
+        """See what the ranks of other hosts show; reads a file for each of them.
+
+        Args:
+            shared: the attempt's folder.
+        """
+        here = {card.rank for card in self._folder.cards()} | {self._but}
+        for rank in sorted(set(range(self._size)) - here):
             card = read_card(card_in(shared, rank))
             if card is not None:
                 self._see(self._meet(card, here=False), card, place=card.place, elapsed=elapsed)
@@ -127,7 +143,9 @@ class Peers:
             if here:
                 # Where the kernel has no such descriptors, its end is seen at the next look.
                 with suppress(OSError):
-                    self._poll.register(os.pidfd_open(card.process.pid), select.POLLIN)
+                    descriptor = os.pidfd_open(card.process.pid)
+                    self._watched[descriptor] = card.rank
+                    self._poll.register(descriptor, select.POLLIN)
         return peer
 
     def _see(self, peer: Peer, card: Card, *, place: Place, elapsed: float) -> None:
@@ -140,8 +158,10 @@ class Peers:
         if peer.life is Life.GONE:
             peer.exit_status = peer.card.process.exit_status()
             # Its last words may have come after we had read its card.
-            peer.card = read_card(self._own.folder.card(peer.card.rank)) or peer.card
-            peer.place = read_place(self._own.folder.dial(peer.card.rank)) or peer.place
+            latest = read_card(self._folder.card(peer.card.rank))
+            # The last one that ends as it should takes the folder with it.
+            peer.card = latest or replace(peer.card, status="ended")
+            peer.place = read_place(self._folder.dial(peer.card.rank)) or peer.place
 
 
 def missed_now(own: OwnRank) -> list[Card]:
@@ -159,8 +179,9 @@ def missed_now(own: OwnRank) -> list[Card]:
 
 def silent_afar(own: OwnRank, seconds: float) -> list[Peer]:
     """The ranks of other hosts that show nothing new for so long; waits as long."""
-    peers = Peers(own)
-    peers.look_afar(0.0)
-    time.sleep(seconds)
-    peers.look_afar(seconds)
+    peers = Peers(own.folder, size=own.address.size, but=own.address.rank)
+    if own.shared is not None:
+        peers.look_afar(0.0, shared=own.shared)
+        time.sleep(seconds)
+        peers.look_afar(seconds, shared=own.shared)
     return [peer for peer in peers.all() if not peer.here and peer.silent.seconds > 0.0]

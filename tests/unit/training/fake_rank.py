@@ -66,12 +66,11 @@ def act(heartbeat: WatchedHeartbeat, command: str, rest: str) -> None:
 
 def main() -> None:
     rank, size, port = (int(text) for text in sys.argv[1:4])
-    options = {"local_size": size, "nodes": 1, "host": None, **json.loads((sys.argv[5:6] or ["{}"])[0])}
+    options = {"launcher": "test", "local_rank": rank, "local_size": size, "nodes": 1, "host": None}
+    options |= json.loads((sys.argv[5:6] or ["{}"])[0])
     host, base = options.pop("host"), Path(sys.argv[4], options.pop("base", "."))
     base.mkdir(exist_ok=True)
-    address = RankAddress(
-        rank=rank, size=size, local_rank=0, launcher="test", master_address="127.0.0.1", master_port=port, **options
-    )
+    address = RankAddress(rank=rank, size=size, master_address="127.0.0.1", master_port=port, **options)
     with Watched(start_heartbeat(address, base, host=host)) as heartbeat:
         print("ready", flush=True)
         for line in sys.stdin:

@@ -102,7 +102,7 @@ def test_who_ends_while_it_is_looked_at_is_not_missed(tmp_path: Path, monkeypatc
         return Life.GONE
 
     monkeypatch.setattr(HostProcess, "life", end_meanwhile)
-    peers = Peers(own)
+    peers = Peers(folder, size=2, but=0)
     peers.look_around(1.0)
     (peer,) = peers.here()
     assert peer.life is Life.GONE and not peer.missed

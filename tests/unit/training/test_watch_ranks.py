@@ -12,11 +12,12 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.unit.training.watched_ranks import Launch, launch
+from tests.unit.training.watched_ranks import PATIENCE, Launch, launch
 
 HANG_MINUTES = 0.1
 HANG_SECONDS = 60 * HANG_MINUTES
@@ -270,21 +271,81 @@ def who_waits_for_a_working_rank_does_not_hang(tmp_path: Path) -> None:
 
 @scenario
 def a_job_that_is_stopped_and_goes_on_does_not_hang(tmp_path: Path) -> None:
+    seconds = 9.0
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
-            ranks.tell(rank, f"hang {HANG_MINUTES}", "phase forward 4")
+            ranks.tell(rank, f"hang {seconds / 60}", "phase forward 4")
         time.sleep(2.5)  # each has looked at the other
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for rank in range(2):
                 ranks.send(rank, number)
             if number == signal.SIGSTOP:
-                time.sleep(3 * HANG_SECONDS)
-        time.sleep(HANG_SECONDS / 2)
+                time.sleep(2 * seconds)
+        time.sleep(2.5)
         for rank in range(2):
             ranks.tell(rank, "phase backward 4")
             ranks.order(rank, "end 0")
         assert ranks.codes() == [0, 0]
         assert ranks.screen == ""
+
+
+def _under_mpirun(size: int) -> list[dict[str, object]]:
+    return [{"launcher": "mpirun"} for _ in range(size)]
+
+
+@scenario
+def a_launcher_that_kills_all_at_once_leaves_time_to_name_the_first(tmp_path: Path) -> None:
+    with launch(tmp_path / "ranks", 3, options=_under_mpirun(3)) as ranks:
+        for rank in range(3):
+            ranks.tell(rank, f"settle {tmp_path / 'run'}", "phase backward 17")
+        time.sleep(2.0)  # the guard is there
+        for rank in (1, 0, 2):
+            ranks.send(rank, signal.SIGKILL)
+            time.sleep(0.004)
+        _wait_for(lambda: "same command" in ranks.screen)
+        screen = ranks.screen
+    assert _first_line(screen).startswith("rank 1 of 3") and "at step 17, in backward" in _first_line(screen)
+    assert "rank 0" not in screen and "rank 2" not in screen
+
+
+@scenario
+def a_launcher_that_ends_all_after_one_that_left_is_no_alarm(tmp_path: Path) -> None:
+    with launch(tmp_path / "ranks", 2, options=_under_mpirun(2)) as ranks:
+        time.sleep(2.0)
+        ranks.order(0, "end 85")
+        assert ranks.codes(0) == [85]
+        ranks.send(1, signal.SIGKILL)
+        _wait_for(lambda: not _guards(tmp_path))
+        assert ranks.screen == ""
+
+
+@scenario
+def a_guard_ends_with_its_ranks(tmp_path: Path) -> None:
+    with launch(tmp_path / "ranks", 2, options=_under_mpirun(2)) as ranks:
+        _wait_for(lambda: len(_guards(tmp_path)) == 1)
+        time.sleep(2.0)
+        for rank in range(2):
+            ranks.order(rank, "end 0")
+            assert ranks.codes(rank) == [0]
+        _wait_for(lambda: not _guards(tmp_path))
+        assert ranks.screen == ""
+
+
+def _guards(folder: Path) -> list[Path]:
+    """The guards of a test's launches, as entries of /proc."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            line = entry.read_text()
+            found += [entry] if "watch.guard" in line and str(folder) in line else []
+    return found
+
+
+def _wait_for(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def _two_hosts(ranks_each: int) -> list[dict[str, object]]:

@@ -1,0 +1,82 @@
+"""A process beside the ranks of a host, for a launcher that ends all ranks the moment that one is gone.
+
+MPICH's mpirun sends them SIGKILL within milliseconds: no rank lives long enough to say which of them was the first. The
+guard has a session of its own, so that it is not sent the same, and nothing to do but to wait. It ends with the last
+rank; mpirun waits until nobody holds its standard error any more.
+
+    python -m seqaware.training.watch.guard FOLDER SIZE
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from seqaware.engine.address import RankAddress
+from seqaware.training.watch import words
+from seqaware.training.watch.card import Card, read_card
+from seqaware.training.watch.host import Life, memory_kills
+from seqaware.training.watch.launch_folder import LaunchFolder, card_in
+from seqaware.training.watch.peers import Peers
+from seqaware.training.watch.word import tell_first
+
+_PERIOD = 1.0
+_MODULE = "seqaware.training.watch.guard"
+
+
+def is_needed(address: RankAddress) -> bool:
+    """Whether the launcher leaves the ranks no time."""
+    return address.launcher == "mpirun" and address.size > 1
+
+
+def start_guard(address: RankAddress, folder: LaunchFolder) -> None:
+    """Start the guard of this host; one rank of it does."""
+    subprocess.Popen(
+        [sys.executable, "-m", _MODULE, str(folder.path), str(address.size)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def guard(folder: LaunchFolder, size: int) -> None:
+    """Watch until all ranks of this host have ended; say which was the first, if it ended without a word."""
+    peers = Peers(folder, size=size)
+    kills = memory_kills()
+    while True:
+        peers.look_around(0.0)
+        here = peers.here()
+        dead = [peer for peer in here if peer.missed and peer.card.rank in (peers.first_gone or [peer.card.rank])]
+        if dead:
+            shared = _shared(dead[0].card)
+            if not _somebody_left(peers, size, shared):
+                tell_first(words.of_the_dead(dead, memory_kills=memory_kills() - kills, shared=shared), folder, shared)
+            return
+        peers.first_gone.clear()  # they have ended as they should
+        if not folder.path.exists() or (here and all(peer.life is Life.GONE for peer in here)):
+            return
+        peers.wait(_PERIOD)
+
+
+def _shared(card: Card) -> Path | None:
+    """The attempt's folder, once a rank's log is there."""
+    parent = Path(card.log).parent
+    return parent if parent.name.startswith("attempt-") else None
+
+
+def _somebody_left(peers: Peers, size: int, shared: Path | None) -> bool:
+    """Whether a rank has ended with an exit code that makes the launcher end the others."""
+    cards = [peer.card for peer in peers.all()]
+    if shared is not None:
+        cards += [card for card in (read_card(card_in(shared, rank)) for rank in range(size)) if card is not None]
+    return any(card.code for card in cards)
+
+
+def main() -> None:
+    folder, size = sys.argv[1:]
+    guard(LaunchFolder(Path(folder)), int(size))
+
+
+if __name__ == "__main__":
+    main()
