@@ -15,8 +15,7 @@ import typer
 
 from launcher.outcome import person_errors
 from seqaware.engine.ranks import environment, find_address, prepare_environment
-
-USER_ERROR = 2
+from seqaware.errors import USER_ERROR
 
 app = typer.Typer(add_completion=False)
 

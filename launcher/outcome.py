@@ -15,12 +15,11 @@ from types import TracebackType
 
 import typer
 
-from seqaware.errors import SeqawareError
+from seqaware.errors import USER_ERROR, SeqawareError
 from seqaware.training.watch.heartbeat import WatchedHeartbeat
+from seqaware.training.watch.monitor import FAILURE
 
-USER_ERROR = 2
 _PATIENCE_SECONDS = 5.0
-_FAILURE = 1
 _INTERRUPTED = 130
 
 
@@ -86,4 +85,4 @@ def _exit_code(error: SystemExit | typer.Exit) -> int:
     code = error.exit_code if isinstance(error, typer.Exit) else error.code
     if code is None:
         return 0
-    return code if isinstance(code, int) else _FAILURE
+    return code if isinstance(code, int) else FAILURE

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from seqaware.masking import masked
 
+USER_ERROR = 2
+"""Exit code of every command after such an error."""
+
 
 class SeqawareError(Exception):
     """Base of every error that is meant to be read by a person.

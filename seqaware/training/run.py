@@ -10,7 +10,7 @@ from pathlib import Path
 from seqaware.config.schema import Config
 from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.checkpoints import Checkpoints
-from seqaware.engine.checkpoint.manifest import first_wrong_hash, read_state, step_of
+from seqaware.engine.checkpoint.manifest import first_wrong_hash, read_state
 from seqaware.engine.checkpoint.retention import Retention, set_aside_later
 from seqaware.engine.engine import Engine
 from seqaware.engine.operators import remove_swap_files
@@ -120,8 +120,8 @@ def _work(
     state = None if checkpoint is None else read_state(checkpoint)
     course = Course(0) if state is None else Course(state.step, list(state.passed_over), saved=state.step)
     attempt = claim(folder, plan, address=ranks.address, anyway=anyway) if ranks.is_first else None
-    if ranks.is_first:
-        set_aside_later(folder.checkpoints, course.done)
+    if checkpoint is None and ranks.is_first:
+        set_aside_later(folder.checkpoints, course.done)  # else loading it does
     process.heartbeat.settle(folder.path, ranks.agree(attempt))
     output = plan.config.output
     keep = Retention(output.keep_last, output.keep_every, output.keep_best)
@@ -147,7 +147,8 @@ def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder, *, sta
     plan = prepared.plan
     check_claim(folder, plan, resume=request.resume, anyway=request.resume_anyway)
     points = resume_points(folder, plan, resume=request.resume, anyway=request.resume_anyway)
-    if points.candidates and step_of(points.candidates[0]) == plan.total_steps and is_finished(folder, plan):
+    done = read_state(points.candidates[0]).step if points.candidates else 0
+    if done == plan.total_steps and is_finished(folder, plan):
         return None
     if points.candidates and swap_folders(plan.deepspeed["zero_optimization"]):
         # Measured: the steps after it are not those of a run that never stopped.

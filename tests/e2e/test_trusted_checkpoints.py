@@ -122,3 +122,14 @@ def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(workshop: tin
         code, said = _train(path)
         assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
     assert code == 2 and "another run is at work" in said and "pid 1 on elsewhere" in said
+
+
+def test_a_checkpoint_may_be_named_wherever_it_lies_and_whatever_it_is_called(
+    workshop: tiny.Workshop, whole: Path
+) -> None:
+    folder, elsewhere = _copy(whole, "moved", until=3), workshop.folder / "the good one"
+    shutil.copytree(_checkpoint(folder, 2), elsewhere)
+    code, said = _train(_config(workshop, folder), "--resume", str(elsewhere))
+    assert code == 0 and "after step 2" in said, said
+    assert _steps(folder) == _steps(whole)
+    assert [path.name[-8:] for path in (folder / "checkpoints").glob("abandoned-*")] == ["00000003"]

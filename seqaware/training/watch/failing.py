@@ -7,13 +7,12 @@ import time
 import traceback
 from collections.abc import Callable
 
-from seqaware.errors import SeqawareError
+from seqaware.errors import USER_ERROR, SeqawareError
 from seqaware.training.watch import words
 from seqaware.training.watch.monitor import FAILURE, Monitor
 from seqaware.training.watch.own_rank import OwnRank
 from seqaware.training.watch.peers import missed_now, silent_afar
 
-USER_ERROR = 2
 # What gloo, NCCL and the store say when somebody at the other end is gone.
 _LOST = re.compile(
     r"gloo|NCCL|closed by peer|[Cc]onnection (reset|refused|was broken|closed)|Broken pipe|socketPollConnect|TCPStore"
