@@ -55,7 +55,7 @@ def _check(workshop: tiny.Workshop, name: str, started_by: str, alone: list[floa
 def test_torchrun(workshop: tiny.Workshop, alone: list[float]) -> None:
     done = launch.torchrun("launcher/train.py", str(_config(workshop, "torchrun")), ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
-    _check(workshop, "torchrun", "torchrun or deepspeed", alone)
+    _check(workshop, "torchrun", "torchrun", alone)
 
 
 def test_mpirun(workshop: tiny.Workshop, alone: list[float]) -> None:
