@@ -8,9 +8,10 @@ The gradient of Σ w·l is known as soon as the logits are, so it is worked out 
     dz = w · scale · (p − onehot(label)) · (1 − (z / cap)²)           (no cap: the last factor is 1)
     dh = dz W        dW += dzᵀ h        db += Σ dz
 
-Three matrix products, as many as the plain loss needs, and one [C, V] buffer that is logits, then probabilities, then
-gradient. The backward multiplies by one number and reads no weight: a ZeRO-3 parameter needs to be whole in the forward
-only. dW is added up in float32 (in bfloat16 the contributions of later chunks would be rounded away) and cast once.
+Three matrix products, as many as the plain loss needs, and what lies between them (`softmax_pass.py`), in buffers that
+all chunks share. The backward multiplies by one number and reads no weight: a ZeRO-3 parameter needs to be whole in the
+forward only. dW is added up in float32 (in bfloat16 the contributions of later chunks would be rounded away) and cast
+once.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqaware.objective.cross_entropy import IGNORED_LABEL, Head, summarize
-from seqaware.objective.products import HeadProducts, wide_dtype
+from seqaware.objective.products import NARROW, HeadProducts, wide_dtype
+from seqaware.objective.softmax_pass import GPU_BLOCK_ROWS, Rows, Setting, softmax_pass
 from seqaware.objective.sums import STATS, LossStats
 
-# Bytes of the float32 [C, V] buffer. A chunk costs one read and one write of dW beside its matrix products: more rows
-# hide that cost, fewer rows keep the memory low. GPUs multiply so much faster that they need more rows.
+# Bytes of a chunk's buffers. A chunk costs one read and one write of dW beside its matrix products: more rows hide that
+# cost, fewer rows keep the memory low. GPUs multiply so much faster that they need more rows.
 _CPU_CHUNK_BYTES = 64 * 2**20
-_GPU_CHUNK_BYTES = 512 * 2**20
+_GPU_CHUNK_BYTES = 1200 * 10**6
 _MOST_CHUNK_ROWS = 4096
 
-# A CPU walks the rows of a chunk in blocks that stay in its cache between the passes of softmax and gradient.
-_CPU_BLOCK_BYTES = 2 * 2**20
+# Rows of a GPU's chunk come in whole tiles of its products.
+_GPU_TILE_ROWS = 128
+
+# Rows whose gradient the backward brings to their places at once: it holds two copies of these only.
+_BACKWARD_ROWS = 16384
 
 # Largest |dz| in float16, a power of two: far below overflow (65504), and what rounds to 0 is below 1e-10 of it.
 _FLOAT16_UNIT = 1024.0
@@ -120,13 +125,13 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _grad_stats: Tensor) -> tuple[Tensor | None, ...]:
         *gradients, unit = ctx.saved_tensors
         factor = grad_loss if unit is None else grad_loss * unit
-        # The factor multiplies before the cast: what a narrow dtype cannot hold now, it may hold after.
-        grad_hidden, grad_weight, grad_bias = (
-            None if gradient is None else (gradient * factor).to(ctx.dtype) for gradient in gradients
-        )
-        if grad_hidden is not None and ctx.rows is not None:
-            everywhere = grad_hidden.new_zeros(ctx.hidden_shape)
-            grad_hidden = everywhere.index_copy_(0, ctx.rows, grad_hidden)
+        hidden_MH, *others = gradients
+        grad_weight, grad_bias = (None if one is None else _scaled(one, factor, ctx.dtype) for one in others)
+        if hidden_MH is None or ctx.rows is None:
+            return None if hidden_MH is None else _scaled(hidden_MH, factor, ctx.dtype), grad_weight, grad_bias, None
+        grad_hidden = hidden_MH.new_zeros(ctx.hidden_shape, dtype=ctx.dtype)
+        for rows, part in zip(ctx.rows.split(_BACKWARD_ROWS), hidden_MH.split(_BACKWARD_ROWS), strict=True):
+            grad_hidden.index_copy_(0, rows, _scaled(part, factor, ctx.dtype))
         return grad_hidden, grad_weight, grad_bias, None
 
 
@@ -136,106 +141,71 @@ class _Forward:
     def __init__(self, hidden_NH: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> None:
         self.call, self.hidden_NH = call, hidden_NH
         self.rows = len(hidden_NH) if call.rows is None else len(call.rows)
-        self.chunk_rows = _even_chunk_rows(self.rows, _most_chunk_rows(weight))
-        self.block_rows = _block_rows(weight, self.chunk_rows)
+        tile_rows = 1 if weight.device.type == "cpu" else _GPU_TILE_ROWS
+        self.chunk_rows = _even_chunk_rows(self.rows, _most_chunk_rows(weight), tile_rows=tile_rows)
         self.products = HeadProducts(weight, chunk_rows=self.chunk_rows)
         wide = wide_dtype(weight.dtype)
-        self.bias_V = None if bias is None else bias.to(wide)
 
         self.labels_M = _select(call.labels, call.rows)
         self.weights_M = _select(call.weights, call.rows).to(wide)
         has_label = self.labels_M != IGNORED_LABEL
-        self.targets_M1 = torch.where(has_label, self.labels_M, 0).unsqueeze(-1)
-        self.factors_M1 = torch.where(has_label, self.weights_M * call.head.scale, 0.0).unsqueeze(-1)
-        self.unit: Tensor | None = None
-        if self.products.operand == torch.float16:
-            self._bring_into_range()
+        factors_M = torch.where(has_label, self.weights_M * call.head.scale, 0.0)
+        self.unit = _float16_unit(factors_M) if self.products.operand == torch.float16 else None
 
         # float16 gradients wait in float32 for the factor of the backward, which holds the loss scale.
         kept = wide if weight.dtype == torch.float16 else weight.dtype
         needs = call.needs
         self.grad_hidden_MH = hidden_NH.new_empty(self.rows, hidden_NH.shape[1], dtype=kept) if needs.hidden else None
-        self.grad_weight_VH = weight.new_zeros(weight.shape, dtype=wide) if needs.weight else None
+        self.grad_weight_VH = weight.new_empty(weight.shape, dtype=wide) if needs.weight else None
         self.grad_bias_V = weight.new_zeros(len(weight), dtype=wide) if needs.bias else None
-        self.losses_M = weight.new_zeros(self.rows, dtype=wide)
-        self.logsumexp_M = weight.new_zeros(self.rows, dtype=wide)
-        self.correct_M = weight.new_zeros(self.rows, dtype=torch.bool)
-
-    def _bring_into_range(self) -> None:
-        """Scale dz so that its largest entry is about _FLOAT16_UNIT; the backward multiplies by `unit` again."""
-        largest = torch.cat((self.factors_M1.abs().flatten(), self.factors_M1.new_zeros(1))).amax()
-        self.unit = torch.where(largest > 0.0, largest / _FLOAT16_UNIT, 1.0)
-        self.factors_M1 = self.factors_M1 / self.unit
+        self.scored = Rows(
+            targets=torch.where(has_label, self.labels_M, 0),
+            factors=factors_M if self.unit is None else factors_M / self.unit,
+            losses=weight.new_zeros(self.rows, dtype=wide),
+            logsumexp=weight.new_zeros(self.rows, dtype=wide),
+            correct=weight.new_zeros(self.rows, dtype=torch.bool),
+        )
+        self.softmax = softmax_pass(
+            Setting(
+                products=self.products,
+                rows=self.scored,
+                head=call.head,
+                bias=None if bias is None else bias.to(wide),
+                grad_bias=self.grad_bias_V,
+                chunk_rows=self.chunk_rows,
+                wants_gradient=needs.any,
+            )
+        )
 
     def all_chunks(self) -> None:
-        buffer_CV = self.losses_M.new_empty(self.chunk_rows, len(self.products))
+        if self.grad_weight_VH is not None and not self.rows:
+            self.grad_weight_VH.zero_()
         for start in range(0, self.rows, self.chunk_rows):
-            chunk = slice(start, min(start + self.chunk_rows, self.rows))
-            self._chunk(chunk, buffer_CV[: chunk.stop - start])
+            self._chunk(slice(start, min(start + self.chunk_rows, self.rows)))
 
-    def _chunk(self, chunk: slice, buffer_CV: Tensor) -> None:
-        """Losses of one chunk and, where wanted, its share of the gradients. The buffer changes its meaning twice."""
-        call = self.call
-        chosen_CH = self.hidden_NH[chunk] if call.rows is None else self.hidden_NH.index_select(0, call.rows[chunk])
+    def _chunk(self, chunk: slice) -> None:
+        """Losses of one chunk and, where wanted, its share of the gradients."""
+        rows = self.call.rows
+        chosen_CH = self.hidden_NH[chunk] if rows is None else self.hidden_NH.index_select(0, rows[chunk])
         hidden_CH = chosen_CH.to(self.products.operand)
-        self.products.logits(hidden_CH, out_CV=buffer_CV)
-        slope_CV = self._cap(buffer_CV)
-        for start in range(0, len(buffer_CV), self.block_rows):
-            block_BV = buffer_CV[start : start + self.block_rows]
-            first = chunk.start + start
-            self._softmax_gradient(block_BV, slice(first, first + len(block_BV)))
-        if not call.needs.any:
+        grad_logits_CV = self.softmax.run(hidden_CH, chunk)
+        if grad_logits_CV is None:
             return
-        if slope_CV is not None:
-            buffer_CV.mul_(slope_CV)
-        if self.grad_bias_V is not None:
-            self.grad_bias_V.add_(buffer_CV.sum(0))
-        grad_logits_CV = self.products.as_operand(buffer_CV)
         if self.grad_hidden_MH is not None:
             self.products.hidden_gradient(grad_logits_CV, out_CH=self.grad_hidden_MH[chunk])
         if self.grad_weight_VH is not None:
-            self.products.add_weight_gradient(grad_logits_CV, hidden_CH, sum_VH=self.grad_weight_VH)
-
-    def _cap(self, logits_CV: Tensor) -> Tensor | None:
-        """h Wᵀ to z, in place; returns the slope of the soft cap [C, V] where a gradient will need it."""
-        head = self.call.head
-        if self.bias_V is not None:
-            logits_CV.add_(self.bias_V)
-        if head.softcap is None:
-            if head.scale != 1.0:
-                logits_CV.mul_(head.scale)
-            return None
-        logits_CV.mul_(head.scale / head.softcap).tanh_()
-        slope_CV = 1.0 - logits_CV.square() if self.call.needs.any else None
-        logits_CV.mul_(head.softcap)
-        return slope_CV
-
-    def _softmax_gradient(self, logits_BV: Tensor, block: slice) -> None:
-        """z to p to dz (but for the slope of a cap), in place; losses and statistics of the rows on the way."""
-        targets_B1 = self.targets_M1[block]
-        target_B = logits_BV.gather(1, targets_B1).squeeze(1)
-        largest_B = logits_BV.amax(-1)
-        # Into its own input: every row is reduced before any of its places is written.
-        torch.softmax(logits_BV, -1, out=logits_BV)
-        # The largest probability is 1 / Σ exp(z − max): at least 1 / V, so its logarithm is safe.
-        surplus_B = -logits_BV.amax(-1).log()
-        self.losses_M[block] = (largest_B - target_B) + surplus_B
-        self.logsumexp_M[block] = largest_B + surplus_B
-        self.correct_M[block] = target_B == largest_B
-        if self.call.needs.any:
-            # p − 1 at the label before the weight multiplies: the difference is exact where p is near 1.
-            logits_BV.scatter_(1, targets_B1, logits_BV.gather(1, targets_B1) - 1.0)
-            logits_BV.mul_(self.factors_M1[block])
+            first = chunk.start == 0
+            self.products.add_weight_gradient(grad_logits_CV, hidden_CH, sum_VH=self.grad_weight_VH, first=first)
 
     def result(self) -> tuple[Tensor, LossStats]:
         """The plain loss's formulas over the rows that were multiplied."""
-        losses_M = torch.where(self.labels_M != IGNORED_LABEL, self.losses_M, 0.0)
+        losses_M = torch.where(self.labels_M != IGNORED_LABEL, self.scored.losses, 0.0)
         stats = summarize(
             losses=losses_M,
             weights=self.weights_M,
             labels=self.labels_M,
-            correct=self.correct_M,
-            logsumexp=self.logsumexp_M,
+            correct=self.scored.correct,
+            logsumexp=self.scored.logsumexp,
         )
         # Tokens of weight zero were not multiplied, but they are supervised: the step's denominator counts them.
         stats[STATS.index("supervised_tokens")] = (self.call.labels != IGNORED_LABEL).sum()
@@ -259,24 +229,38 @@ def _select(values_N: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _most_chunk_rows(weight: Tensor) -> int:
-    """Rows of a chunk: as many as the budget holds, and at least so many that the products outweigh dW's traffic.
+    """Rows of a chunk: as many as the budget holds, and on a CPU so many that the products outweigh dW's traffic.
 
     A chunk of C rows does 2·C·V·H operations on dW and moves 2·V·H numbers; H rows make the [C, V] buffer as large as
-    dW itself, which is memory that the gradient takes in any case.
+    dW itself, which is memory that the gradient takes in any case. A GPU holds a narrow gradient of the chunk and
+    float32 logits of one block of it; its budget alone decides.
     """
     vocabulary, hidden_size = weight.shape
-    budget = _CPU_CHUNK_BYTES if weight.device.type == "cpu" else _GPU_CHUNK_BYTES
-    return max(budget // (4 * vocabulary), min(hidden_size, _MOST_CHUNK_ROWS), 1)
+    if weight.device.type == "cpu":
+        return max(_CPU_CHUNK_BYTES // (4 * vocabulary), min(hidden_size, _MOST_CHUNK_ROWS), 1)
+    if weight.dtype in NARROW:
+        rows = (_GPU_CHUNK_BYTES - 4 * vocabulary * GPU_BLOCK_ROWS) // (2 * vocabulary)
+    else:
+        rows = _GPU_CHUNK_BYTES // (4 * vocabulary)
+    return max(_GPU_TILE_ROWS, min(rows, _MOST_CHUNK_ROWS) // _GPU_TILE_ROWS * _GPU_TILE_ROWS)
 
 
-def _even_chunk_rows(rows: int, most: int) -> int:
-    """Chunks of equal size: a short last one would multiply at a bad shape."""
+def _even_chunk_rows(rows: int, most: int, *, tile_rows: int) -> int:
+    """Chunks of equal size, but for the rounding to whole tiles: a short last one would multiply at a bad shape."""
     chunks = max(1, -(-rows // most))
-    return max(1, -(-rows // chunks))
+    even = -(-rows // chunks)
+    return max(1, min(rows, -(-even // tile_rows) * tile_rows))
 
 
-def _block_rows(weight: Tensor, chunk_rows: int) -> int:
-    """Rows that softmax and gradient are worked out for at once; on a GPU all of a chunk, for few large kernels."""
-    if weight.device.type != "cpu":
-        return chunk_rows
-    return max(1, _CPU_BLOCK_BYTES // (4 * len(weight)))
+def _float16_unit(factors_M: Tensor) -> Tensor:
+    """What dz is divided by, so that its largest entry is about _FLOAT16_UNIT; the backward multiplies by it again."""
+    largest = torch.cat((factors_M.abs(), factors_M.new_zeros(1))).amax()
+    return torch.where(largest > 0.0, largest / _FLOAT16_UNIT, 1.0)
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · factor, cast after: what a narrow dtype cannot hold now, it may hold then.
+
+    Written into its dtype at once: on a GPU no float32 product, as large as dW, lies beside it.
+    """
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))

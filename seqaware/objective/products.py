@@ -71,12 +71,20 @@ class HeadProducts:
         else:
             out_CH.copy_(torch.mm(grad_logits_CV, self._weight_VH))
 
-    def add_weight_gradient(self, grad_logits_CV: Tensor, hidden_CH: Tensor, *, sum_VH: Tensor) -> None:
-        """sum += dzᵀ h, wide. grad_logits_CV as `as_operand` returned it."""
-        if self.operand == self.wide:
+    def add_weight_gradient(
+        self, grad_logits_CV: Tensor, hidden_CH: Tensor, *, sum_VH: Tensor, first: bool = False
+    ) -> None:
+        """sum += dzᵀ h, wide; the first time sum = dzᵀ h, whatever was there. grad_logits_CV: the operand's dtype."""
+        if self.operand == self.wide and first:
+            torch.mm(grad_logits_CV.t(), hidden_CH, out=sum_VH)
+        elif self.operand == self.wide:
             sum_VH.addmm_(grad_logits_CV.t(), hidden_CH)
+        elif self._into_wide and first:
+            torch.mm(grad_logits_CV.t(), hidden_CH, out_dtype=self.wide, out=sum_VH)
         elif self._into_wide:
             torch.addmm(sum_VH, grad_logits_CV.t(), hidden_CH, out_dtype=self.wide, out=sum_VH)
+        elif first:
+            sum_VH.copy_(torch.mm(grad_logits_CV.t(), hidden_CH))
         else:
             sum_VH.add_(torch.mm(grad_logits_CV.t(), hidden_CH))
 
@@ -112,12 +120,17 @@ def _cpu_multiplies(dtype: torch.dtype) -> bool:
 
 @cache
 def multiplies_into_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a product of narrow operands can be written, and added up, in float32 on this device. Asked by trying."""
-    square = torch.zeros(16, 16, dtype=dtype, device=device)
+    """Whether a product of narrow operands can be written, and added up, in float32 on this device. Asked by trying.
+
+    The operands of the second product are 1 and 1 + eps: a result that was rounded to their dtype would show.
+    """
+    square = torch.ones(16, 16, dtype=dtype, device=device)
+    above = square + torch.finfo(dtype).eps
     total = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
         torch.mm(square, square, out_dtype=torch.float32, out=total)
-        torch.addmm(total, square, square, out_dtype=torch.float32, out=total)
+        torch.addmm(total, square, above, out_dtype=torch.float32, out=total)
     except (RuntimeError, TypeError):  # no such kernel on this device; no such argument in this torch
         return False
-    return True
+    # 16 and 16 · (1 + eps): exact in float32.
+    return bool((total == 32.0 + 16.0 * torch.finfo(dtype).eps).all())

@@ -37,6 +37,7 @@ class Function:
     arguments: int
     positional: int
     compiled: bool
+    kernel: bool
 
     def excesses(self) -> Iterator[str]:
         # numba compiles no keyword-only arguments.
@@ -45,7 +46,8 @@ class Function:
         limits = (
             ("lines", self.lines, FUNCTION_LINES),
             ("nested blocks", self.nesting, NESTING),
-            ("arguments", self.arguments, ARGUMENTS),
+            # Triton's kernels take pointers, sizes and strides one by one.
+            ("arguments", 0 if self.kernel else self.arguments, ARGUMENTS),
             ("positional arguments", self.positional if free_to_choose else 0, POSITIONAL),
         )
         for what, found, limit in limits:
@@ -79,6 +81,7 @@ def measure(node: FunctionNode, is_method: bool) -> Function:
         arguments=positional + len(node.args.kwonlyargs),
         positional=positional,
         compiled=any(isinstance(d, ast.Name) and d.id == "compiled" for d in node.decorator_list),
+        kernel=any(ast.unparse(d) == "triton.jit" for d in node.decorator_list),
     )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seqaware.objective import fused
+from seqaware.objective import fused, softmax_pass
 from seqaware.objective.cross_entropy import Head, plain_cross_entropy
 from seqaware.objective.fused import fused_cross_entropy
 from seqaware.objective.products import operand_dtype
@@ -209,7 +209,7 @@ def test_chunks_are_bounded_by_the_budget_or_the_gradient(vocabulary: int, hidde
 def test_blocks_of_a_chunk_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(Shape(rows=40, vocabulary=30, bias=True, softcap=4.0, scale=0.5))
     whole = evaluate(fused_cross_entropy, case, chunk_rows=16)
-    monkeypatch.setattr(fused, "_CPU_BLOCK_BYTES", 3 * 4 * 30)  # 3 rows, which do not divide a chunk
+    monkeypatch.setattr(softmax_pass, "_CPU_BLOCK_BYTES", 3 * 4 * 30)  # 3 rows, which do not divide a chunk
     parts = evaluate(fused_cross_entropy, case, chunk_rows=16)
     assert torch.equal(parts.loss, whole.loss) and torch.equal(parts.stats, whole.stats)
     assert all(torch.equal(a, b) for a, b in zip(parts.gradients, whole.gradients, strict=True))
