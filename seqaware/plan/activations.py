@@ -8,7 +8,9 @@ H hidden size, I intermediate size, A·D and G·D widths of queries and keys, V 
     gated MLP          gate, up, silu(gate) and their product: 4·b·I
     GPT-2              LayerNorm's input and output, q, k, v, and five I-wide tensors of GELU's tanh form
 
-The fused loss (objective/fused.py) holds one [C, V] chunk in float32, dW in float32 and dh; its backward dW twice.
+The fused loss (objective/fused.py) holds dW in float32, dh, and of a chunk of C rows: on a CPU [C, V] in float32, and
+in the dtype that is multiplied where that is narrow; on a GPU only a block of a narrow chunk in float32. Its backward
+holds dW twice, the second in the model's dtype.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ from seqaware.plan.layout import Layout
 
 # As objective/fused.py has them; a test compares.
 CPU_CHUNK_BYTES = 64 * 2**20
-GPU_CHUNK_BYTES = 512 * 2**20
+GPU_CHUNK_BYTES = 1200 * 10**6
 MOST_CHUNK_ROWS = 4096
+GPU_TILE_ROWS = 128
+GPU_BLOCK_ROWS = 512
+BACKWARD_ROWS = 16384
 _FLOAT32 = 4
 
 
@@ -152,19 +157,33 @@ def loss_memory(layout: Layout) -> LossMemory:
     # A CPU without bfloat16 arithmetic widens the head; the plan takes every CPU for one of those.
     widened = layout.narrow and layout.world.device == "cpu"
     operand = _FLOAT32 if widened else b
-    buffers = chunk * V * _FLOAT32 + chunk * H * operand + t * b * H
+    wide_rows = min(chunk, GPU_BLOCK_ROWS) if layout.narrow and layout.world.device != "cpu" else chunk
+    buffers = wide_rows * V * _FLOAT32 + chunk * H * operand + t * b * H
     buffers += V * H * _FLOAT32 + chunk * H * _FLOAT32 if widened else 0
     buffers += chunk * V * operand if operand < _FLOAT32 else 0
     held = _FLOAT32 if layout.dtype == "float16" else b
     kept = t * H * held + _FLOAT32 * weight
-    scaled = t * H * b + _FLOAT32 * weight
-    return LossMemory(kept, buffers, scaled + (gradient if layout.narrow else t * H * b), gradient)
+    # A CPU multiplies in float32 and casts the whole; a GPU writes the narrow result at once.
+    casting = _FLOAT32 * weight if widened else 0
+    placing = t * H * b + min(t, BACKWARD_ROWS) * H * b
+    return LossMemory(kept, buffers, gradient + max(casting, placing), gradient)
 
 
 def chunk_rows(layout: Layout) -> int:
     """Rows of the head that the fused loss works on at once."""
     decoder = layout.decoder
-    budget = CPU_CHUNK_BYTES if layout.world.device == "cpu" else GPU_CHUNK_BYTES
-    most = max(budget // (_FLOAT32 * decoder.vocabulary), min(decoder.hidden, MOST_CHUNK_ROWS), 1)
-    chunks = max(1, -(-layout.tokens // most))
-    return max(1, -(-layout.tokens // chunks))
+    if layout.world.device == "cpu":
+        most = max(CPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), min(decoder.hidden, MOST_CHUNK_ROWS), 1)
+        return _even_rows(layout.tokens, most, tile=1)
+    if layout.narrow:
+        rows = (GPU_CHUNK_BYTES - _FLOAT32 * decoder.vocabulary * GPU_BLOCK_ROWS) // (2 * decoder.vocabulary)
+    else:
+        rows = GPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary)
+    most = max(GPU_TILE_ROWS, min(rows, MOST_CHUNK_ROWS) // GPU_TILE_ROWS * GPU_TILE_ROWS)
+    return _even_rows(layout.tokens, most, tile=GPU_TILE_ROWS)
+
+
+def _even_rows(tokens: int, most: int, *, tile: int) -> int:
+    chunks = max(1, -(-tokens // most))
+    even = -(-tokens // chunks)
+    return max(1, min(tokens, -(-even // tile) * tile))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqaware.objective import fused
+from seqaware.objective import fused, softmax_pass
 from seqaware.plan import activations as paper
 from seqaware.plan.activations import activations, loss_memory
 from seqaware.plan.facts import World
@@ -69,18 +70,23 @@ def test_checkpointing_keeps_each_layers_input() -> None:
 
 
 def test_the_fused_loss_by_hand() -> None:
-    """8192 tokens: two chunks of 4096 rows, whose float32 logits and bfloat16 gradients are 6 bytes an entry."""
+    """8192 tokens: three chunks of 2816 rows or fewer in bfloat16, and of 512 rows at a time float32 logits."""
     made, V, H = layout(), 128256, 4096
     loss = loss_memory(made)
     assert loss.kept == 8192 * H * 2 + 4 * V * H
-    assert loss.forward == 4096 * V * 6 + 4096 * H * 2 + 8192 * H * 2
-    assert loss.backward == 8192 * H * 2 + 4 * V * H + 2 * V * H
+    assert loss.forward == 2816 * V * 2 + 512 * V * 4 + 2816 * H * 2 + 8192 * H * 2
+    assert loss.backward == 2 * V * H + 2 * 8192 * H * 2
     assert loss_memory(replace(made, trains_head=False)).kept == 8192 * H * 2
 
 
 def test_chunks_are_the_loss_kernels_own() -> None:
     assert (fused._CPU_CHUNK_BYTES, fused._GPU_CHUNK_BYTES) == (paper.CPU_CHUNK_BYTES, paper.GPU_CHUNK_BYTES)
-    assert fused._MOST_CHUNK_ROWS == paper.MOST_CHUNK_ROWS
+    assert fused._MOST_CHUNK_ROWS == paper.MOST_CHUNK_ROWS and fused._BACKWARD_ROWS == paper.BACKWARD_ROWS
+    assert (fused._GPU_TILE_ROWS, softmax_pass.GPU_BLOCK_ROWS) == (paper.GPU_TILE_ROWS, paper.GPU_BLOCK_ROWS)
+    for tokens in (1, 100, 8192, 16_384):
+        weight = torch.empty(128_256, 4096, dtype=torch.bfloat16, device="meta")
+        rows = fused._even_chunk_rows(tokens, fused._most_chunk_rows(weight), tile_rows=fused._GPU_TILE_ROWS)
+        assert rows == paper.chunk_rows(layout(micro_batch_tokens=tokens))
 
 
 def test_ranks_that_share_a_sequence_share_its_activations() -> None:
