@@ -9,12 +9,12 @@ Letters: R rows, T columns, N = R·T tokens, A query heads, G key/value heads, D
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from seqaware.engine.attention_choice import AttentionChoice as AttentionChoice
+from seqaware.engine.attention_choice import choose_backend as choose_backend
 from seqaware.engine.ranks import SequenceGroup
 from seqaware.engine.sequence_parallel import gather_tokens, scatter_tokens
 from seqaware.errors import ConfigError
 
 NAME = "seqaware"
-_VARLEN_MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True)
@@ -50,57 +51,6 @@ class Documents:
     @property
     def longest(self) -> int:
         return max(self.lengths)
-
-
-@dataclass(frozen=True)
-class AttentionChoice:
-    """The backend of a run and why it was taken."""
-
-    backend: str
-    reason: str
-
-
-def choose_backend(asked: str, *, device: str, dtype: torch.dtype, head_dim: int) -> AttentionChoice:
-    """Pick the fastest backend that is exact here, or check the one that was asked for.
-
-    Raises:
-        ConfigError: the backend that was asked for cannot run on this device, dtype or head size.
-    """
-    half = dtype in (torch.bfloat16, torch.float16)
-    obstacles = {
-        "sdpa_per_document": None,
-        "eager": None,
-        "varlen": _varlen_obstacle(device, half=half, head_dim=head_dim),
-        "flash_attention_2": _flash_obstacle("flash_attn", device, half=half),
-        "flash_attention_3": _flash_obstacle("flash_attn_interface", device, half=half),
-    }
-    if asked != "auto":
-        if obstacles[asked] is not None:
-            raise ConfigError(f"model.attention: {asked} cannot run here: {obstacles[asked]}", do="write auto")
-        return AttentionChoice(asked, "asked for by model.attention")
-    for backend in ("flash_attention_3", "flash_attention_2", "varlen"):
-        if obstacles[backend] is None:
-            return AttentionChoice(backend, "fastest exact backend installed for this GPU and dtype")
-    why = obstacles["varlen"] if device == "cuda" else "on a CPU a loop over the documents beats any mask"
-    return AttentionChoice("sdpa_per_document", str(why))
-
-
-def _varlen_obstacle(device: str, *, half: bool, head_dim: int) -> str | None:
-    if device != "cuda":
-        return "varlen_attn needs a GPU"
-    if not half:
-        return "varlen_attn needs bfloat16 or float16"
-    if head_dim > _VARLEN_MAX_HEAD_DIM:
-        return f"varlen_attn takes heads of up to {_VARLEN_MAX_HEAD_DIM}, this model has {head_dim}"
-    return None
-
-
-def _flash_obstacle(package: str, device: str, *, half: bool) -> str | None:
-    if device != "cuda":
-        return f"{package} needs a GPU"
-    if not half:
-        return f"{package} needs bfloat16 or float16"
-    return None if importlib.util.find_spec(package) else f"the package {package} is not installed"
 
 
 def attention(
@@ -216,29 +166,54 @@ def _band_mask(length: int, window: int | None, device: torch.device) -> Tensor:
 def _varlen(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
     if call.dropout > 0:
         raise ConfigError("varlen attention has no dropout", do="set model.dropout: 0 or model.attention: eager")
-    varlen_attn, options = _varlen_function()
-    if q_NAD.shape[1] != k_NGD.shape[1] and "enable_gqa" not in options:
-        groups = q_NAD.shape[1] // k_NGD.shape[1]
+    groups = q_NAD.shape[1] // k_NGD.shape[1]
+    if groups > 1 and not takes_grouped_heads(q_NAD.device, q_NAD.dtype):
         k_NGD, v_NGD = k_NGD.repeat_interleave(groups, dim=1), v_NGD.repeat_interleave(groups, dim=1)
+    return _varlen_call(q_NAD, k_NGD, v_NGD, documents, call)
+
+
+def _varlen_call(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
+    """torch's varlen_attn as it is; (W, 0) lets a token see itself and W before it."""
+    varlen_attn, options = varlen_function()
+    arguments: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in options else {}
+    arguments["window_size"] = (-1 if call.window is None else call.window - 1, 0)
     borders, longest = documents.cu_seqlens, documents.longest
-    arguments: dict[str, Any] = {"scale": call.scale}
-    if "enable_gqa" in options:
-        arguments["enable_gqa"] = True
-    if "window_size" in options:
-        arguments["window_size"] = (-1 if call.window is None else call.window - 1, 0)
-    elif call.window is not None and longest > call.window:
-        raise ConfigError("this torch's varlen attention has no sliding window", do="write model.attention: eager")
-    else:
-        arguments["is_causal"] = True
-    output: Tensor = varlen_attn(q_NAD, k_NGD, v_NGD, borders, borders, longest, longest, **arguments)
+    output: Tensor = varlen_attn(q_NAD, k_NGD, v_NGD, borders, borders, longest, longest, scale=call.scale, **arguments)
     return output
 
 
-@lru_cache(maxsize=1)
-def _varlen_function() -> tuple[Callable[..., Any], frozenset[str]]:
+@cache
+def varlen_function() -> tuple[Callable[..., Any], frozenset[str]]:
+    """varlen_attn and the names of its parameters, which grow from version to version (enable_gqa is not in 2.11)."""
     from torch.nn.attention.varlen import varlen_attn
 
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+
+
+@cache
+def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether varlen_attn takes fewer key heads than query heads, forward and backward. Asked by trying.
+
+    Its kernels do; whether the function in front of them lets such tensors through differs between versions.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((8, 4, 64), (8, 2, 64), (8, 2, 64))
+    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
+    documents = Documents(torch.tensor([0, 5, 8], dtype=torch.int32, device=device), (5, 3), "varlen")
+    call = AttentionCall(scale=0.125, dropout=0.0, window=None, softcap=None)
+    with torch.enable_grad():
+        wide_k, wide_v = (tensor.repeat_interleave(2, dim=1) for tensor in (k, v))
+        expected = _varlen_call(q, wide_k, wide_v, documents, call)
+        wanted = torch.autograd.grad(expected.float().sum(), (q, k, v))
+        try:
+            grouped = _varlen_call(q, k, v, documents, call)
+            found = torch.autograd.grad(grouped.float().sum(), (q, k, v))
+        except (RuntimeError, ValueError):
+            return False
+    # Eight roundings of values of a few units: what is wrong is wrong by whole units.
+    tolerance = 8 * torch.finfo(dtype).eps
+    pairs = zip((grouped, *found), (expected, *wanted), strict=True)
+    return all(torch.allclose(a.float(), b.float(), rtol=tolerance, atol=8 * tolerance) for a, b in pairs)
 
 
 def _flash(package: str) -> Callable[..., Tensor]:
@@ -254,8 +229,9 @@ def _flash(package: str) -> Callable[..., Tensor]:
             arguments["dropout_p"] = call.dropout
         if call.softcap is not None:
             arguments["softcap"] = call.softcap
-        borders, longest = documents.cu_seqlens, documents.longest
-        output = function(q_NAD, k_NGD, v_NGD, borders, borders, longest, longest, **arguments)
+        arguments |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), documents.cu_seqlens)
+        arguments |= dict.fromkeys(("max_seqlen_q", "max_seqlen_k"), documents.longest)
+        output = function(q_NAD, k_NGD, v_NGD, **arguments)
         first: Tensor = output[0] if isinstance(output, tuple) else output
         return first
 

@@ -82,9 +82,3 @@ def test_backends_that_cannot_run_here_are_refused() -> None:
         choose_backend("varlen", device="cpu", dtype=torch.bfloat16, head_dim=64)
     with pytest.raises(ConfigError, match="bfloat16 or float16"):
         choose_backend("varlen", device="cuda", dtype=torch.float32, head_dim=64)
-
-
-def test_auto_takes_varlen_on_a_gpu_and_says_why_not() -> None:
-    assert choose_backend("auto", device="cuda", dtype=torch.bfloat16, head_dim=64).backend == "varlen"
-    fallback = choose_backend("auto", device="cuda", dtype=torch.bfloat16, head_dim=512)
-    assert fallback.backend == "sdpa_per_document" and "512" in fallback.reason

@@ -1,0 +1,128 @@
+"""Which attention a run uses, and why: the fastest exact one that this machine, dtype and model allow.
+
+flash_attention_3   package flash_attn_interface, on Hopper GPUs
+flash_attention_2   package flash_attn
+varlen              torch.nn.attention.varlen, part of torch
+sdpa_per_document   a loop over the documents, anywhere; on a CPU it beats every mask
+eager               softmax written out: the reference
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from seqaware.errors import ConfigError
+
+# All three GPU backends are kernels of Dao's FlashAttention, with these limits.
+_MOST_HEAD_DIM = 256
+_HEAD_DIM_GRANULE = 8
+_AMPERE, _HOPPER = (8, 0), (9, 0)
+_FASTEST_FIRST = ("flash_attention_3", "flash_attention_2", "varlen")
+
+
+@dataclass(frozen=True)
+class AttentionChoice:
+    """The backend of a run, why it was taken, and what kept faster ones from being taken."""
+
+    backend: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Need:
+    """What the kernels are to run on: device type, dtype, head size, and the GPU's compute capability, if known."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    capability: tuple[int, int] | None
+
+    def obstacle(self, *, at_least: tuple[int, int]) -> str | None:
+        """What a FlashAttention kernel for GPUs of this capability would not take."""
+        if self.device != "cuda":
+            return "needs a GPU"
+        if self.capability is not None and self.capability < at_least:
+            return f"needs compute capability {_dotted(at_least)}, this GPU has {_dotted(self.capability)}"
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            return f"needs bfloat16 or float16, not {str(self.dtype).removeprefix('torch.')}"
+        if self.head_dim > _MOST_HEAD_DIM or self.head_dim % _HEAD_DIM_GRANULE:
+            limits = f"up to {_MOST_HEAD_DIM}, in steps of {_HEAD_DIM_GRANULE}"
+            return f"takes heads of {limits}; this model has {self.head_dim}"
+        return None
+
+
+def choose_backend(
+    asked: str,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    capability: tuple[int, int] | None = None,
+) -> AttentionChoice:
+    """Pick the fastest backend that is exact here, or check the one that was asked for.
+
+    Args:
+        asked: `auto` or a backend.
+        device: cpu or cuda. capability: of the GPU; None asks the current one, if there is one.
+
+    Raises:
+        ConfigError: the backend that was asked for cannot run on this device, dtype or head size.
+    """
+    if capability is None and device == "cuda" and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+    need = _Need(device, dtype, head_dim, capability)
+    if asked != "auto":
+        obstacle = _OBSTACLES[asked](need) if asked in _OBSTACLES else None
+        if obstacle is not None:
+            raise ConfigError(f"model.attention: {asked} cannot run here: it {obstacle}", do="write auto")
+        return AttentionChoice(asked, "asked for by model.attention")
+    if device == "cpu":
+        return AttentionChoice("sdpa_per_document", "on a CPU a loop over the documents beats any mask")
+    passed_over: list[str] = []
+    for backend in _FASTEST_FIRST:
+        obstacle = _OBSTACLES[backend](need)
+        if obstacle is None:
+            return AttentionChoice(backend, "; ".join(["the fastest exact one here", *passed_over]))
+        passed_over.append(f"{backend} {obstacle}")
+    return AttentionChoice("sdpa_per_document", "; ".join(["runs anywhere", *passed_over]))
+
+
+def _varlen_obstacle(need: _Need) -> str | None:
+    if (obstacle := need.obstacle(at_least=_AMPERE)) is not None:
+        return obstacle
+    return _import_obstacle("torch.nn.attention.varlen", "varlen_attn")
+
+
+def _flash_2_obstacle(need: _Need) -> str | None:
+    return need.obstacle(at_least=_AMPERE) or _import_obstacle("flash_attn", "flash_attn_varlen_func")
+
+
+def _flash_3_obstacle(need: _Need) -> str | None:
+    return need.obstacle(at_least=_HOPPER) or _import_obstacle("flash_attn_interface", "flash_attn_varlen_func")
+
+
+def _import_obstacle(module: str, function: str) -> str | None:
+    """Not only whether it is there: a package that was built for another torch fails when it is imported."""
+    if importlib.util.find_spec(module) is None:
+        return f"needs the package {module.partition('.')[0]}, which is not installed"
+    try:
+        found = hasattr(importlib.import_module(module), function)
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"is installed but cannot be imported: {str(error).partition(chr(10))[0]}"
+    return None if found else f"has no {function} in the version that is installed"
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
+
+
+_OBSTACLES: dict[str, Callable[[_Need], str | None]] = {
+    "varlen": _varlen_obstacle,
+    "flash_attention_2": _flash_2_obstacle,
+    "flash_attention_3": _flash_3_obstacle,
+}

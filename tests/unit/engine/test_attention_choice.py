@@ -1,0 +1,141 @@
+"""Which attention is taken and what is said of the others; and that each backend is called as its version wants it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from seqaware.engine import attention
+from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
+from seqaware.engine.attention_choice import choose_backend
+from seqaware.errors import ConfigError
+from tests.unit.engine import varlen_fakes
+
+BF16 = torch.bfloat16
+HOPPER, AMPERE, TURING = (9, 0), (8, 0), (7, 5)
+
+
+@pytest.fixture(autouse=True)
+def forgotten() -> Iterator[None]:
+    yield
+    attention.varlen_function.cache_clear()
+    attention.takes_grouped_heads.cache_clear()
+
+
+def install(patch: pytest.MonkeyPatch, **packages: str) -> None:
+    """flash_attn and flash_attn_interface: `works`, `broken` (its import fails) or `old` (lacks the function)."""
+    find, import_module = importlib.util.find_spec, importlib.import_module
+
+    def found(name: str, *rest: Any) -> Any:
+        return find("json") if name in packages else None if name.startswith("flash_attn") else find(name, *rest)
+
+    def imported(name: str, *rest: Any) -> Any:
+        if packages.get(name) == "broken":
+            raise ImportError(f"{name}: undefined symbol\nand more")
+        module = ModuleType(name)
+        if packages.get(name) == "works":
+            module.flash_attn_varlen_func = varlen_fakes.flash_attn_varlen_func  # type: ignore[attr-defined]
+        return module if name in packages else import_module(name, *rest)
+
+    patch.setattr(importlib.util, "find_spec", found)
+    patch.setattr(importlib, "import_module", imported)
+
+
+@pytest.mark.parametrize(
+    ("packages", "capability", "backend", "said"),
+    [
+        ({}, HOPPER, "varlen", ["flash_attn_interface, which is not", "flash_attn, which is not installed"]),
+        ({"flash_attn": "works"}, HOPPER, "flash_attention_2", ["flash_attn_interface, which is not installed"]),
+        ({"flash_attn": "works", "flash_attn_interface": "works"}, HOPPER, "flash_attention_3", []),
+        ({"flash_attn_interface": "works"}, AMPERE, "varlen", ["needs compute capability 9.0, this GPU has 8.0"]),
+        ({"flash_attn": "broken"}, AMPERE, "varlen", ["cannot be imported: flash_attn: undefined symbol"]),
+        ({"flash_attn": "old"}, AMPERE, "varlen", ["has no flash_attn_varlen_func"]),
+        ({"flash_attn": "works"}, TURING, "sdpa_per_document", ["varlen needs compute capability 8.0"]),
+    ],
+)
+def test_the_fastest_that_can_run_is_taken_and_the_others_are_told_of(
+    packages: dict[str, str],
+    capability: tuple[int, int],
+    backend: str,
+    said: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    install(monkeypatch, **packages)
+    choice = choose_backend("auto", device="cuda", dtype=BF16, head_dim=64, capability=capability)
+    assert choice.backend == backend
+    assert all(text in choice.reason for text in said), choice.reason
+    assert "\n" not in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "said"), [(torch.float32, 64, "not float32"), (BF16, 512, "has 512"), (BF16, 60, "has 60")]
+)
+def test_what_no_gpu_kernel_takes_goes_document_by_document(dtype: torch.dtype, head_dim: int, said: str) -> None:
+    choice = choose_backend("auto", device="cuda", dtype=dtype, head_dim=head_dim, capability=HOPPER)
+    assert choice.backend == "sdpa_per_document" and said in choice.reason
+    with pytest.raises(ConfigError, match=said):
+        choose_backend("varlen", device="cuda", dtype=dtype, head_dim=head_dim, capability=HOPPER)
+
+
+def test_a_cpu_says_why() -> None:
+    assert "loop over the documents" in choose_backend("auto", device="cpu", dtype=BF16, head_dim=64).reason
+    assert choose_backend("eager", device="cpu", dtype=BF16, head_dim=512).backend == "eager"
+
+
+def _problem(key_heads: int) -> tuple[tuple[Tensor, Tensor, Tensor], Documents]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((20, 4, 8), (20, key_heads, 8), (20, key_heads, 8))
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes)
+    return (q, k, v), Documents(torch.tensor([0, 9, 10, 20], dtype=torch.int32), (9, 1, 10), "varlen")
+
+
+def _outcome(backend: str, key_heads: int, window: int | None) -> tuple[Tensor, ...]:
+    tensors, documents = _problem(key_heads)
+    call = AttentionCall(scale=0.3, dropout=0.0, window=window, softcap=None)
+    output = BACKENDS[backend](*tensors, documents, call)
+    return output, *torch.autograd.grad(output.square().sum(), tensors)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize(
+    ("function", "grouped"),
+    [
+        (varlen_fakes.torch_2_13, True),
+        (varlen_fakes.torch_2_11, True),
+        (varlen_fakes.torch_2_11_strict, False),
+        (varlen_fakes.torch_2_11_wrong, False),
+    ],
+)
+def test_varlen_of_every_version_gives_what_the_loop_gives(
+    function: Callable[..., Tensor],
+    grouped: bool,
+    key_heads: int,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", function)
+    ours, expected = _outcome("varlen", key_heads, window), _outcome("sdpa_per_document", key_heads, window)
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert attention.takes_grouped_heads(torch.device("cpu"), torch.float64) is grouped
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_flash_attention_gives_what_the_loop_gives(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = ModuleType("flash_attn")
+    package.flash_attn_varlen_func = varlen_fakes.flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    ours, expected = _outcome("flash_attention_2", 2, window), _outcome("sdpa_per_document", 2, window)
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
