@@ -1,0 +1,101 @@
+"""What TrainerLoss refuses; that it is exact, tests/e2e/test_library.py shows with a Trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from seqaware import ConfigError, TrainerLoss, Weighting
+
+SIZES = {"vocab_size": 11, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+IDS = torch.arange(1, 9).view(2, 4)
+TWO_DOCUMENTS = torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])
+
+
+def arguments(**changes: Any) -> Any:
+    usual = {"n_gpu": 1, "world_size": 2, "average_tokens_across_devices": True}
+    return SimpleNamespace(**{**usual, "label_smoothing_factor": 0.0, "use_liger_kernel": False, **changes})
+
+
+def tiny(kind: Any = AutoModelForCausalLM, **changes: Any) -> Any:
+    return kind.from_config(AutoConfig.for_model("llama", **SIZES, use_cache=False, **changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"n_gpu": 2}, "DataParallel"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices"),
+        ({"label_smoothing_factor": 0.1}, "smoothing"),
+        ({"use_liger_kernel": True}, "Liger"),
+    ],
+)
+def test_settings_that_cannot_be_exact_are_refused(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        TrainerLoss(tiny(), arguments(**changes), weighting=Weighting(gamma=0.9))
+
+
+def test_turns_and_other_kinds_of_models_are_refused() -> None:
+    with pytest.raises(ConfigError, match="turn"):
+        TrainerLoss(tiny(), arguments(), weighting=Weighting(gamma=0.9), positions="turn")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="causal"):
+        TrainerLoss(
+            tiny(AutoModelForSequenceClassification, pad_token_id=0), arguments(), weighting=Weighting(gamma=0.9)
+        )
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        ({"attention_mask": torch.ones_like(IDS)}, "attention_mask"),
+        ({"use_cache": True}, "cache"),
+    ],
+)
+def test_packed_documents_that_would_see_each_other_are_refused(call: dict[str, Any], named: str) -> None:
+    model = tiny()
+    loss = TrainerLoss(model, arguments(), weighting=Weighting(gamma=0.9))
+    labels = torch.where(TWO_DOCUMENTS == 0, -100, IDS)
+    outputs = model(input_ids=IDS, position_ids=TWO_DOCUMENTS, **call)
+    with pytest.raises(ConfigError, match=named):
+        loss(outputs, labels, num_items_in_batch=5)
+
+
+def test_a_batch_that_it_cannot_see_is_refused() -> None:
+    model = tiny()
+    loss = TrainerLoss(model, arguments(), weighting=Weighting(gamma=0.9))
+    outputs = model(input_ids=IDS)
+    with pytest.raises(ConfigError, match="labels"):
+        loss(outputs, None, num_items_in_batch=6)
+    with pytest.raises(ConfigError, match="not called"):
+        loss(outputs, IDS, num_items_in_batch=6)
+    outputs = model(input_ids=IDS, logits_to_keep=2)
+    with pytest.raises(ConfigError, match="logits of every token"):
+        loss(outputs, IDS, num_items_in_batch=6)
+
+
+def test_gamma_zero_is_the_loss_of_transformers() -> None:
+    model = tiny()
+    loss = TrainerLoss(model, arguments(), weighting=Weighting(gamma=0.0))
+    outputs = model(input_ids=IDS, labels=IDS)
+    torch.testing.assert_close(loss(outputs, IDS, num_items_in_batch=6), outputs.loss)
+
+
+def test_importing_the_package_brings_nothing_heavy() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys, seqaware\nassert sorted(seqaware._HOME) == sorted(seqaware.__all__)\n"
+        "print([name for name in ('torch', 'numpy', 'pydantic') if name in sys.modules])\n"
+        "print(all(getattr(seqaware, name) is not None for name in seqaware.__all__))"
+    )
+    root = Path(__file__).resolve().parents[3]
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.split("\n")[:2] == ["[]", "True"]
+    with pytest.raises(ImportError):
+        from seqaware import nothing_of_that_name  # type: ignore[attr-defined]  # noqa: F401
