@@ -26,6 +26,8 @@ BEFORE, RUN, TOOLS = "Before a run", "A run", "Tools"
 COMMANDS = {
     "prepare": Command("launcher.prepare", BEFORE, "Tokenise the data ahead of time."),
     "plan": Command("launcher.plan", BEFORE, "Steps, memory, hours and disk of a run, on GPUs that need not be here."),
+    "preview": Command("launcher.preview", BEFORE, "The packed rows of a step: text, positions, weights, borders."),
+    "weights": Command("launcher.weights", BEFORE, "Where the objective puts its weight, on this data."),
     "verify": Command("launcher.verify", BEFORE, "Hold loss and gradients of the first steps to a float64 oracle."),
     "doctor": Command("launcher.doctor", BEFORE, "Look for what would stop a run on this machine, and what to do."),
     "train": Command("launcher.train", RUN, "Train; on several GPUs started by deepspeed, torchrun, srun or mpirun."),

@@ -152,7 +152,8 @@ def _check_loss_type(model: PreTrainedModel) -> None:
     """The Trainer counts shifted labels, as the loss has them, for causal language models alone."""
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap: Any = getattr(model, "get_base_model", None)  # of an adapter's model
+    inner: Any = unwrap() if unwrap else model
     if LOSS_MAPPING.get(inner.loss_type) is not ForCausalLMLoss or inner.config.is_encoder_decoder:
         raise ConfigError("TrainerLoss is for causal language models", got=type(inner).__name__)
 

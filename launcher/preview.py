@@ -1,0 +1,61 @@
+"""Preview: the packed rows of a step as a person reads them, `python launcher/preview.py CONFIG`.
+
+Token text, position k, which tokens carry loss, their weights, and where documents begin. Needs no GPU and loads no
+model; tokenises the training rows if that is not done.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.imports import quick_imports
+from launcher.outcome import person_errors
+from seqaware.config.load import load_config
+from seqaware.engine.ranks import prepare_environment
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def preview(
+    config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    step: Annotated[int, typer.Option(min=1, help="Of this optimizer step.")] = 1,
+    rows: Annotated[int, typer.Option(min=1, help="Show so many rows.")] = 2,
+    documents: Annotated[int, typer.Option(min=1, help="Show so many documents of a row, in the terminal.")] = 4,
+    ranks: Annotated[int, typer.Option(min=1, help="As the run on so many ranks lays them out.")] = 1,
+    html: Annotated[Path | None, typer.Option(help="Write a page of it here.")] = None,
+) -> None:
+    """Show the packed rows of a step: text, position k, loss or not, and weights.
+
+    Examples:
+
+        seqaware preview train_configs/demo.yaml
+
+        seqaware preview my.yaml --step 100 --rows 8 --html rows.html
+    """
+    with person_errors():
+        settings = load_config(config, overrides or [])
+        prepare_environment()
+        with quick_imports():
+            from rich.console import Console
+
+            from seqaware.report.preview import show_preview
+            from seqaware.report.preview_html import preview_html
+            from seqaware.training.inspect import training_rows
+            from seqaware.training.preview import PreviewRequest
+            from seqaware.training.preview import preview as lay_out
+
+        found = lay_out(settings, training_rows(settings), PreviewRequest(step, rows, ranks))
+        if html is not None:
+            html.write_text(preview_html(found), encoding="utf-8")
+            typer.echo(f"preview     {html}")
+        else:
+            show_preview(found, console=Console(highlight=False), documents=documents)
+
+
+if __name__ == "__main__":
+    app()

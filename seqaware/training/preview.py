@@ -1,0 +1,84 @@
+"""The rows of one optimizer step as the model will get them, with what the objective makes of every token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from seqaware.config.schema import Config
+from seqaware.data.batch import Batch, build_batch
+from seqaware.data.packing import MicroBatch, layout_step
+from seqaware.errors import ConfigError
+from seqaware.objective.weighting import Weighting
+from seqaware.plan.facts import World, model_facts
+from seqaware.report.preview import Preview, ShownDocument, ShownRow, ShownToken
+from seqaware.training.dry_run import plan_for
+from seqaware.training.facts import step_order
+from seqaware.training.inspect import TrainingRows
+from seqaware.training.prepare import build_weighting
+
+
+@dataclass(frozen=True)
+class PreviewRequest:
+    """Which rows: of optimizer step `step` (from 1) on so many ranks, the first `rows` ones in the order of ranks."""
+
+    step: int = 1
+    rows: int = 3
+    ranks: int = 1
+
+
+def preview(config: Config, training: TrainingRows, request: PreviewRequest) -> Preview:
+    """Lay out the step and weigh its tokens.
+
+    Raises:
+        ConfigError: the run has no such step, or the ranks cannot share it.
+    """
+    world = World(request.ranks, request.ranks, 1, "cpu", bf16=True)
+    plan = plan_for(config, world=world, deepspeed_path=None, model=model_facts(config.model))
+    total = plan.total_steps
+    if total is not None and request.step > total:
+        raise ConfigError("the run has no such step", got=request.step, do=f"write --step {total} or less")
+    store, order = training.store, step_order(training.store, plan)
+    ids = order.documents(*order.position(request.step))
+    packed, sft = config.packing.enabled, config.training.sft
+    layout = layout_step(
+        ids, store.lengths[ids], capacity=plan.batches.micro_batch_tokens, ranks=plan.world.groups, packed=packed
+    )
+    weighting = build_weighting(config)
+    mine = [(rank, each) for rank in range(plan.world.groups) for each in layout.micro_batches(rank) if each.rows]
+    count = sum(len(each.rows) for _, each in mine)
+    rows: list[ShownRow] = []
+    for rank, each in mine:
+        if len(rows) < request.rows:
+            batch = build_batch(store, each.rows, positions=sft.positions, on_split=sft.on_split, pad_id=0)
+            rows += _rows(batch, each, weighting, training=training, rank=rank)
+    return Preview(
+        title=f"step {request.step}: {len(ids)} documents in {count} row(s) on {plan.world.groups} rank(s)",
+        objective=f"{sft.weighting}, γ = {sft.discount:.6g}, positions {sft.positions}, scale {sft.scale}",
+        capacity=plan.batches.micro_batch_tokens if packed else None,
+        rows=tuple(rows[: request.rows]),
+        left_out=max(0, count - request.rows),
+    )
+
+
+def _rows(
+    batch: Batch, micro_batch: MicroBatch, weighting: Weighting, *, training: TrainingRows, rank: int
+) -> Iterator[ShownRow]:
+    weights = weighting.weights(batch.k, batch.length, batch.sequence_offsets, token_weight=batch.token_weight)
+    names = iter(batch.document_names)
+    for row, ids in enumerate(micro_batch.rows):
+        place, documents = 0, []
+        for index in ids:
+            here = slice(place, place + int(training.store.lengths[index]))
+            # What is known of a token stands one place before it, where it is predicted; the first is not.
+            k, of_token = ([0.0, *each[row, here].tolist()[:-1]] for each in (batch.k, weights))
+            texts = (_text(training.tokenizer, token) for token in batch.input_ids[row, here].tolist())
+            tokens = tuple(ShownToken(*each) for each in zip(texts, map(int, k), of_token, strict=True))
+            documents.append(ShownDocument(next(names), tokens))
+            place = here.stop
+        yield ShownRow(rank, tuple(documents), padding=batch.input_ids.shape[1] - place)
+
+
+def _text(tokenizer: Any, token: int) -> str:
+    return str(tokenizer.decode([token]))
