@@ -24,6 +24,7 @@ class Command(NamedTuple):
 BEFORE, RUN, TOOLS = "Before a run", "A run", "Tools"
 # A new command is one line here. Its module has an `app`.
 COMMANDS = {
+    "init": Command("launcher.init", BEFORE, "Write a first config from a few answers."),
     "prepare": Command("launcher.prepare", BEFORE, "Tokenise the data ahead of time."),
     "plan": Command("launcher.plan", BEFORE, "Steps, memory, hours and disk of a run, on GPUs that need not be here."),
     "preview": Command("launcher.preview", BEFORE, "The packed rows of a step: text, positions, weights, borders."),
