@@ -41,7 +41,7 @@ class Batch:
         cu_seqlens: int32 [S + 1], where the segments begin in the flattened R·T places: strictly rising, from 0 to R·T.
             The padding of a row is a segment of its own.
         sequence_offsets: int64 [S + 1], the same.
-        loss_rows: int64 [M], the flat places that have a label, rising.
+        loss_rows: int64 [M], the flat places that have a label, rising; without those whose factor is 0.
         lengths: the S lengths of the segments, on the host.
         sequences, tokens, supervised_tokens: documents, their tokens, and their labels; padding never counts.
         document_names: where each document lies, for a person.
@@ -72,7 +72,9 @@ class Batch:
         assert rest == 0, "rows that several ranks share are built with a multiple of them as columns"
         columns = slice(index * width, (index + 1) * width)
         labels = self.labels[:, columns]
-        loss_rows = (labels != NO_LABEL).flatten().nonzero().squeeze(1)
+        labelled = labels != NO_LABEL
+        scored = labelled if self.token_weight is None else labelled & (self.token_weight[:, columns] != 0)
+        loss_rows = scored.flatten().nonzero().squeeze(1)
         return replace(
             self,
             input_ids=self.input_ids[:, columns],
@@ -84,7 +86,7 @@ class Batch:
             loss_rows=loss_rows,
             sequences=self.sequences if index == 0 else 0,
             tokens=self.tokens if index == 0 else 0,
-            supervised_tokens=len(loss_rows),
+            supervised_tokens=int(labelled.sum()),
         )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
@@ -133,6 +135,7 @@ def build_batch(
     loss_N = _carries_loss(documents)
     ahead = np.flatnonzero(loss_N)
     predicted_at = frame.places[ahead - 1]
+    scored_at = predicted_at if documents.weights is None else predicted_at[documents.weights[ahead] != 0]
     return Batch(
         input_ids=frame.tensor(pad_id, frame.places, documents.tokens.astype(np.int64)),
         position_ids=torch.from_numpy(frame.positions()),
@@ -142,7 +145,7 @@ def build_batch(
         token_weight=None if documents.weights is None else frame.tensor(0, predicted_at, documents.weights[ahead]),
         cu_seqlens=torch.from_numpy(frame.borders.astype(np.int32)),
         sequence_offsets=torch.from_numpy(frame.borders),
-        loss_rows=torch.from_numpy(predicted_at),
+        loss_rows=torch.from_numpy(scored_at),
         lengths=tuple(np.diff(frame.borders).tolist()),
         sequences=len(ids),
         tokens=len(documents.tokens),

@@ -186,7 +186,9 @@ class Engine:
         return self.ranks.sum(local.to(self.ranks.device))
 
     def _forward(self, batch: Batch, weights_RT: Tensor) -> tuple[Tensor, Tensor]:
-        positive = self.weighting.scheme in SCHEMES and batch.token_weight is None
+        # The batch leaves out what the data weighs with 0, and no scheme of ours gives a token 0: nothing has to be
+        # asked of the device.
+        positive = self.weighting.scheme in SCHEMES
         targets = Targets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive)
         loss: tuple[Tensor, Tensor] = self.deepspeed(self._model_input(batch), targets)
         return loss

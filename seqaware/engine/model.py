@@ -244,7 +244,7 @@ class Targets:
 
     Attributes:
         labels: int64 [R, T], shifted; weights: float32 [R, T].
-        loss_rows: int64 [M], the flat places with a label. weights_are_positive: none of them weighs zero.
+        loss_rows: int64 [M], flat places with a label: all whose weight is not 0. weights_are_positive: no other ones.
     """
 
     labels: Tensor

@@ -128,8 +128,14 @@ def test_shape_types_and_borders(store, columns, positions):
     assert batch.lengths == tuple(borders.diff().tolist())
     restarted = [place for length in batch.lengths for place in range(length)]
     assert batch.position_ids.flatten().tolist() == restarted
-    labelled = [i for i, label in enumerate(batch.labels.flatten().tolist()) if label != NO_LABEL]
-    assert batch.loss_rows.dtype == torch.int64 and batch.loss_rows.tolist() == labelled
+    assert batch.loss_rows.dtype == torch.int64 and batch.loss_rows.tolist() == scored(batch)
+
+
+def scored(batch: Batch) -> list[int]:
+    """Flat places with a label that the data does not weigh with 0."""
+    labels = batch.labels.flatten().tolist()
+    weights = [1.0] * len(labels) if batch.token_weight is None else batch.token_weight.flatten().tolist()
+    return [i for i, (label, weight) in enumerate(zip(labels, weights, strict=True)) if label != NO_LABEL and weight]
 
 
 def test_one_row_looks_like_this():
@@ -241,7 +247,8 @@ def test_shards_put_together_are_the_whole_rows(lengths, packed, count, position
     for name in ("sequences", "tokens", "supervised_tokens"):
         assert sum(getattr(shard, name) for shard in shards) == getattr(whole, name)
     for shard in shards:
-        assert shard.loss_rows.tolist() == [i for i, x in enumerate(shard.labels.flatten().tolist()) if x != NO_LABEL]
+        assert shard.loss_rows.tolist() == scored(shard)
+        assert shard.supervised_tokens == int((shard.labels != NO_LABEL).sum())
         assert torch.equal(shard.cu_seqlens, whole.cu_seqlens) and shard.lengths == whole.lengths
 
 
