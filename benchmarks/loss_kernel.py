@@ -2,6 +2,7 @@
 
     python benchmarks/loss_kernel.py            every gate, four minutes of one core; writes results/loss_kernel.json
     python benchmarks/loss_kernel.py --quick    small sizes, seconds; judges nothing and writes nothing
+    python benchmarks/loss_kernel.py --cuda     on a GPU, beside the kernels of others: see loss_cuda.py
 
 Every contestant runs forward and backward in this one process, on one thread, and the contestants take turns, so that
 a machine that gets busy gets busy for all of them; a figure is the median of CPU seconds (not of wall time).
@@ -31,6 +32,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
+import loss_cuda
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -261,8 +263,11 @@ def _status_kib(field: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes; judges nothing and writes nothing")
+    parser.add_argument("--cuda", action="store_true", help="on a GPU; without one, the same at toy size on the CPU")
     parser.add_argument("--measure-memory", nargs=5, metavar="ARG", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.cuda:
+        return loss_cuda.run("cuda" if torch.cuda.is_available() else "cpu", toy=not torch.cuda.is_available())
     torch.set_num_threads(1)
     if arguments.measure_memory:
         measure_memory(*arguments.measure_memory)

@@ -1,0 +1,96 @@
+"""Seconds and bytes of a piece of work on a GPU, or on a CPU where a benchmark only shows that it runs."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import importlib.metadata
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+PACKAGES = [
+    "torch",
+    "triton",
+    "deepspeed",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "trl",
+    "liger-kernel",
+    "cut-cross-entropy",
+    "flash-attn",
+    "numpy",
+]
+# What stops one contestant and says nothing about the others.
+FAILURES = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, AssertionError, OSError)
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """Of one run: between two events on a GPU, of wall time on a CPU."""
+    if device == "cpu":
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def taking_turns(contestants: dict[str, Callable[[], object]], device: str, *, repeats: int) -> dict[str, float]:
+    """Median seconds of each, after one run that is not counted."""
+    measured: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(repeats + 1):
+        for name, work in contestants.items():
+            spent = seconds(work, device)
+            if turn:
+                measured[name].append(spent)
+    return {name: statistics.median(each) for name, each in measured.items()}
+
+
+def peak_bytes(work: Callable[[], object], device: str) -> int | None:
+    """The most that tensors took during `work` above what they took before; None on a CPU."""
+    if device == "cpu":
+        work()
+        return None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
+
+
+def machine(device: str) -> dict[str, object]:
+    """What the figures were taken on."""
+    named: dict[str, object] = {
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        named |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+        named["capability"] = f"{properties.major}.{properties.minor}"
+        named["cuda"] = torch.version.cuda
+    else:
+        named["cpu"] = platform.processor() or platform.machine()
+    named["versions"] = {name: version for name in PACKAGES if (version := installed(name)) is not None}
+    return named
+
+
+def installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
