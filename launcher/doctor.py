@@ -35,9 +35,9 @@ def doctor(
 
     Examples:
 
-        python launcher/doctor.py train_configs/demo.yaml
+        seqaware doctor train_configs/demo.yaml
 
-        python launcher/doctor.py my.yaml --hostfile hosts
+        seqaware doctor my.yaml --hostfile hosts
 
         srun --ntasks-per-node 8 python launcher/doctor.py my.yaml
     """

@@ -1,11 +1,14 @@
 """Plan: what a run costs on GPUs that need not be here, `python launcher/plan.py CONFIG --gpus 64 --device h200`.
 
-Memory by part, seconds of a step, the largest micro-batch and the longest sequence that fit, and the cheapest DeepSpeed
-config. Starts nothing, loads no model and needs no GPU.
+Steps, tokens, packing, memory by part, seconds of a step, GPU-hours, disk, the largest micro-batch and the longest
+sequence that fit, and the cheapest DeepSpeed config. Starts nothing, loads no model and needs no GPU.
 """
 
 from __future__ import annotations
 
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -29,13 +32,13 @@ def plan(
     nvlink: Annotated[float | None, typer.Option(help="GB/s one way between GPUs of a node.")] = None,
     network: Annotated[float | None, typer.Option(help="GB/s one way of each GPU's network adapter.")] = None,
 ) -> None:
-    """Estimate memory and speed of a run, and what else would fit.
+    """Estimate steps, memory, hours and disk of a run, and what else would fit.
 
     Examples:
 
-        python launcher/plan.py train_configs/llama8b_node.yaml --gpus 8
+        seqaware plan train_configs/llama8b_node.yaml --gpus 8
 
-        python launcher/plan.py train_configs/llama70b_8nodes.yaml --gpus 64 --device h100
+        seqaware plan train_configs/llama70b_8nodes.yaml --gpus 64 --device h100
     """
     with person_errors():
         from seqaware.plan.hardware import device_named
@@ -46,7 +49,16 @@ def plan(
         settings = load_config(config, overrides or [])
         question = ask(settings, deepspeed_path=deepspeed, gpus=Gpus(gpus, per_node), device=chosen)
         for label, text in outlook(question):
-            typer.echo(f"{label:<12}{text}")
+            typer.echo(_line(label, text))
+
+
+def _line(label: str, text: str) -> str:
+    """On a terminal as wide as it is, the text beside its label; in a file one line."""
+    line = f"{label:<12}{text}"
+    if not sys.stdout.isatty():
+        return line
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(line, width, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

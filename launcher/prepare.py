@@ -35,11 +35,11 @@ def prepare(
 
     Examples:
 
-        python launcher/prepare.py train_configs/smollm2.yaml --set dataset.workers=16
+        seqaware prepare train_configs/smollm2.yaml --set dataset.workers=16
 
-        python launcher/prepare.py my.yaml --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+        seqaware prepare my.yaml --part $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
 
-        python launcher/prepare.py my.yaml --merge 64
+        seqaware prepare my.yaml --merge 64
     """
     with person_errors():
         if part is not None and merge is not None:

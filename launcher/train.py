@@ -47,9 +47,9 @@ def train(
 
         deepspeed --num_gpus 2 launcher/train.py train_configs/demo.yaml --deepspeed ds_configs/zero3.json
 
-        python launcher/train.py train_configs/demo.yaml --set training.sft.gamma=0.9 --dry-run
+        seqaware train train_configs/demo.yaml --set training.sft.gamma=0.9 --dry-run
 
-        python launcher/train.py train_configs/demo.yaml --print-sbatch --nodes 2 --time 2:00:00 | sbatch
+        seqaware train train_configs/demo.yaml --print-sbatch --nodes 2 --time 2:00:00 | sbatch
     """
     del local_rank  # appended by the deepspeed launcher, which says the same in the environment
     with person_errors():

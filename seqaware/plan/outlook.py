@@ -10,6 +10,7 @@ from seqaware.errors import ConfigError
 from seqaware.plan.hardware import GIB, Device
 from seqaware.plan.layout import Layout
 from seqaware.plan.memory import MemoryEstimate, memory
+from seqaware.plan.run_figures import RunFigures
 from seqaware.plan.search import Choice, Longest, cheapest, fits, largest_micro_batch, longest_sequences, nearest_fit
 from seqaware.plan.throughput import ASSUMED, StepTime, micro_batches, step_time
 
@@ -26,6 +27,7 @@ class Question:
         refused: JSONs that this run cannot have, and why. step_tokens: of a step over all ranks.
         mean_length: Σ L² / Σ L of the documents; None takes all as long as the longest.
         most_positions: the longest sequence the model itself knows, in tokens.
+        run: of the whole run; None tells of a step alone.
     """
 
     model: str
@@ -37,6 +39,7 @@ class Question:
     others: Sequence[tuple[str, Layout]] = ()
     refused: Mapping[str, str] | None = None
     most_positions: int | None = None
+    run: RunFigures | None = None
 
 
 def outlook(question: Question) -> Iterator[tuple[str, str]]:
@@ -49,6 +52,8 @@ def outlook(question: Question) -> Iterator[tuple[str, str]]:
     if not fits(layout, device):
         yield "change", nearest_fit(layout, device, others=question.others) or "nothing here makes it fit: more GPUs"
     yield from time_lines(layout, time)
+    if question.run is not None:
+        yield from question.run.costs(estimate, time)
     yield from _largest(layout, device)
     yield from _cheapest(question)
     yield from _longest(question)
@@ -69,6 +74,8 @@ def _heading(question: Question) -> Iterator[tuple[str, str]]:
         f"{question.source}, {layout.dtype}, {layout.optimizer}, "
         f"micro-batches of {layout.micro_batch_tokens:,} tokens, checkpointing {layout.checkpointing}{tiles}",
     )
+    if question.run is not None:
+        yield from question.run.heading()
 
 
 def memory_lines(estimate: MemoryEstimate, device: Device) -> Iterator[tuple[str, str]]:

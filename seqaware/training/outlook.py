@@ -7,6 +7,8 @@ from pathlib import Path
 
 from seqaware.config.load import REPOSITORY
 from seqaware.config.schema import Config
+from seqaware.data.store import TokenStore
+from seqaware.data.store_index import find_store
 from seqaware.errors import ConfigError
 from seqaware.plan.facts import World, model_facts
 from seqaware.plan.hardware import Device
@@ -14,7 +16,11 @@ from seqaware.plan.known_models import known_facts
 from seqaware.plan.layout import Layout, layout_of
 from seqaware.plan.outlook import Question
 from seqaware.plan.plan import Plan, make_plan
+from seqaware.plan.run_figures import Packing, RunFigures
 from seqaware.training.dry_run import plan_for
+from seqaware.training.facts import step_order
+
+_STEPS_LAID_OUT = 8
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,37 @@ def ask(config: Config, *, deepspeed_path: Path | None, gpus: Gpus, device: Devi
         others=others,
         refused=refused,
         most_positions=None if facts is None else facts.max_positions,
+        run=RunFigures(plan, _packing(plan)),
+    )
+
+
+def _packing(plan: Plan) -> Packing | None:
+    """Of the first steps, laid out as the run will; None where the data is not tokenised yet."""
+    found = find_store(plan.config)
+    if found is None or plan.total_steps is None:
+        return None
+    # Imported here: it brings numba, which a plan of data that is not tokenised does without.
+    from seqaware.data.packing import layout_step
+
+    store = TokenStore.open(found)
+    order = step_order(store, plan)
+    count = min(_STEPS_LAID_OUT, plan.total_steps)
+    layouts = []
+    for step in range(1, count + 1):
+        ids = order.documents(*order.position(step))
+        layouts.append(
+            layout_step(
+                ids,
+                store.lengths[ids],
+                capacity=plan.batches.micro_batch_tokens,
+                ranks=plan.world.groups,
+                packed=plan.config.packing.enabled,
+            )
+        )
+    return Packing(
+        efficiency=sum(each.efficiency for each in layouts) / count,
+        balance=sum(each.balance for each in layouts) / count,
+        steps=count,
     )
 
 

@@ -13,6 +13,7 @@ from seqaware.errors import ConfigError
 from seqaware.plan.hardware import DEVICES
 from seqaware.plan.outlook import outlook, overridden
 from seqaware.training.outlook import Gpus, ask
+from tests.unit.data.test_store import document, write
 
 EXAMPLES = [("llama8b_node", 8), ("llama70b_8nodes", 64), ("llama8b_512k", 8)]
 
@@ -82,3 +83,34 @@ def test_the_command_answers_without_torch_and_refuses_with_one_line() -> None:
 def test_figures_of_ones_own_are_above_zero(wrong: float) -> None:
     with pytest.raises(ConfigError, match="--nvlink must be a number above zero"):
         overridden(DEVICES["h200"], memory_gib=None, link_gb=wrong, network_gb=None)
+
+
+def test_the_whole_run_is_told_in_steps_hours_and_disk(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n' * 1000)
+    changes = (f"dataset.name={rows}", "training.schedule.global_batch_tokens=null", "training.schedule.num_epochs=2")
+    size = ("training.schedule.global_batch_size=64", "output.save_every=10", "output.keep_every=16")
+    told = lines("llama8b_node", 8, *changes, *size)
+    assert told["run"] == "about 32 steps, 2 epoch(s) of 1,000 documents"
+    hours, _, gpu_hours = told["time"].partition(" = ")
+    minutes = float(hours.removesuffix(" minutes"))
+    assert float(gpu_hours.split()[0]) == pytest.approx(8 * minutes / 60, abs=0.06)
+    # Two of keep_last, the one that is being written, and those of steps 16 and 32.
+    assert "at most 5 checkpoint(s)" in told["disk in all"]
+
+
+def test_data_that_is_not_here_is_said_to_be_unknown() -> None:
+    told = lines("llama8b_node", 8)
+    assert "not known before the data is tokenised" in told["run"]
+    assert "time" not in told and "at most 1 checkpoint(s)" in told["disk in all"]
+
+
+def test_packing_is_laid_out_where_the_data_is_tokenised(tmp_path: Path) -> None:
+    # 16 documents of 600 tokens in micro-batches of 1,024: none holds two.
+    store = write(tmp_path / "store", [document(600, seed=seed) for seed in range(16)], max_seq_length=600)
+    changes = (f"dataset.name={store}", "training.schedule.global_batch_tokens=null")
+    sizes = ("training.parameters.max_seq_length=1024", "training.schedule.micro_batch_tokens=1024")
+    told = lines("llama8b_node", 8, *changes, *sizes, "training.schedule.global_batch_size=8")
+    assert told["run"].startswith("6 steps, 3 epoch(s) of 16 documents, 9,600 tokens an epoch")
+    assert told["packing"].startswith(f"packed: micro-batches of 1,024 tokens are {600 / 1024:.1%} full")
+    assert "1.000 × the mean (first 6 steps)" in told["packing"]

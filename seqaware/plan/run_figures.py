@@ -1,0 +1,85 @@
+"""What the whole run comes to: steps, tokens, hours, GPU-hours, and the disk that its checkpoints take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from seqaware.plan.batches import WHEN_TOKENISED
+from seqaware.plan.memory import MemoryEstimate
+from seqaware.plan.plan import Plan
+from seqaware.plan.throughput import StepTime
+
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How full the micro-batches of the first steps are.
+
+    Attributes:
+        efficiency: tokens of documents / places of the micro-batches that hold any. balance: the costliest rank / the
+            mean of the ranks. steps: how many were laid out.
+    """
+
+    efficiency: float
+    balance: float
+    steps: int
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """plan: of the run. packing: None where the data is not tokenised."""
+
+    plan: Plan
+    packing: Packing | None
+
+    def heading(self) -> Iterator[tuple[str, str]]:
+        """(label, text) of steps, tokens and packing."""
+        plan, data = self.plan, self.plan.data
+        epochs = plan.config.training.schedule.num_epochs
+        if plan.total_steps is None or data is None:
+            yield "run", f"{epochs:g} epoch(s); steps and tokens: {WHEN_TOKENISED}"
+            return
+        about = "" if plan.batches.exact else "about "
+        tokens = f", {data.tokens:,} tokens an epoch" if data.tokens else ""
+        yield "run", f"{about}{plan.total_steps:,} steps, {epochs:g} epoch(s) of {data.documents:,} documents{tokens}"
+        if self.packing is not None:
+            packing, full = self.packing, plan.batches.micro_batch_tokens
+            packed = "packed" if plan.config.packing.enabled else "one document a row"
+            yield (
+                "packing",
+                f"{packed}: micro-batches of {full:,} tokens are {packing.efficiency:.1%} full, the costliest rank does "
+                f"{packing.balance:.3f} × the mean (first {packing.steps} steps)",
+            )
+
+    def costs(self, estimate: MemoryEstimate, time: StepTime) -> Iterator[tuple[str, str]]:
+        """(label, text) of the hours and the disk."""
+        gpus, steps = self.plan.world.size, self.plan.total_steps
+        if steps is not None:
+            seconds = steps * time.seconds
+            hours = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+            yield (
+                "time",
+                f"{hours} = {gpus * seconds / 3600:,.1f} GPU-hours, without starting, evaluating and saving",
+            )
+        kept = checkpoints_kept(self.plan)
+        size = kept * estimate.checkpoint / _GB
+        model = estimate.export / _GB if self.plan.config.output.save_model else 0.0
+        yield (
+            "disk in all",
+            f"{size + model:,.0f} GB: at most {kept} checkpoint(s) at once, and the model {model:,.0f} GB",
+        )
+
+
+def checkpoints_kept(plan: Plan) -> int:
+    """The most that lie in the run's folder at once: those that are kept, and the one being written."""
+    output, steps = plan.config.output, plan.total_steps
+    kept = output.keep_last + output.keep_best + 1
+    if output.save_every is None and output.save_every_minutes is None:
+        return 1
+    if output.save_every is not None and output.save_every_minutes is None and steps is not None:
+        kept = min(kept, -(-steps // output.save_every) + 1)
+    if output.keep_every is not None and steps is not None:
+        kept += steps // output.keep_every
+    return kept
