@@ -150,24 +150,25 @@ def _section_at(location: Sequence[str | int]) -> type[Section] | None:
         if isinstance(part, int):
             continue
         field = section.model_fields.get(part)
-        inner = _section_in(field.annotation) if field else None
+        inner = section_in(field.annotation) if field else None
         if inner is None:
             return None
         section = inner
     return section
 
 
-def _section_in(annotation: Any) -> type[Section] | None:
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation names, inside an optional or a list too."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, list) or hasattr(annotation, "__metadata__"):
-        return next((found for part in get_args(annotation) if (found := _section_in(part))), None)
+        return next((found for part in get_args(annotation) if (found := section_in(part))), None)
     return None
 
 
 def _paths(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
-        inner = _section_in(field.annotation)
+        inner = section_in(field.annotation)
         yield f"{prefix}{name}"
         if inner is not None and name != "mixture":
             yield from _paths(inner, f"{prefix}{name}.")

@@ -49,8 +49,8 @@ class RunFigures:
             packed = "packed" if plan.config.packing.enabled else "one document a row"
             yield (
                 "packing",
-                f"{packed}: micro-batches of {full:,} tokens are {packing.efficiency:.1%} full, the costliest rank does "
-                f"{packing.balance:.3f} × the mean (first {packing.steps} steps)",
+                f"{packed}: micro-batches of {full:,} tokens are {packing.efficiency:.1%} full, "
+                f"the costliest rank does {packing.balance:.3f} × the mean (first {packing.steps} steps)",
             )
 
     def costs(self, estimate: MemoryEstimate, time: StepTime) -> Iterator[tuple[str, str]]:
