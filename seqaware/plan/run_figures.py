@@ -11,6 +11,7 @@ from seqaware.plan.plan import Plan
 from seqaware.plan.throughput import StepTime
 
 _GB = 1e9
+_STEPS_TOLD = 1000  # of a run whose length is not known
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,10 @@ class RunFigures:
     def costs(self, estimate: MemoryEstimate, time: StepTime) -> Iterator[tuple[str, str]]:
         """(label, text) of the hours and the disk."""
         gpus, steps = self.plan.world.size, self.plan.total_steps
-        if steps is not None:
-            seconds = steps * time.seconds
-            hours = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
-            yield (
-                "time",
-                f"{hours} = {gpus * seconds / 3600:,.1f} GPU-hours, without starting, evaluating and saving",
-            )
+        seconds = time.seconds * (_STEPS_TOLD if steps is None else steps)
+        hours = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+        of = f"{_STEPS_TOLD:,} steps: " if steps is None else ""
+        yield "time", f"{of}{hours} = {gpus * seconds / 3600:,.1f} GPU-hours, without starting, evaluating and saving"
         kept = checkpoints_kept(self.plan)
         size = kept * estimate.checkpoint / _GB
         model = estimate.export / _GB if self.plan.config.output.save_model else 0.0

@@ -16,7 +16,7 @@ from rich.text import Text
 _SHADES = ("#e8f1fa", "#cfe3f3", "#a9d0e8", "#7fbbdc", "#8fd18f", "#c5d86d", "#f2d13c", "#f5a742")
 _TOKENS_BETWEEN_MARKS = 16
 _OPEN, _CLOSE, _NEWLINE = "⟦", "⟧", "⏎"
-_PLAIN = str.maketrans({_OPEN: "[", _CLOSE: "]", _NEWLINE: "\\", "·": "-", "…": ".", "─": "-", "γ": "g"})
+_PLAIN = str.maketrans({_OPEN: "[", _CLOSE: "]", _NEWLINE: "\\", "·": "-", "…": ".", "─": "-", "γ": "g", "▁": "_"})
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def show_preview(preview: Preview, *, console: Console, documents: int) -> None:
     def say(text: Text | str) -> None:
         text = text if isinstance(text, Text) else Text(text)
         if plain:
-            text.plain = text.plain.translate(_PLAIN)
+            # As many characters as before: the colours go by their places.
+            text.plain = text.plain.translate(_PLAIN).encode(console.encoding, "replace").decode(console.encoding)
         console.print(text, overflow="fold")
 
     say(preview.title)

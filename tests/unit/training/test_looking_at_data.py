@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
-from seqaware.report.preview import Preview, show_preview, visible
+from seqaware.report.preview import Preview, ShownDocument, ShownRow, ShownToken, show_preview, visible
 from seqaware.report.preview_html import preview_html
 from seqaware.report.weights import draw_weights, show_weights, weight_lines
 from seqaware.training.inspect import training_rows
@@ -133,6 +133,15 @@ def test_a_preview_is_read_without_colours_at_60_columns(workshop: tiny.Workshop
     text = out.getvalue()
     assert "\x1b" not in text and "⟦" in text and "(1·1)" in text and "… and" in text
     assert max(map(len, text.splitlines())) <= 60
+
+
+def test_a_terminal_without_unicode_shows_what_it_can(workshop: tiny.Workshop) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    document = ShownDocument("rows.jsonl:1", (ShownToken("né", 0, 0.0), ShownToken("e\n", 1, 1.0)))
+    found = Preview("step 1", "γ = 0.9", 8, (ShownRow(0, (document,), 6),), 0)
+    show_preview(found, console=Console(file=out, width=60), documents=1)
+    out.seek(0)
+    assert "n?[(1-1)e\\" in out.read()
 
 
 class Checker(HTMLParser):
