@@ -69,3 +69,9 @@ def test_a_plain_loop_in_several_micro_batches_is_the_oracle(workshop: tiny.Work
 def test_a_trainer_is_the_oracle(workshop: tiny.Workshop, ranks: int, extra: tuple[str, ...]) -> None:
     out = run("examples/hf_trainer.py", workshop, "--batch", "8", *extra, ranks=ranks)
     assert_trained_as(oracle(workshop, weight_decay=0.01), out, workshop.model)
+
+
+def test_trl_is_the_oracle(workshop: tiny.Workshop) -> None:
+    # TRL packs the eight documents into two rows of at most 160 tokens: two micro-batches hold all of them.
+    out = run("examples/trl_sft.py", workshop, "--packed", "--max-length", "160", "--accumulation", "2")
+    assert_trained_as(oracle(workshop, weight_decay=0.01), out, workshop.model)
