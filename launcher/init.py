@@ -49,7 +49,7 @@ def init(
         if gamma is not None and half_life is not None:
             raise ConfigError("--gamma and --half-life are one number in two spellings", do="keep one of them")
         asked = _ask(model=model, data=data, gpus=gpus)
-        discount = {"half_life": half_life} if half_life is not None else {"gamma": 0.98 if gamma is None else gamma}
+        discount = {"half_life": half_life} if half_life is not None else {"gamma": _gamma(gamma)}
         settings = {"device": device, "held_out": held_out, "max_seq_length": max_seq_length, "lora": lora}
         _write(path, {**asked, **settings, "discount": discount, "batch": batch, "per_node": per_node})
 
@@ -65,6 +65,13 @@ def _ask(*, model: str | None, data: str | None, gpus: int | None) -> dict[str, 
         "data": data or typer.prompt("Data (file, folder or hub id)", default="gsm8k"),
         "gpus": gpus if gpus is not None else typer.prompt("GPUs", default=1, type=int) if sys.stdin.isatty() else 1,
     }
+
+
+def _gamma(written: float | None) -> float:
+    if written is not None or not sys.stdin.isatty():
+        return 0.98 if written is None else written
+    question = "Discount γ, from 0 (plain cross-entropy) to 1"
+    return float(typer.prompt(question, default=0.98, type=float))
 
 
 def _write(path: Path, asked: dict[str, Any]) -> None:

@@ -26,12 +26,14 @@ class Targets:
         k: int64 [R, T], its position among those that count, from 1; 0 where there is no loss.
         length: int64 [R, T], how many count in its document; 0 where there is no loss.
         sequence_offsets: int64 [S + 1], where the segments begin in the flattened places, from 0 to R·T.
+        packed: a row holds several documents.
     """
 
     labels: Tensor
     k: Tensor
     length: Tensor
     sequence_offsets: Tensor
+    packed: bool
 
 
 def targets_of(
@@ -43,8 +45,8 @@ def targets_of(
 ) -> Targets:
     """Shift labels inside each document, and count.
 
-    A document begins at column 0, where position_ids do not go on by one, and where padding ends. Waits for the device
-    once, to look for labels that cannot be right.
+    A document begins at column 0, where position_ids do not go on by one, and where padding ends. Waits for the device,
+    to look for labels that cannot be right.
 
     Args:
         labels: int64 [R, T] beside input_ids, not shifted; -100 where there is no loss.
@@ -78,6 +80,7 @@ def targets_of(
         k=_ahead(torch.where(loss, k, 0), 0),
         length=_ahead(torch.where(loss, length, 0), 0),
         sequence_offsets=offsets,
+        packed=bool(((starts & real).sum(1) > 1).any()),
     )
 
 

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # Whether the first column's labels are in the Trainer's count was looked up, and tested, from this release on.
 _COUNTS_SHIFTED = (5, 23)
+# Where documents of a flattened row begin, as some collators tell attention alone.
+_BORDERS = ("cu_seq_lens_q", "cu_seqlens", "seq_idx")
 
 
 class TrainerLoss:
@@ -76,6 +78,11 @@ class TrainerLoss:
             raise ConfigError(
                 "the model that TrainerLoss was made for was not called", do="pass it the Trainer's model"
             )
+        if call.get("position_ids") is None and any(key in call for key in _BORDERS):
+            raise ConfigError(
+                "documents of one row are told apart by position_ids, and there are none",
+                do="let the collator return them (DataCollatorWithFlattening(return_position_ids=True))",
+            )
         targets = targets_of(
             labels,
             position_ids=call.get("position_ids"),
@@ -98,7 +105,7 @@ class TrainerLoss:
                 got=f"transformers {importlib.metadata.version('transformers')}",
                 do="write -100 there, or install 5.23 or newer",
             )
-        if call.get("position_ids") is None or len(targets.sequence_offsets) == len(labels) + 1:
+        if not targets.packed:
             return
         # Several documents in a row. They must not see each other, and transformers sees to it only so.
         text = self._model_config.get_text_config()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +93,18 @@ def test_mistakes_are_told_and_leave_no_file(tmp_path: Path, flags: list[str], s
     assert result.exit_code == 2
     assert said in result.output and "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_terminal_it_asks_for_what_was_not_written(tmp_path: Path) -> None:
+    master, terminal = pty.openpty()
+    os.write(master, f"gpt2\n{DEMO}\n0\n0.9\n".encode())
+    command = [sys.executable, "launcher/init.py", str(tmp_path / "my.yaml")]
+    done = subprocess.run(command, stdin=terminal, capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    os.close(master)
+    os.close(terminal)
+    assert done.returncode == 0, done.stderr
+    config = load_config(tmp_path / "my.yaml")
+    assert (config.model.base_name, config.dataset.name, config.training.sft.gamma) == ("gpt2", DEMO, 0.9)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
