@@ -88,7 +88,9 @@ class EvaluationConfig(Section):
     dataset: DatasetConfig | None = None
     """The held-out rows, as in the section dataset; null: no evaluation."""
     every_steps: Count | None = None
-    """Evaluate every so many optimizer steps; null: only at the end."""
+    """Evaluate every so many optimizer steps; null, and every_minutes too: only at the beginning and the end."""
+    every_minutes: Positive | None = None
+    """Evaluate every so many minutes, by the clock of rank 0; may be written beside every_steps."""
     metric: Literal["exact_match", "none"] = "none"
     """exact_match: generate an answer to every prompt and compare; none: the loss only."""
     max_new_tokens: Count = 256
@@ -100,8 +102,8 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
-        if self.dataset is None and (self.every_steps is not None or self.metric != "none"):
-            raise ValueError("every_steps and metric need held-out rows: write evaluation.dataset")
+        if self.dataset is None and (self.written("every_steps", "every_minutes") or self.metric != "none"):
+            raise ValueError("every_steps, every_minutes and metric need held-out rows: write evaluation.dataset")
         try:
             groups = re.compile(self.answer_pattern).groupindex
         except re.error as error:

@@ -134,13 +134,13 @@ class Engine:
 
     @torch.no_grad()
     def evaluate_step(self, batches: Sequence[Batch]) -> StepSums:
-        """This rank's sums over held-out micro-batches: not yet added over the ranks."""
+        """This rank's sums over held-out micro-batches, by position too: not yet added over the ranks."""
         self.deepspeed.eval()
-        sums = StepSums.zeros(self.ranks.device)
+        sums = StepSums.zeros(self.ranks.device, positions=True)
         for batch in batches:
             (placed,), (weights_RT,) = self._placed([batch])
             with self._nothing_recorded():
-                _, stats = self._forward(placed, weights_RT)
+                _, stats = self._forward(placed, weights_RT, by_position=True)
             sums = sums + StepSums.of(stats, sequences=placed.sequences, tokens=placed.tokens)
         return sums
 
@@ -185,11 +185,12 @@ class Engine:
                 local = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
         return self.ranks.sum(local.to(self.ranks.device))
 
-    def _forward(self, batch: Batch, weights_RT: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Batch, weights_RT: Tensor, *, by_position: bool = False) -> tuple[Tensor, Tensor]:
         # The batch leaves out what the data weighs with 0, and no scheme of ours gives a token 0: nothing has to be
         # asked of the device.
         positive = self.weighting.scheme in SCHEMES
-        targets = Targets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive)
+        k = batch.k if by_position else None
+        targets = Targets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive, k=k)
         loss: tuple[Tensor, Tensor] = self.deepspeed(self._model_input(batch), targets)
         return loss
 

@@ -27,7 +27,7 @@ from seqaware.engine.attention import Documents
 from seqaware.engine.lora import Adapters, quantization
 from seqaware.errors import ConfigError
 from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits
-from seqaware.objective.fused import fused_cross_entropy
+from seqaware.objective.fused import fused_by_position, fused_cross_entropy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # One bar a rank for reading and writing weights says nothing that our own lines do not.
@@ -218,15 +218,25 @@ class HeadLoss(nn.Module):
         self._model = (model,)  # in a tuple, so that the model is not registered a second time
 
     def forward(self, hidden_NH: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
-        loss, stats = fused_cross_entropy(
+        head = output_head(self._model[0])
+        labels_N, weights_N = targets.labels.flatten(), targets.weights.flatten()
+        if targets.k is not None:
+            return fused_by_position(
+                hidden_NH,
+                head=head,
+                labels_N=labels_N,
+                weights_N=weights_N,
+                k_N=targets.k.flatten(),
+                rows=targets.loss_rows,
+            )
+        return fused_cross_entropy(
             hidden_NH,
-            head=output_head(self._model[0]),
-            labels_N=targets.labels.flatten(),
-            weights_N=targets.weights.flatten(),
+            head=head,
+            labels_N=labels_N,
+            weights_N=weights_N,
             rows=targets.loss_rows,
             weights_are_positive=targets.weights_are_positive,
         )
-        return loss, stats
 
 
 @dataclass(frozen=True)
@@ -245,12 +255,14 @@ class Targets:
     Attributes:
         labels: int64 [R, T], shifted; weights: float32 [R, T].
         loss_rows: int64 [M], flat places with a label: all whose weight is not 0. weights_are_positive: no other ones.
+        k: integer [R, T], the positions, where the sums by position are asked for: in evaluation, without gradients.
     """
 
     labels: Tensor
     weights: Tensor
     loss_rows: Tensor
     weights_are_positive: bool
+    k: Tensor | None = None
 
 
 class WeightedCausalLM(nn.Module):
@@ -273,7 +285,8 @@ class WeightedCausalLM(nn.Module):
         """Returns Σ w·l (float32, differentiable) and the statistics vector of `objective.sums`."""
         if self.loss_kernel == "plain":
             logits_NV = self.logits(inputs).flatten(0, 1)
-            return cross_entropy_from_logits(logits_NV, targets.labels.flatten(), targets.weights.flatten())
+            k_N = None if targets.k is None else targets.k.flatten()
+            return cross_entropy_from_logits(logits_NV, targets.labels.flatten(), targets.weights.flatten(), k_N=k_N)
         loss: tuple[Tensor, Tensor] = self.head_loss(self.hidden(inputs).flatten(0, 1), targets)
         return loss
 

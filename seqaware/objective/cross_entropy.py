@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seqaware.objective.positions import sums_by_position
 from seqaware.objective.sums import LossStats
 
 IGNORED_LABEL = -100
@@ -54,7 +55,9 @@ class Head:
         return logits_NV
 
 
-def cross_entropy_from_logits(logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor) -> tuple[Tensor, LossStats]:
+def cross_entropy_from_logits(
+    logits_NV: Tensor, labels_N: Tensor, weights_N: Tensor, *, k_N: Tensor | None = None
+) -> tuple[Tensor, LossStats]:
     """Σ w·l over rows of logits.
 
     With weights of exactly 1.0 the loss and its gradient are, bit for bit, those of
@@ -64,6 +67,7 @@ def cross_entropy_from_logits(logits_NV: Tensor, labels_N: Tensor, weights_N: Te
         logits_NV: any float dtype; upcast to float32 (float64 stays).
         labels_N: int64, already shifted; −100 where there is no loss.
         weights_N: float; constants, no gradient flows into them.
+        k_N: integer, the position of each row's token: asks for the sums by position.
 
     Returns:
         loss_sum (0-d, float32 or float64, differentiable) and the statistics vector of `sums`.
@@ -73,13 +77,16 @@ def cross_entropy_from_logits(logits_NV: Tensor, labels_N: Tensor, weights_N: Te
     losses_N = F.cross_entropy(logits_NV, labels_N, reduction="none", ignore_index=IGNORED_LABEL)
     loss_sum = (losses_N * weights_N).sum()
     with torch.no_grad():
+        correct_N = logits_NV.gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1) == logits_NV.amax(-1)
         stats = summarize(
             losses=losses_N,
             weights=weights_N,
             labels=labels_N,
-            correct=logits_NV.gather(1, labels_N.clamp(min=0).unsqueeze(1)).squeeze(1) == logits_NV.amax(-1),
+            correct=correct_N,
             logsumexp=torch.logsumexp(logits_NV, -1),
         )
+        if k_N is not None:
+            stats = torch.cat((stats, sums_by_position(losses=losses_N, weights=weights_N, correct=correct_N, k=k_N)))
     return loss_sum, stats
 
 

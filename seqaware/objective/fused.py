@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqaware.objective.cross_entropy import IGNORED_LABEL, Head, summarize
+from seqaware.objective.positions import sums_by_position
 from seqaware.objective.products import NARROW, HeadProducts, wide_dtype
 from seqaware.objective.softmax_pass import GPU_BLOCK_ROWS, Rows, Setting, softmax_pass
 from seqaware.objective.sums import STATS, LossStats
@@ -83,6 +84,25 @@ def fused_cross_entropy(
     )
     result: tuple[Tensor, LossStats] = _FusedCrossEntropy.apply(hidden_NH, head.weight, head.bias, call)  # type: ignore[no-untyped-call]
     return result
+
+
+@torch.no_grad()
+def fused_by_position(
+    hidden_NH: Tensor, *, head: Head, labels_N: Tensor, weights_N: Tensor, k_N: Tensor, rows: Tensor | None = None
+) -> tuple[Tensor, LossStats]:
+    """`fused_cross_entropy` without gradients, and with the sums by position behind its statistics.
+
+    Args:
+        k_N: integer, the position of each row's token. The others: as there.
+    """
+    scored = _scored_rows(labels_N, weights_N, rows, weights_are_positive=False)
+    call = _Call(labels=labels_N, weights=weights_N, rows=scored, head=head, needs=_Needs(False, False, False))
+    run = _Forward(hidden_NH.to(head.weight.dtype), head.weight, head.bias, call)
+    run.all_chunks()
+    loss_sum, stats = run.result()
+    multiplied, k_M = run.scored, _select(k_N, scored)
+    tail = sums_by_position(losses=multiplied.losses, weights=run.weights_M, correct=multiplied.correct, k=k_M)
+    return loss_sum, torch.cat((stats, tail))
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from seqaware.objective.positions import POSITION_SIZE, by_position
+
 NormalizeBy: TypeAlias = Literal["tokens", "weight", "sequences"]
 
 LossStats: TypeAlias = Tensor
-"""Detached float64 vector [len(STATS)] of sums over the rows of one loss call, in the order of `STATS`."""
+"""Detached float64 vector [len(STATS)] of sums over the rows of one loss call, in the order of `STATS`; where it was
+asked for, the sums by position (`positions`) follow."""
 
 STATS = (
     "weighted_loss",  # Σ w·l
@@ -36,8 +39,8 @@ class StepSums:
     """The sums of an optimizer step, or of any part of one.
 
     Attributes:
-        vector: float64 [len(FIELDS)] on the device, in the order of `FIELDS`. An all-reduce (sum) of it, in place,
-            turns the sums of one rank into those of the world.
+        vector: float64 [len(FIELDS)] on the device, in the order of `FIELDS`; in evaluation the POSITION_SIZE sums by
+            position follow. An all-reduce (sum) of it, in place, turns the sums of one rank into those of the world.
     """
 
     FIELDS: ClassVar[tuple[str, ...]] = (*STATS, "sequences", "tokens")
@@ -45,9 +48,10 @@ class StepSums:
     vector: Tensor
 
     @classmethod
-    def zeros(cls, device: torch.device | str = "cpu") -> StepSums:
-        """The sums of nothing."""
-        return cls(torch.zeros(len(cls.FIELDS), dtype=torch.float64, device=device))
+    def zeros(cls, device: torch.device | str = "cpu", *, positions: bool = False) -> StepSums:
+        """The sums of nothing, with those by position if `positions`."""
+        size = len(cls.FIELDS) + positions * POSITION_SIZE
+        return cls(torch.zeros(size, dtype=torch.float64, device=device))
 
     @classmethod
     def of(cls, stats: LossStats, *, sequences: int, tokens: int) -> StepSums:
@@ -58,9 +62,10 @@ class StepSums:
             sequences: documents in the micro-batch.
             tokens: tokens that are not padding.
         """
-        assert stats.shape == (len(STATS),), stats.shape
-        vector = stats.new_zeros(len(cls.FIELDS))
-        vector[: len(STATS)] = stats
+        assert stats.shape in ((len(STATS),), (len(STATS) + POSITION_SIZE,)), stats.shape
+        vector = stats.new_zeros(len(cls.FIELDS) + len(stats) - len(STATS))
+        vector[: len(STATS)] = stats[: len(STATS)]
+        vector[len(cls.FIELDS) :] = stats[len(STATS) :]
         # Filled by kernels with the value as an argument: copying a host tensor to the device would wait for it.
         vector[len(STATS)].fill_(sequences)
         vector[len(STATS) + 1].fill_(tokens)
@@ -84,7 +89,7 @@ class StepSums:
             loss (nats, normalised as asked); unweighted_loss (nats), accuracy, logsumexp_mean and logsumexp_std over
             the scored tokens; and the sums supervised_tokens, scored_tokens, tokens, sequences and weight_sum.
         """
-        total = dict(zip(self.FIELDS, self.vector.tolist(), strict=True))
+        total = dict(zip(self.FIELDS, self.vector[: len(self.FIELDS)].tolist(), strict=True))
         scored = total["scored_tokens"]
         mean = _ratio(total["logsumexp"], scored)
         variance = _ratio(total["logsumexp_squared"], scored) - mean * mean
@@ -101,6 +106,11 @@ class StepSums:
             "sequences": total["sequences"],
             "weight_sum": total["weight"],
         }
+
+    def positions(self) -> list[dict[str, Any]]:
+        """The figures of every bucket of positions that holds tokens (`by_position`); none in training."""
+        sums = self.vector[len(self.FIELDS) :].tolist()
+        return by_position(sums) if sums else []
 
 
 def _denominator_field(normalize_by: NormalizeBy) -> str:

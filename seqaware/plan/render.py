@@ -149,7 +149,9 @@ def _evaluation(plan: Plan) -> str:
     evaluation = plan.config.evaluation
     if evaluation.dataset is None:
         return "none (write evaluation.dataset to have one)"
-    when = f"every {evaluation.every_steps} steps and at the end" if evaluation.every_steps else "at the end"
+    often = [f"every {evaluation.every_steps} steps"] if evaluation.every_steps else []
+    often += [f"every {evaluation.every_minutes:g} minutes"] if evaluation.every_minutes else []
+    when = " and ".join([*often, "at the end"])
     what = "loss and exact match" if evaluation.metric == "exact_match" else "loss"
     return f"{what} over {evaluation.dataset.name or 'a mixture'} ({evaluation.dataset.split}), {when}"
 

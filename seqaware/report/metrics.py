@@ -79,4 +79,11 @@ def _keep_until(path: Path, step: int) -> None:
 
 def _finite(value: Any) -> Any:
     # JSON has no NaN and no infinity; a string keeps what happened readable.
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    match value:
+        case float() if not math.isfinite(value):
+            return str(value)
+        case list():
+            return [_finite(each) for each in value]
+        case dict():
+            return {key: _finite(each) for key, each in value.items()}
+    return value

@@ -40,8 +40,8 @@ Leaving = Callable[[], bool]
 
 def held_out_loss(
     engine: Engine, steps: Iterable[Sequence[Batch]], normalize_by: NormalizeBy, *, leaving: Leaving
-) -> dict[str, float] | None:
-    """The objective over all held-out rows: weighted, unweighted, accuracy. Collective; the same on every rank.
+) -> dict[str, Any] | None:
+    """Over all held-out rows: loss weighted, unweighted and by position, accuracy. Collective; the same on every rank.
 
     Args:
         steps: this rank's micro-batches, the same number on every rank.
@@ -57,7 +57,7 @@ def held_out_loss(
         total = sums if total is None else total + sums
     assert total is not None, "no held-out batch"
     engine.ranks.sum(total.vector)
-    return total.metrics(normalize_by)
+    return {**total.metrics(normalize_by), "by_position": total.positions()}
 
 
 @dataclass(frozen=True)

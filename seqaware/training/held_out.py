@@ -42,7 +42,7 @@ class HeldOut:
         config = prepared.plan.config.evaluation
         return cls(engine, prepared.held_out, rows, config, prepared.tokenizer, prepared.questions)
 
-    def loss(self, *, leaving: Leaving) -> dict[str, float] | None:
+    def loss(self, *, leaving: Leaving) -> dict[str, Any] | None:
         """The objective over all held-out rows; the same on every rank. None where the run leaves before the end.
 
         Args:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
-from enum import IntEnum
+from dataclasses import dataclass
+from enum import IntFlag
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
@@ -25,12 +26,13 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 _LARGEST_SHARE_OF_LIMIT = 0.25
 
 
-class Asked(IntEnum):
-    """What a run is asked to do; the highest of all ranks' counts."""
+class Asked(IntFlag):
+    """What a run is asked to do; the highest of all ranks' counts. Only rank 0 asks for less than to leave."""
 
     NOTHING = 0
-    SAVE = 1
-    LEAVE = 2
+    EVALUATE = 1
+    SAVE = 2
+    LEAVE = 4
 
 
 class Left(SystemExit):
@@ -96,13 +98,25 @@ class Signals:
             raise Left(name, together=False)
 
 
+@dataclass(frozen=True)
+class Minutes:
+    """By rank 0's clock, how often to save and how often to look at the held-out rows; None: never for the time."""
+
+    save: float | None = None
+    evaluate: float | None = None
+
+
+def _is_due(minutes: float | None, seconds: float) -> bool:
+    return minutes is not None and seconds >= 60.0 * minutes
+
+
 class Interrupts:
     """What this rank is asked to do now.
 
     Args:
         folder: the run's; a person may `touch` STOP or SAVE in it.
         first: whether this is rank 0, which alone looks at files and clocks.
-        job_ends: when the batch system ends the job, seconds since 1970; None where it has not said.
+        seconds_left: until the run shall leave; None: no limit.
         clock: seconds that only ever rise.
     """
 
@@ -113,7 +127,7 @@ class Interrupts:
         *,
         first: bool,
         seconds_left: float | None,
-        save_every_minutes: float | None,
+        minutes: Minutes,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.reason: str | None = None
@@ -122,8 +136,8 @@ class Interrupts:
         self._first = first
         self._clock = clock
         self._deadline = None if seconds_left is None else clock() + seconds_left
-        self._save_seconds = None if save_every_minutes is None else save_every_minutes * 60.0
-        self._saved = clock()
+        self._minutes = minutes
+        self._saved = self._evaluated = clock()
         self._looked = float("-inf")
         self._seen = Asked.NOTHING
 
@@ -145,10 +159,12 @@ class Interrupts:
         if self._deadline is not None and now >= self._deadline:
             self.reason = "the time limit is near"
             return Asked.LEAVE
-        if self._save.exists():
-            return Asked.SAVE
-        due = self._save_seconds is not None and now - self._saved >= self._save_seconds
-        return Asked.SAVE if due else Asked.NOTHING
+        asked = Asked.NOTHING
+        if self._save.exists() or _is_due(self._minutes.save, now - self._saved):
+            asked |= Asked.SAVE
+        if _is_due(self._minutes.evaluate, now - self._evaluated):
+            asked |= Asked.EVALUATE
+        return asked
 
     def saved(self) -> None:
         """A checkpoint was written: its file of request has done its duty, and the minutes count anew."""
@@ -156,6 +172,11 @@ class Interrupts:
         self._seen, self._looked = Asked.NOTHING, float("-inf")
         if self._first:
             self._save.unlink(missing_ok=True)
+
+    def evaluated(self) -> None:
+        """The held-out rows were looked at, for whichever reason: the minutes count anew."""
+        self._evaluated = self._clock()
+        self._seen, self._looked = Asked.NOTHING, float("-inf")
 
     def left(self) -> None:
         """The run leaves: the next one shall not find its request."""

@@ -81,11 +81,12 @@ class TrainingLoop:
         for step, micro_batches in self._batches.steps(self._course.done + 1, self._total):
             asked = self._step(step, micro_batches)
             is_last = step == self._total
-            if evaluate_every and step % evaluate_every == 0 and not is_last:
+            evaluate = Asked.EVALUATE in asked or (evaluate_every and step % evaluate_every == 0)
+            if evaluate and not is_last:
                 self._between_steps(due.evaluate, step)
-            if asked == Asked.LEAVE and not is_last:
+            if Asked.LEAVE in asked and not is_last:
                 self._between_steps(due.leave, step)
-            elif is_last or asked == Asked.SAVE or (save_every and step % save_every == 0):
+            elif is_last or Asked.SAVE in asked or (save_every and step % save_every == 0):
                 self._between_steps(due.save, step)
 
     def _step(self, step: int, micro_batches: Sequence[Batch]) -> Asked:

@@ -22,7 +22,7 @@ from seqaware.training.batches import StepBatches
 from seqaware.training.divergence import DivergenceError, SpikeError, SpikeWatch, documents_to_blame, not_finite
 from seqaware.training.folder import RunFolder
 from seqaware.training.held_out import HeldOut
-from seqaware.training.interrupt import Asked, Interrupts, Left, seconds_until_leaving
+from seqaware.training.interrupt import Asked, Interrupts, Left, Minutes, seconds_until_leaving
 from seqaware.training.loop import Course, Due, TrainingLoop
 from seqaware.training.prepare import Prepared
 from seqaware.training.process import Process
@@ -160,6 +160,7 @@ class Session:
         if line is not None:
             self.reporter.event(line)
             self.checkpoints.note_evaluation(step, line["loss"])
+        self.interrupts.evaluated()
 
     def not_finite(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """A step was not applied: pass over it, or stop and name its documents.
@@ -266,5 +267,5 @@ def _interrupts(session: Session) -> Interrupts:
         session.folder.path,
         first=session.ranks.is_first,
         seconds_left=left,
-        save_every_minutes=config.output.save_every_minutes,
+        minutes=Minutes(save=config.output.save_every_minutes, evaluate=config.evaluation.every_minutes),
     )

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from seqaware.config.output import FaultsConfig
-from seqaware.training.interrupt import Asked, Interrupts, Left, Signals, seconds_until_leaving
+from seqaware.training.interrupt import Asked, Interrupts, Left, Minutes, Signals, seconds_until_leaving
 
 
 class Clock:
@@ -22,7 +22,7 @@ class Clock:
 
 def _interrupts(folder: Path, signals: Signals | None = None, **changes: Any) -> tuple[Interrupts, Clock]:
     clock = Clock()
-    settings: dict[str, Any] = {"first": True, "seconds_left": None, "save_every_minutes": None, **changes}
+    settings: dict[str, Any] = {"first": True, "seconds_left": None, "minutes": Minutes(), **changes}
     return Interrupts(signals or Signals(), folder, clock=clock, **settings), clock
 
 
@@ -104,7 +104,7 @@ def test_files_are_looked_for_once_a_second(tmp_path: Path) -> None:
 
 
 def test_minutes_between_checkpoints_count_from_the_last_one(tmp_path: Path) -> None:
-    interrupts, clock = _interrupts(tmp_path, save_every_minutes=2.0)
+    interrupts, clock = _interrupts(tmp_path, minutes=Minutes(save=2.0))
     clock.now += 119.0
     assert interrupts.asked() == Asked.NOTHING
     clock.now += 1.0
@@ -112,6 +112,19 @@ def test_minutes_between_checkpoints_count_from_the_last_one(tmp_path: Path) -> 
     interrupts.saved()
     clock.now += 119.0
     assert interrupts.asked() == Asked.NOTHING
+
+
+def test_minutes_between_looks_at_held_out_rows_count_by_themselves(tmp_path: Path) -> None:
+    interrupts, clock = _interrupts(tmp_path, minutes=Minutes(save=2.0, evaluate=3.0))
+    clock.now += 150.0
+    assert interrupts.asked() == Asked.SAVE
+    interrupts.saved()
+    clock.now += 30.0
+    assert interrupts.asked() == Asked.EVALUATE
+    clock.now += 120.0
+    assert interrupts.asked() == Asked.EVALUATE | Asked.SAVE < Asked.LEAVE
+    interrupts.evaluated()
+    assert interrupts.asked() == Asked.SAVE
 
 
 def test_the_time_limit(tmp_path: Path) -> None:
