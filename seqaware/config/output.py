@@ -1,8 +1,10 @@
-"""What a run leaves, and what it does when something goes wrong: the sections output and faults."""
+"""What a run leaves, what it does when something goes wrong, and what it tells: output, faults and logging."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from seqaware.config.values import Count, CountOrZero, Flag, FromOne, Positive, Section, Text
 
@@ -46,3 +48,24 @@ class FaultsConfig(Section):
     """Save and leave before the run has lasted so long. A SLURM job's own limit is found out without this."""
     leave_minutes: Positive = 5.0
     """How long before a time limit the run saves and leaves; at most a quarter of the limit."""
+
+
+class LoggingConfig(Section):
+    """What a run tells while it goes on. metrics.jsonl is always written."""
+
+    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    """auto: a bar on a terminal, lines in a file."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
+    """Services that get the figures too; tokens and addresses come from the environment."""
+    project: Text = "seqaware"
+    """Project of W&B, experiment of MLflow."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """offline: a folder in the run's, for `wandb sync`; null: WANDB_MODE, else online."""
+    mlflow_uri: Text | None = None
+    """Address of MLflow; null: MLFLOW_TRACKING_URI, else the folder mlruns beside the run's."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers names one twice; got {list(self.trackers)}")
+        return self

@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, model_validator
 
 from seqaware.config.data import DatasetConfig, EvaluationConfig, FormatConfig, MixturePart, Source
 from seqaware.config.model import LoraConfig, ModelConfig, ParallelConfig
-from seqaware.config.output import FaultsConfig, OutputConfig
+from seqaware.config.output import FaultsConfig, LoggingConfig, OutputConfig
 from seqaware.config.values import (
     Count,
     CountOrZero,
@@ -212,13 +212,6 @@ class PackingConfig(Section):
 
     enabled: Flag = True
     """Fill rows with several documents, which never see each other; changes speed and memory only."""
-
-
-class LoggingConfig(Section):
-    """What the terminal shows."""
-
-    progress: Literal["auto", "bar", "lines", "off"] = "auto"
-    """auto: a bar on a terminal, lines in a file."""
 
 
 class Config(Section):

@@ -290,6 +290,8 @@ def prepare_environment() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TOKENIZERS_PARALLELISM": "true",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder is what a machine without a server has
+        "MLFLOW_DISABLE_TELEMETRY": "true",
     }.items():
         os.environ.setdefault(name, value)
     if not gpu_is_visible():

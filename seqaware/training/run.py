@@ -15,11 +15,12 @@ from seqaware.engine.checkpoint.retention import Retention, set_aside_later
 from seqaware.engine.engine import Engine
 from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
-from seqaware.engine.ranks import Ranks, beyond_hangs, connect
+from seqaware.engine.ranks import Ranks, beyond_hangs, connect, environment
 from seqaware.errors import CheckpointError
 from seqaware.plan.offload import swap_folders
 from seqaware.plan.plan import Plan
 from seqaware.report.progress import RowCounter
+from seqaware.report.trackers import check_trackers
 from seqaware.training.assembly import build_engine, model_source, probe_of, world_of
 from seqaware.training.folder import (
     ResumePoints,
@@ -76,6 +77,8 @@ def run(
     """
     process = Process(address, say, signals or Signals(), heartbeat or Heartbeat())
     phase = process.heartbeat.phase
+    if address.rank == 0:
+        check_trackers(request.config.logging, environment())
     phase("tokenising")
     counter = RowCounter(say)
 

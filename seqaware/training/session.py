@@ -12,11 +12,13 @@ from seqaware.engine.checkpoint.export import export_model
 from seqaware.engine.checkpoint.manifest import RunState, step_of, survey
 from seqaware.engine.engine import Engine, StepResult
 from seqaware.engine.first_step import check_losses
-from seqaware.engine.ranks import Votes
+from seqaware.engine.ranks import Votes, environment
 from seqaware.errors import CheckpointError
 from seqaware.report.metrics import MetricsFile, read_metrics
 from seqaware.report.progress import ProgressDisplay
+from seqaware.report.services import TrackedRun, openings
 from seqaware.report.steps import StepReporter
+from seqaware.report.trackers import TrackedMetricsFile, Trackers, secrets_in
 from seqaware.training.assembly import row_format
 from seqaware.training.batches import StepBatches
 from seqaware.training.divergence import DivergenceError, SpikeError, SpikeWatch, documents_to_blame, not_finite
@@ -25,7 +27,7 @@ from seqaware.training.held_out import HeldOut
 from seqaware.training.interrupt import Asked, Interrupts, Left, Minutes, seconds_until_leaving
 from seqaware.training.loop import Course, Due, TrainingLoop
 from seqaware.training.prepare import Prepared
-from seqaware.training.process import Process
+from seqaware.training.process import Process, Say
 
 _NAMED = 8
 
@@ -250,13 +252,24 @@ def _reported_steps(folder: RunFolder) -> list[dict[str, object]]:
 
 
 def _reporter(session: Session) -> StepReporter:
-    plan, folder, done, first = session.plan, session.folder, session.course.done, session.ranks.is_first
+    plan, done, first = session.plan, session.course.done, session.ranks.is_first
+    progress = ProgressDisplay(session.total, done=done, style=plan.config.logging.progress) if first else None
     return StepReporter(
         normalize_by=plan.config.training.sft.normalize_by,
         log_every=plan.config.training.control.log_every,
-        metrics=MetricsFile(folder.metrics, from_step=done) if first else None,
-        progress=ProgressDisplay(session.total, done=done, style=plan.config.logging.progress) if first else None,
+        metrics=None if progress is None else _metrics_file(session, warn=progress.say),
+        progress=progress,
     )
+
+
+def _metrics_file(session: Session, *, warn: Say) -> MetricsFile:
+    folder, config, done = session.folder, session.plan.config, session.course.done
+    if not config.logging.trackers:
+        return MetricsFile(folder.metrics, from_step=done)
+    env = environment()
+    run = TrackedRun(folder.path, done, config.model_dump(mode="json"))
+    trackers = Trackers(openings(run, config.logging, env), warn=warn, secrets=secrets_in(env))
+    return TrackedMetricsFile(folder.metrics, from_step=done, trackers=trackers)
 
 
 def _interrupts(session: Session) -> Interrupts:
