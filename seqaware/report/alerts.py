@@ -1,0 +1,110 @@
+"""What is worth a word while a run goes on: said once when it begins, in words that a person can act on."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+_WINDOW = 50
+_MANY = 5
+# The loss of a run that diverges leaves its best by a share of it, and by more than noise does near zero.
+_RISEN_SHARE = 0.25
+_RISEN_NATS = 0.1
+_SLOW_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the config says of a healthy run. max_grad_norm: 0 clips nothing. total_steps: None where not known."""
+
+    max_grad_norm: float
+    total_steps: int | None
+
+
+class Alerts:
+    """Looks at every step's line; `see` returns what has become true with it and was not before."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._losses: deque[float] = deque(maxlen=_WINDOW)
+        self._norms: deque[float] = deque(maxlen=_WINDOW)
+        self._rates: deque[float] = deque(maxlen=_MANY)
+        self._best = math.inf
+        self._standing: dict[str, str] = {}
+
+    @property
+    def standing(self) -> list[str]:
+        """What is true now."""
+        return list(self._standing.values())
+
+    def see(self, line: Mapping[str, Any]) -> list[str]:
+        """Take in a line of metrics.jsonl."""
+        if line.get("kind") != "step":
+            return []
+        self._losses.append(float(line["unweighted_loss"]))
+        self._norms.append(float(line["grad_norm"]))
+        self._rates.append(float(line["lr"]))
+        if len(self._losses) == _WINDOW:
+            self._best = min(self._best, median(self._losses))
+        found = dict(self._found(int(line["step"]), line))
+        new = [text for name, text in found.items() if name not in self._standing]
+        self._standing = found
+        return new
+
+    def _found(self, step: int, line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        full = len(self._losses) == _WINDOW
+        if full and (risen := self._risen()):
+            yield "divergence", risen
+        limit = self._limits.max_grad_norm
+        if full and limit and min(self._norms) > limit:
+            usual = median(self._norms)
+            yield (
+                "clipping",
+                f"the gradient was clipped at each of the last {_WINDOW} steps (median norm {usual:.3g}, "
+                f"max_grad_norm {limit:g}): clipping decides the size of the steps; lower the learning rate, raise "
+                "max_grad_norm, or write training.sft.normalize_by: weight",
+            )
+        left = (self._limits.total_steps or step) - step
+        if len(self._rates) == _MANY and left > _MANY and max(self._rates) == 0.0:
+            yield "dead rate", f"the learning rate is 0, and {left} steps are left: nothing more is learnt"
+        if full and max(self._norms) == 0.0:
+            yield "dead gradient", f"the gradient was 0 at each of the last {_WINDOW} steps: nothing is learnt"
+        yield from self._slow(line)
+
+    def _risen(self) -> str | None:
+        recent = median(self._losses)
+        if recent <= self._best + max(_RISEN_NATS, _RISEN_SHARE * abs(self._best)):
+            return None
+        return (
+            f"the loss rises: its median over the last {_WINDOW} steps is {recent:.4f} nats a token, after "
+            f"{self._best:.4f} at its best; if it goes on, take a checkpoint from before and a lower learning rate"
+        )
+
+    def _slow(self, line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        rank, behind = line.get("slowest_rank"), line.get("slowest_rank_behind")
+        if isinstance(rank, int) and isinstance(behind, float) and behind > _SLOW_SHARE:
+            host = line.get("slowest_rank_host")
+            where = f" on {host}" if host else ""
+            yield (
+                "slow rank",
+                f"rank {rank}{where} works {behind:.0%} longer than the others, which wait for it; look at its clock, "
+                "temperature, other processes and its share of the data",
+            )
+
+
+def standing_alerts(lines: Iterable[Mapping[str, Any]], limits: Limits) -> list[str]:
+    """What is true at the end of these lines."""
+    alerts = Alerts(limits)
+    for line in lines:
+        alerts.see(line)
+    return alerts.standing
+
+
+def limits_of(plan: Mapping[str, Any]) -> Limits:
+    """From a run's plan.json, or from what there is of it."""
+    optimizer = ((plan.get("config") or {}).get("training") or {}).get("optimizer") or {}
+    return Limits(float(optimizer.get("max_grad_norm", 0.0)), (plan.get("batches") or {}).get("total_steps"))
