@@ -21,7 +21,7 @@ class Command(NamedTuple):
     help: str
 
 
-BEFORE, RUN, TOOLS = "Before a run", "A run", "Tools"
+BEFORE, RUN, AFTER, TOOLS = "Before a run", "A run", "After a run", "Tools"
 # A new command is one line here. Its module has an `app`.
 COMMANDS = {
     "init": Command("launcher.init", BEFORE, "Write a first config from a few answers."),
@@ -32,6 +32,9 @@ COMMANDS = {
     "verify": Command("launcher.verify", BEFORE, "Hold loss and gradients of the first steps to a float64 oracle."),
     "doctor": Command("launcher.doctor", BEFORE, "Look for what would stop a run on this machine, and what to do."),
     "train": Command("launcher.train", RUN, "Train; on several GPUs started by deepspeed, torchrun, srun or mpirun."),
+    "sweep": Command("launcher.sweep", RUN, "Train every γ with every seed, and compare them in one report."),
+    "watch": Command("launcher.watch", RUN, "A live view of a run, from its files."),
+    "report": Command("launcher.report", AFTER, "Runs as one HTML page, with figures, intervals and tables."),
     "fetch-smollm2": Command("launcher.fetch_smollm2", TOOLS, "Fetch a small pretrained model, without a hub."),
 }
 

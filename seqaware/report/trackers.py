@@ -19,7 +19,6 @@ from urllib.parse import urlsplit
 from seqaware.config.output import LoggingConfig
 from seqaware.errors import ConfigError
 from seqaware.masking import masked
-from seqaware.report.metrics import MetricsFile
 
 # The module that is imported, and the package that brings it.
 _PACKAGES = {
@@ -116,22 +115,6 @@ class Trackers:
         deadline = time.monotonic() + _SECONDS_TO_CLOSE
         for lane in self._lanes:
             lane.wait(max(0.0, deadline - time.monotonic()))
-
-
-class TrackedMetricsFile(MetricsFile):
-    """metrics.jsonl, and the services that get its figures."""
-
-    def __init__(self, path: Path, *, from_step: int, trackers: Trackers) -> None:
-        super().__init__(path, from_step=from_step)
-        self._trackers = trackers
-
-    def write(self, line: Mapping[str, Any]) -> None:
-        super().write(line)
-        self._trackers.write(line)
-
-    def close(self) -> None:
-        super().close()
-        self._trackers.close()
 
 
 def _figures(line: Mapping[str, Any]) -> Iterable[tuple[str, float]]:

@@ -14,11 +14,13 @@ from seqaware.engine.engine import Engine, StepResult
 from seqaware.engine.first_step import check_losses
 from seqaware.engine.ranks import Votes, environment
 from seqaware.errors import CheckpointError
+from seqaware.report.alerts import Alerts, Limits
 from seqaware.report.metrics import MetricsFile, read_metrics
 from seqaware.report.progress import ProgressDisplay
 from seqaware.report.services import TrackedRun, openings
 from seqaware.report.steps import StepReporter
-from seqaware.report.trackers import TrackedMetricsFile, Trackers, secrets_in
+from seqaware.report.told import ToldMetricsFile
+from seqaware.report.trackers import Trackers, secrets_in
 from seqaware.training.assembly import row_format
 from seqaware.training.batches import StepBatches
 from seqaware.training.divergence import DivergenceError, SpikeError, SpikeWatch, documents_to_blame, not_finite
@@ -257,19 +259,22 @@ def _reporter(session: Session) -> StepReporter:
     return StepReporter(
         normalize_by=plan.config.training.sft.normalize_by,
         log_every=plan.config.training.control.log_every,
-        metrics=None if progress is None else _metrics_file(session, warn=progress.say),
+        metrics=None if progress is None else _metrics_file(session, say=progress.say),
         progress=progress,
     )
 
 
-def _metrics_file(session: Session, *, warn: Say) -> MetricsFile:
+def _metrics_file(session: Session, *, say: Say) -> MetricsFile:
     folder, config, done = session.folder, session.plan.config, session.course.done
-    if not config.logging.trackers:
-        return MetricsFile(folder.metrics, from_step=done)
     env = environment()
     run = TrackedRun(folder.path, done, config.model_dump(mode="json"))
-    trackers = Trackers(openings(run, config.logging, env), warn=warn, secrets=secrets_in(env))
-    return TrackedMetricsFile(folder.metrics, from_step=done, trackers=trackers)
+    return ToldMetricsFile(
+        folder.metrics,
+        from_step=done,
+        trackers=Trackers(openings(run, config.logging, env), warn=say, secrets=secrets_in(env)),
+        alerts=Alerts(Limits(config.training.optimizer.max_grad_norm, session.total)),
+        say=say,
+    )
 
 
 def _interrupts(session: Session) -> Interrupts:

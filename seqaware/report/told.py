@@ -1,0 +1,37 @@
+"""Where a reported line goes: into metrics.jsonl, to the services that track runs, and past the alerts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from seqaware.report.alerts import Alerts
+from seqaware.report.metrics import MetricsFile
+from seqaware.report.trackers import Trackers
+
+
+class ToldMetricsFile(MetricsFile):
+    """metrics.jsonl, whose lines are told further.
+
+    Args:
+        path, from_step: as for `MetricsFile`. say: shows a line to the person.
+    """
+
+    def __init__(
+        self, path: Path, *, from_step: int, trackers: Trackers, alerts: Alerts, say: Callable[[str], None]
+    ) -> None:
+        super().__init__(path, from_step=from_step)
+        self._trackers = trackers
+        self._alerts = alerts
+        self._say = say
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        super().write(line)
+        self._trackers.write(line)
+        for alert in self._alerts.see(line):
+            self._say(f"warning     step {line['step']}: {alert}")
+
+    def close(self) -> None:
+        super().close()
+        self._trackers.close()

@@ -1,0 +1,140 @@
+"""Trackers: refused in good time where they cannot work, never in the way of a run, and told of everything."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from seqaware.config.output import LoggingConfig
+from seqaware.errors import ConfigError
+from seqaware.report import trackers as module
+from seqaware.report.services import TrackedRun, openings
+from seqaware.report.trackers import Trackers, check_trackers, secrets_in, wandb_mode
+from tests.unit.report.runs import evaluation_line, step_line
+
+KEY = "local-0123456789abcdef0123456789abcdef01234567"
+
+
+class Kept:
+    """A service that keeps what it is told, and fails as long as it is told to."""
+
+    def __init__(self, failures: int = 0, trouble: str = "") -> None:
+        self.told: list[tuple[dict[str, float], int]] = []
+        self.failures, self.trouble, self.closed = failures, trouble, False
+
+    def log(self, figures: Mapping[str, float], step: int) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise ConnectionError(self.trouble)
+        self.told.append((dict(figures), step))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(module, "_SECONDS_TO_CLOSE", 2.0)
+
+
+def _run(services: Mapping[str, Callable[[], Any]], *lines: dict[str, Any], secrets: tuple[str, ...] = ()) -> list[str]:
+    warnings: list[str] = []
+    trackers = Trackers(services, warn=warnings.append, secrets=secrets)
+    for line in lines:
+        trackers.write(line)
+    trackers.close()
+    return warnings
+
+
+def test_every_service_gets_every_figure_and_no_event() -> None:
+    first, second = Kept(), Kept()
+    event = {"kind": "save_failed", "step": 1, "problem": "disk"}
+    services = {"a": lambda: first, "b": lambda: second}
+    assert _run(services, step_line(1, loss=2.0), event, evaluation_line(1, loss=3.0)) == []
+    assert first.told == second.told and first.closed
+    (step, _), (evaluation, number) = first.told
+    assert step["train/unweighted_loss"] == 2.0 and "train/step" not in step and number == 1
+    assert evaluation["evaluation/loss_from_k_00002"] == 1.5 and evaluation["evaluation/exact_match"] == 0.5
+
+
+def test_a_network_that_comes_back_is_a_warning_and_nothing_is_lost() -> None:
+    service = Kept(failures=2, trouble=f"no route, with key {KEY} for https://me:pass@host")
+    warnings = _run({"a": lambda: service}, step_line(1, loss=2.0), step_line(2, loss=1.0), secrets=(KEY,))
+    assert [step for _, step in service.told] == [1, 2]
+    assert len(warnings) == 1 and "did not take step 1" in warnings[0]
+    assert KEY not in warnings[0] and "pass" not in warnings[0]
+
+
+def test_a_service_that_is_gone_is_given_up_and_the_others_go_on() -> None:
+    gone, well = Kept(failures=99, trouble="gone"), Kept()
+
+    def cannot_open() -> Kept:
+        raise OSError("no such server")
+
+    services = {"gone": lambda: gone, "never": cannot_open, "well": lambda: well}
+    warnings = _run(services, *(step_line(step, loss=1.0) for step in range(1, 5)))
+    assert [step for _, step in well.told] == [1, 2, 3, 4]
+    assert sum("gone is given up" in each for each in warnings) == 1
+    assert sum("never is given up: OSError: no such server" in each for each in warnings) == 1
+
+
+def test_a_service_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SECONDS_TO_CLOSE", 0.2)
+    service = Kept()
+    service.log = lambda figures, step: time.sleep(30)  # type: ignore[method-assign]
+    started = time.monotonic()
+    warnings = _run({"slow": lambda: service}, step_line(1, loss=1.0))
+    assert time.monotonic() - started < 5.0 and "has not taken everything in" in warnings[0]
+
+
+def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    online = LoggingConfig(trackers=("wandb",))
+    home = {"HOME": str(tmp_path)}
+    with pytest.raises(ConfigError, match="no WANDB_API_KEY"):
+        check_trackers(online, home)
+    check_trackers(online, {**home, "WANDB_API_KEY": KEY})
+    check_trackers(online, {**home, "WANDB_MODE": "offline"})
+    check_trackers(LoggingConfig(trackers=("wandb",), wandb_mode="offline"), home)
+    (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password abc\n")
+    check_trackers(online, home)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"whose package is not installed.*pip install mlflow-skinny"):
+        check_trackers(LoggingConfig(trackers=("mlflow",)), home)
+
+
+def test_the_config_wins_over_the_environment() -> None:
+    assert wandb_mode(LoggingConfig(wandb_mode="online"), {"WANDB_MODE": "offline"}) == "online"
+    assert wandb_mode(LoggingConfig(), {"WANDB_MODE": "dryrun"}) == "offline"
+    assert wandb_mode(LoggingConfig(), {}) == "online"
+    assert secrets_in({"WANDB_API_KEY": KEY, "HF_TOKEN": "", "HOME": "/root"}) == (KEY,)
+
+
+def test_the_real_services_go_on_with_the_run_they_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setattr(module, "_SECONDS_TO_CLOSE", 60.0)
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    logging = LoggingConfig(trackers=("tensorboard", "wandb", "mlflow"), wandb_mode="offline")
+    for done in (0, 2):
+        run = TrackedRun(folder, done, {"training": {"sft": {"gamma": 0.9}}})
+        lines = [step_line(step, loss=1.0 / step) for step in range(done + 1, done + 4)]
+        assert _run(openings(run, logging, {}), *lines) == []
+    names = json.loads((folder / "trackers.json").read_text())
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    # The first attempt told step 3 as well; the second took it back.
+    assert [event.step for event in events.Scalars("train/unweighted_loss")] == [1, 2, 3, 4, 5]
+
+    assert len(list((folder / "wandb").glob(f"offline-run-*-{names['wandb']['id']}"))) >= 1
+    (metric,) = (tmp_path / "runs" / "mlruns").glob(f"*/{names['mlflow']['run_id']}/metrics/train/unweighted_loss")
+    assert [int(line.split()[2]) for line in metric.read_text().splitlines()] == [1, 2, 3, 3, 4, 5]
+    (gamma,) = (tmp_path / "runs" / "mlruns").glob("*/*/params/training.sft.gamma")
+    assert gamma.read_text() == "0.9"

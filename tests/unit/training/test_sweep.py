@@ -1,0 +1,107 @@
+"""A sweep: every γ with every seed, what is done left alone, and what stops it said."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from seqaware.config.load import load_config
+from seqaware.errors import ConfigError
+from seqaware.training.sweep import Sweep, array_command, gammas_of, run_sweep, seeds_of
+
+CONFIG = {"model": {"base_name": "some-model"}, "dataset": {"name": "rows.jsonl"}}
+
+# Stands in for launcher/train.py: leaves what a run leaves, and ends as it is told.
+TRAINER = """
+import json, pathlib, sys, yaml
+from seqaware.config.load import load_config
+config = load_config(pathlib.Path(sys.argv[2]), [b for a, b in zip(sys.argv, sys.argv[1:]) if a == "--set"])
+folder = pathlib.Path(config.output_dir)
+code = json.loads(pathlib.Path("codes.json").read_text()).get(folder.name, 0)
+with open("trained.txt", "a") as file:
+    file.write(folder.name + "\\n")
+if code:
+    print("error: something to mend")
+    sys.exit(code)
+folder.mkdir(parents=True)
+(folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+(folder / "manifest.json").write_text(json.dumps({"finished_steps": 3}))
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    (tmp_path / "codes.json").write_text("{}")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
+    return Sweep(Path("c.yaml"), ("0", "0.9"), (1, 2), Path("runs/s"), launch=f"{sys.executable} trainer.py")
+
+
+def _trained() -> list[str]:
+    return Path("trained.txt").read_text().split() if Path("trained.txt").exists() else []
+
+
+def test_a_sweep_that_is_cut_goes_on_where_it_stood(sweep: Sweep) -> None:
+    said: list[str] = []
+    Path("codes.json").write_text(json.dumps({"gamma-0.9-seed-1": 85}))
+    assert run_sweep(sweep, say=said.append) == 85
+    assert _trained() == ["gamma-0-seed-1", "gamma-0-seed-2", "gamma-0.9-seed-1"]
+    Path("codes.json").write_text("{}")
+    assert run_sweep(sweep, say=said.append) == 0
+    assert _trained()[3:] == ["gamma-0.9-seed-1", "gamma-0.9-seed-2"]
+    config = load_config(Path("runs/s/gamma-0.9-seed-2/config.yaml"))
+    assert (config.training.sft.discount, config.training.control.seed) == (0.9, 2)
+
+
+def test_a_crash_is_passed_over_and_a_mistake_ends_it(sweep: Sweep) -> None:
+    said: list[str] = []
+    Path("codes.json").write_text(json.dumps({"gamma-0-seed-1": 1}))
+    assert run_sweep(sweep, say=said.append) == 1
+    assert len(_trained()) == 4 and "failed: gamma-0-seed-1" in said[-1]
+    Path("codes.json").write_text(json.dumps({"gamma-0-seed-1": 2}))
+    assert run_sweep(sweep, say=said.append) == 2
+    assert "error: something to mend" in said[-1]
+
+
+def test_runs_of_another_config_are_not_taken_for_done(sweep: Sweep) -> None:
+    assert run_sweep(sweep, say=print) == 0
+    changed = Sweep(**{**vars(sweep), "overrides": ("training.optimizer.lr=1e-3",)})
+    run_sweep(changed, say=print)
+    assert len(_trained()) == 8  # each was given to the trainer, who refuses what it finds
+
+
+def test_mistakes_are_told_before_anything_starts(sweep: Sweep) -> None:
+    with pytest.raises(ConfigError, match="unknown key"):
+        run_sweep(Sweep(**{**vars(sweep), "overrides": ("no.such.key=1",)}), say=print)
+    with pytest.raises(ConfigError, match="--launch is no command"):
+        run_sweep(Sweep(**{**vars(sweep), "launch": "no-such-command"}), say=print)
+    assert _trained() == []
+
+
+@pytest.mark.parametrize(("text", "seeds"), [("3", (1, 2, 3)), ("7,11", (7, 11)), ("7,", (7,))])
+def test_seeds(text: str, seeds: tuple[int, ...]) -> None:
+    assert seeds_of(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "0", "x", "1,1", "-2", "1.5"])
+def test_seeds_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--seeds"):
+        seeds_of(text)
+
+
+@pytest.mark.parametrize("text", ["", "2", "x", "0.9,0.90", "-0.1", "nan"])
+def test_gammas_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--gamma"):
+        gammas_of(text)
+
+
+def test_the_same_sweep_as_an_array(sweep: Sweep) -> None:
+    command, variables = array_command(sweep)
+    assert command[:3] == ["sbatch", "--parsable", "--array=0-3"] and command[-1] == "c.yaml"
+    assert (variables["GAMMAS"], variables["SEEDS"], variables["SWEEP_DIR"]) == ("0 0.9", "1 2", "runs/s")
+    assert gammas_of("0, 0.9") == sweep.gammas
