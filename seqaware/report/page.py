@@ -17,7 +17,7 @@ from seqaware.report import tables
 from seqaware.report.alerts import limits_of, standing_alerts
 from seqaware.report.compare import Group, baseline_of, cautions, groups_of, last_evaluation, paired
 from seqaware.report.plots import figures, runs_of
-from seqaware.report.record import RunRecord, read_run
+from seqaware.report.record import Line, RunRecord, read_run
 from seqaware.report.tables import Section
 from seqaware.report.template import PAGE
 
@@ -130,7 +130,7 @@ def _problems(runs: Sequence[RunRecord]) -> Section | None:
     return Section("What went wrong, or could not be read", (), ["run", ""], rows, prose=True) if rows else None
 
 
-def _event(line: tables.Mapping[str, object]) -> str:
+def _event(line: Line) -> str:
     more = ", ".join(f"{key} {value}" for key, value in line.items() if key not in ("kind", "step"))
     return f"{line['kind']} at step {line.get('step')}: {more}"
 

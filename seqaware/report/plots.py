@@ -23,7 +23,7 @@ from seqaware.report.record import Line, RunRecord
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _SIZE = (6.4, 3.6)
 _POINTS = 1500
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,

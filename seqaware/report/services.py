@@ -61,7 +61,7 @@ class TensorBoard:
 
         # Steps that are done again replace those that were told before.
         again = run.done + 1 if run.done else None
-        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=again)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(str(run.folder / "tensorboard"), purge_step=again)
 
     def log(self, figures: Mapping[str, float], step: int) -> None:
         for name, value in figures.items():

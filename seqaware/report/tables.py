@@ -59,7 +59,10 @@ def outcomes(groups: Sequence[Group]) -> Section:
     many = any(len(group.runs) > 1 for group in groups)
     text = ["± is the 95 % interval of the mean over seeds (Student's t)."] if many else []
     if many and baseline:
-        text.append("Differences are taken seed by seed; * marks those whose interval excludes 0, one test at a time.")
+        text.append(
+            "Differences are taken seed by seed; * marks those whose interval excludes 0. Each is one test at 95 %: of "
+            "twenty differences that are none, one is marked."
+        )
     return Section("Results of the last evaluation", text, head, rows if names else ())
 
 
