@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 _WINDOW = 50
@@ -14,7 +14,9 @@ _MANY = 5
 # The loss of a run that diverges leaves its best by a share of it, and by more than noise does near zero.
 _RISEN_SHARE = 0.25
 _RISEN_NATS = 0.1
-_SLOW_SHARE = 0.2
+# Devices of one kind differ by some percent; a rank that is this much slower is not one of them.
+_SLOW_FACTOR = 1.3
+_SLOW = "slow rank"
 
 
 @dataclass(frozen=True)
@@ -43,19 +45,26 @@ class Alerts:
 
     def see(self, line: Mapping[str, Any]) -> list[str]:
         """Take in a line of metrics.jsonl."""
-        if line.get("kind") != "step":
-            return []
+        match line.get("kind"):
+            case "step":
+                found = {**self._of_step(line), **{k: v for k, v in self._standing.items() if k == _SLOW}}
+            case "pace":
+                found = {**{k: v for k, v in self._standing.items() if k != _SLOW}, **dict(self._slow(line))}
+            case _:
+                return []
+        new = [text for name, text in found.items() if name not in self._standing]
+        self._standing = found
+        return new
+
+    def _of_step(self, line: Mapping[str, Any]) -> dict[str, str]:
         self._losses.append(float(line["unweighted_loss"]))
         self._norms.append(float(line["grad_norm"]))
         self._rates.append(float(line["lr"]))
         if len(self._losses) == _WINDOW:
             self._best = min(self._best, median(self._losses))
-        found = dict(self._found(int(line["step"]), line))
-        new = [text for name, text in found.items() if name not in self._standing]
-        self._standing = found
-        return new
+        return dict(self._found(int(line["step"])))
 
-    def _found(self, step: int, line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    def _found(self, step: int) -> Iterator[tuple[str, str]]:
         full = len(self._losses) == _WINDOW
         if full and (risen := self._risen()):
             yield "divergence", risen
@@ -73,7 +82,6 @@ class Alerts:
             yield "dead rate", f"the learning rate is 0, and {left} steps are left: nothing more is learnt"
         if full and max(self._norms) == 0.0:
             yield "dead gradient", f"the gradient was 0 at each of the last {_WINDOW} steps: nothing is learnt"
-        yield from self._slow(line)
 
     def _risen(self) -> str | None:
         recent = median(self._losses)
@@ -85,15 +93,17 @@ class Alerts:
         )
 
     def _slow(self, line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        rank, behind = line.get("slowest_rank"), line.get("slowest_rank_behind")
-        if isinstance(rank, int) and isinstance(behind, float) and behind > _SLOW_SHARE:
-            host = line.get("slowest_rank_host")
-            where = f" on {host}" if host else ""
-            yield (
-                "slow rank",
-                f"rank {rank}{where} works {behind:.0%} longer than the others, which wait for it; look at its clock, "
-                "temperature, other processes and its share of the data",
-            )
+        """Whether one rank's device is slower than the others', in a line of `engine.pace`."""
+        seconds = [float(value) for value in line["seconds"]]
+        slowest = max(seconds)
+        if len(seconds) < 2 or slowest < _SLOW_FACTOR * median_low(seconds):
+            return
+        rank = seconds.index(slowest)
+        yield (
+            _SLOW,
+            f"rank {rank} on {line['hosts'][rank]} computes {slowest / median_low(seconds):.1f} times slower than the "
+            "others, which wait for it; look at its clock, its temperature and other processes there",
+        )
 
 
 def standing_alerts(lines: Iterable[Mapping[str, Any]], limits: Limits) -> list[str]:

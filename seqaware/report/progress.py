@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 5.0
+# Time left is reckoned from so many steps.
+_STEPS_OF_PACE = 200
+_SHORTEST_PACE = 0.05
 
 
 class ProgressDisplay:
@@ -27,7 +31,7 @@ class ProgressDisplay:
         self._style = style
         self._total = total_steps
         self._first = done
-        self._started = time.monotonic()
+        self._times: deque[tuple[float, int]] = deque(maxlen=_STEPS_OF_PACE)
         self._last_line = 0.0
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -48,6 +52,7 @@ class ProgressDisplay:
 
     def step(self, line: Mapping[str, Any]) -> None:
         """Show an optimizer step; `line` is what `metrics.jsonl` gets."""
+        self._times.append((time.monotonic(), int(line["step"])))
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=line["step"], figures=_figures(line))
         elif self._style == "lines":
@@ -60,9 +65,14 @@ class ProgressDisplay:
         if not ends and now - self._last_line < _SECONDS_BETWEEN_LINES:
             return
         self._last_line = now
-        per_step = (now - self._started) / max(1, step - self._first)
-        left = duration(per_step * (self._total - step))
-        self.console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {_figures(line)}  {left} left")
+        self.console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {_figures(line)}{self._left(step)}")
+
+    def _left(self, step: int) -> str:
+        """From the last steps, evaluations and checkpoints among them; the first ones, reported at once, tell nothing."""
+        (earlier, before), (now, at) = self._times[0], self._times[-1]
+        if step >= self._total or now - earlier < _SHORTEST_PACE:
+            return ""
+        return f"  {duration((now - earlier) / (at - before) * (self._total - step))} left"
 
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""

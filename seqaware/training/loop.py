@@ -17,6 +17,10 @@ from seqaware.training.divergence import SpikeWatch
 from seqaware.training.interrupt import Asked, Interrupts
 from seqaware.training.watch.heartbeat import Heartbeat
 
+# The ranks' devices are compared now and then, first once they are warm.
+_PACE_STEPS = 100
+_PACE_FIRST = 20
+
 
 @dataclass
 class Course:
@@ -38,6 +42,7 @@ class Due:
 
     Attributes:
         save: write a checkpoint. leave: write one, and leave (raises `Left`). evaluate: the held-out rows.
+        pace: how fast each rank computes.
         not_finite: a step was not applied, because its loss or its gradient is not finite; course.done is before it.
         interrupts, votes: what this rank is asked to do, and what all are. spikes: holds losses against the usual.
         heartbeat: hears which step the training turns to.
@@ -46,6 +51,7 @@ class Due:
     save: Callable[[int], None]
     leave: Callable[[int], None]
     evaluate: Callable[[int], None]
+    pace: Callable[[int], None]
     not_finite: Callable[[int, StepResult, Sequence[Batch]], None]
     interrupts: Interrupts
     votes: Votes
@@ -84,6 +90,8 @@ class TrainingLoop:
             evaluate = Asked.EVALUATE in asked or (evaluate_every and step % evaluate_every == 0)
             if evaluate and not is_last:
                 self._between_steps(due.evaluate, step)
+            if step % _PACE_STEPS == _PACE_FIRST:
+                self._between_steps(due.pace, step)
             if Asked.LEAVE in asked and not is_last:
                 self._between_steps(due.leave, step)
             elif is_last or Asked.SAVE in asked or (save_every and step % save_every == 0):

@@ -12,6 +12,7 @@ from seqaware.engine.checkpoint.export import export_model
 from seqaware.engine.checkpoint.manifest import RunState, step_of, survey
 from seqaware.engine.engine import Engine, StepResult
 from seqaware.engine.first_step import check_losses
+from seqaware.engine.pace import pace_of_ranks
 from seqaware.engine.ranks import Votes, environment
 from seqaware.errors import CheckpointError
 from seqaware.report.alerts import Alerts, Limits
@@ -82,6 +83,7 @@ class Session:
             save=self.save,
             leave=self.leave,
             evaluate=self.evaluate,
+            pace=self.pace,
             not_finite=self.not_finite,
             interrupts=self.interrupts,
             votes=self.votes,
@@ -165,6 +167,11 @@ class Session:
             self.reporter.event(line)
             self.checkpoints.note_evaluation(step, line["loss"])
         self.interrupts.evaluated()
+
+    def pace(self, step: int) -> None:
+        """How fast each rank's device computes, where there are several."""
+        if self.ranks.size > 1:
+            self.reporter.event({"kind": "pace", "step": step, **pace_of_ranks(self.ranks)})
 
     def not_finite(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """A step was not applied: pass over it, or stop and name its documents.

@@ -34,12 +34,22 @@ def test_a_healthy_run_hears_nothing_even_where_its_rate_ends_at_zero() -> None:
         ({"grad_norm": 3.0}, "clipped at each of the last 50 steps (median norm 3, max_grad_norm 1)"),
         ({"grad_norm": 0.0}, "the gradient was 0"),
         ({"lr": 0.0}, "the learning rate is 0, and 395 steps are left"),
-        ({"slowest_rank": 3, "slowest_rank_behind": 0.5}, "rank 3 works 50% longer"),
     ],
 )
 def test_what_is_wrong_is_said_once(changes: dict[str, Any], word: str) -> None:
     heard = _heard(_falling(150, **changes))
     assert len(heard) == 1 and word in heard[0]
+
+
+def test_a_rank_that_is_slower_than_the_rest_is_named_until_it_is_not() -> None:
+    def pace(*seconds: float) -> dict[str, Any]:
+        return {"kind": "pace", "step": 20, "seconds": seconds, "hosts": ["a", "a", "b", "b"]}
+
+    slow = pace(0.010, 0.011, 0.010, 0.020)
+    heard = _heard([pace(0.010, 0.011, 0.010, 0.012), slow, slow, step_line(21, loss=1.0), slow])
+    assert len(heard) == 1 and "rank 3 on b computes 2.0 times slower" in heard[0]
+    assert len(_heard([slow, pace(0.01, 0.01, 0.01, 0.01), slow])) == 2
+    assert _heard([pace(0.010, 0.015)]) != []  # of two, the faster one is what a rank can do
 
 
 def test_one_step_without_clipping_is_enough() -> None:
