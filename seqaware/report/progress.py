@@ -68,7 +68,7 @@ class ProgressDisplay:
         self.console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {_figures(line)}{self._left(step)}")
 
     def _left(self, step: int) -> str:
-        """From the last steps, evaluations and checkpoints among them; the first ones, reported at once, tell nothing."""
+        """From the last steps, evaluations and checkpoints among them; the first, told at once, say nothing."""
         (earlier, before), (now, at) = self._times[0], self._times[-1]
         if step >= self._total or now - earlier < _SHORTEST_PACE:
             return ""
