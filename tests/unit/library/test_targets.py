@@ -27,7 +27,7 @@ def shown(targets: Targets) -> list[tuple[int, int, int]]:
 
 
 @given(row=st.lists(documents, min_size=1, max_size=5), positions=st.sampled_from(["supervised", "sequence"]))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_a_packed_row_counts_as_its_documents_do(row: list[list[bool]], positions: str) -> None:
     labels = torch.tensor([[10 + i if flag else -100 for flags in row for i, flag in enumerate(flags)]])
     places = torch.tensor([[i for flags in row for i in range(len(flags))]])
@@ -40,7 +40,7 @@ def test_a_packed_row_counts_as_its_documents_do(row: list[list[bool]], position
 @given(
     row=documents, padding=st.integers(0, 4), left=st.booleans(), positions=st.sampled_from(["supervised", "sequence"])
 )
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_padding_on_either_side_never_counts(row: list[bool], padding: int, left: bool, positions: str) -> None:
     def padded(values: list[int], empty: int) -> torch.Tensor:
         return torch.tensor([[empty] * padding + values if left else values + [empty] * padding])
