@@ -26,7 +26,7 @@ def preview(
     step: Annotated[int, typer.Option(min=1, help="Of this optimizer step.")] = 1,
     rows: Annotated[int, typer.Option(min=1, help="Show so many rows.")] = 2,
     documents: Annotated[int, typer.Option(min=1, help="Show so many documents of a row, in the terminal.")] = 4,
-    ranks: Annotated[int, typer.Option(min=1, help="As the run on so many ranks lays them out.")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="As the run on so many ranks lays them out.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page of it here.")] = None,
 ) -> None:
     """Show the packed rows of a step: text, position k, loss or not, and weights.

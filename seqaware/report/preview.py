@@ -78,7 +78,7 @@ def shade(weight: float, largest: float) -> str:
 
 
 def row_title(number: int, row: ShownRow, capacity: int | None) -> str:
-    """`row 1 (rank 0): 12 documents, 1,020 of 1,024 tokens`."""
+    """`row 1 (rank 0): 12 document(s), 1,020 of 1,024 tokens`."""
     of = f" of {capacity:,}" if capacity else ""
     padding = f", {row.padding:,} of padding" if row.padding else ""
     return f"row {number} (rank {row.rank}): {len(row.documents)} document(s), {row.tokens:,}{of} tokens{padding}"

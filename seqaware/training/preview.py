@@ -21,11 +21,14 @@ from seqaware.training.prepare import build_weighting
 
 @dataclass(frozen=True)
 class PreviewRequest:
-    """Which rows: of optimizer step `step` (from 1) on so many ranks, the first `rows` ones in the order of ranks."""
+    """Which rows: of optimizer step `step` (from 1) on so many ranks, the first `rows` ones in the order of ranks.
+
+    ranks: None: as few as the config can have.
+    """
 
     step: int = 1
     rows: int = 3
-    ranks: int = 1
+    ranks: int | None = None
 
 
 def preview(config: Config, training: TrainingRows, request: PreviewRequest) -> Preview:
@@ -34,7 +37,9 @@ def preview(config: Config, training: TrainingRows, request: PreviewRequest) -> 
     Raises:
         ConfigError: the run has no such step, or the ranks cannot share it.
     """
-    world = World(request.ranks, request.ranks, 1, "cpu", bf16=True)
+    ranks = request.ranks or config.parallel.sequence
+    # GPUs, or a config for them could not be looked at elsewhere; rows do not depend on the device.
+    world = World(ranks, ranks, 1, "cuda", bf16=True)
     plan = plan_for(config, world=world, deepspeed_path=None, model=model_facts(config.model))
     total = plan.total_steps
     if total is not None and request.step > total:
@@ -54,7 +59,7 @@ def preview(config: Config, training: TrainingRows, request: PreviewRequest) -> 
             batch = build_batch(store, each.rows, positions=sft.positions, on_split=sft.on_split, pad_id=0)
             rows += _rows(batch, each, weighting, training=training, rank=rank)
     return Preview(
-        title=f"step {request.step}: {len(ids)} documents in {count} row(s) on {plan.world.groups} rank(s)",
+        title=f"step {request.step}: {len(ids)} documents in {count} row(s) for {_named(plan.world)}",
         objective=f"{sft.weighting}, γ = {sft.discount:.6g}, positions {sft.positions}, scale {sft.scale}",
         capacity=plan.batches.micro_batch_tokens if packed else None,
         rows=tuple(rows[: request.rows]),
@@ -78,6 +83,11 @@ def _rows(
             documents.append(ShownDocument(next(names), tokens))
             place = here.stop
         yield ShownRow(rank, tuple(documents), padding=batch.input_ids.shape[1] - place)
+
+
+def _named(world: World) -> str:
+    shared = f" in groups of {world.sequence} that share each" if world.sequence > 1 else ""
+    return f"{world.size} rank(s){shared}"
 
 
 def _text(tokenizer: Any, token: int) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from seqaware.config.schema import Config
-from seqaware.data.batch import build_batch
+from seqaware.data.batch import NO_LABEL, build_batch
 from seqaware.data.store import TokenStore
 from seqaware.objective.weighting import Weighting
 from seqaware.training.inspect import TrainingRows, tokenised
@@ -118,7 +118,8 @@ def _weigh(store: TokenStore, config: Config, weighting: Weighting, most: int | 
         ids = range(first, last)
         batch = build_batch(store, [ids], positions=sft.positions, on_split=sft.on_split, pad_id=0)
         of_token = weighting.weights(batch.k, batch.length, batch.sequence_offsets, token_weight=batch.token_weight)
-        places = batch.loss_rows.numpy()
+        # Not loss_rows: what the data weighs with 0 has a label all the same, and counts in the denominator.
+        places = np.flatnonzero(batch.labels.flatten().numpy() != NO_LABEL)
         owner = np.repeat(np.arange(first, last), store.lengths[first:last])
         ks.append(batch.k.flatten().numpy()[places].astype(np.int64))
         weights.append(of_token.flatten().double().numpy()[places])

@@ -126,6 +126,11 @@ def test_a_preview_holds_every_token_with_its_position_and_weight(workshop: tiny
     assert (sum(row.padding for row in found.rows) == 0) == packed
 
 
+def test_a_config_for_gpus_that_share_sequences_is_looked_at_without_them(workshop: tiny.Workshop) -> None:
+    found = looked_at(workshop, parallel__sequence=2, training__optimizer__type="fused_adam", model__dtype="bfloat16")
+    assert found.title == f"step 1: {len(ANSWERS)} documents in 2 row(s) for 2 rank(s) in groups of 2 that share each"
+
+
 def test_a_preview_is_read_without_colours_at_60_columns(workshop: tiny.Workshop) -> None:
     out = io.StringIO()
     found = looked_at(workshop, PreviewRequest(rows=1, ranks=2))
