@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("seqaware", "launcher", "benchmarks", "demo")
+FOLDERS = ("seqaware", "launcher", "benchmarks", "demo", "examples")
 FILE_LINES = 350
 FUNCTION_LINES = 60
 NESTING = 3
