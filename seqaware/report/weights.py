@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def show_weights(view: Any, lines: Sequence[str], *, console: Console) -> None:
         view: a `training.weights.WeightsView`. lines: what to say about it, `label  text`.
     """
     for line in lines[:2]:
-        console.print(Text(line))
+        console.print(Text(_wrapped(line, console.width)))
     console.print()
     console.print(Curve(view.curve))
     for title, bands in (("position k", view.by_position), ("loss tokens a doc", view.by_length)):
@@ -66,7 +67,11 @@ def show_weights(view: Any, lines: Sequence[str], *, console: Console) -> None:
             console.print(row)
     console.print()
     for line in lines[2:]:
-        console.print(Text(line))
+        console.print(Text(_wrapped(line, console.width)))
+
+
+def _wrapped(line: str, width: int) -> str:
+    return textwrap.fill(line, width, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
 def _table(title: str, bands: Sequence[Any], console: Console) -> Iterator[Text]:
