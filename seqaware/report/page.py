@@ -56,6 +56,7 @@ def _render(groups: Sequence[Group], out: Path) -> str:
         tables.positions(groups),
         Section("Evaluation", figures=evaluation),
         Section("Training", figures=others),
+        tables.results(runs),
         tables.runs_table(groups),
         *(_of_each(runs)),
         tables.config_differences(runs),

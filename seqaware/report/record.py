@@ -31,8 +31,9 @@ class RunRecord:
 
     Attributes:
         lines: of metrics.jsonl, in its order; non-finite figures are floats again.
-        manifest, plan, certificate: as written, empty where they are missing. written: when the metrics last grew,
-            seconds since 1970. notes: what could not be read, or is not known here.
+        manifest, plan, certificate: as written, empty where they are missing. results: what evaluations of its models
+            have left in evaluations/, by name. written: when the metrics last grew, seconds since 1970. notes: what
+            could not be read, or is not known here.
     """
 
     path: Path
@@ -40,6 +41,7 @@ class RunRecord:
     manifest: Mapping[str, Any]
     plan: Mapping[str, Any]
     certificate: Mapping[str, Any]
+    results: Mapping[str, Mapping[str, Any]]
     written: float | None
     notes: tuple[str, ...]
 
@@ -107,6 +109,7 @@ def read_run(path: Path) -> RunRecord:
     manifest = _json(path / "manifest.json", notes)
     plan = _json(path / "plan.json", notes)
     certificate = _json(path / "certificate.json", notes)
+    results = {file.parent.name: _json(file, notes) for file in sorted(path.glob("evaluations/*/results.json"))}
     metrics = path / "metrics.jsonl"
     lines = tuple(_lines(metrics, notes))
     if not lines and not manifest and not plan:
@@ -117,7 +120,7 @@ def read_run(path: Path) -> RunRecord:
     if version is not None and _numbers(str(version)) > _numbers(__version__):
         notes.append(f"written by seqaware {version}, newer than this {__version__}: some of it may be unknown here")
     written = metrics.stat().st_mtime if metrics.is_file() else None
-    return RunRecord(path, lines, manifest, plan, certificate, written, tuple(notes))
+    return RunRecord(path, lines, manifest, plan, certificate, results, written, tuple(notes))
 
 
 def _has(line: Line, *names: str) -> bool:

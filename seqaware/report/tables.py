@@ -146,6 +146,20 @@ def certificate(run: RunRecord) -> Section | None:
     return Section(f"Certificate: {run.name}", text, ["item", "step", "expected error", "seen", "verdict"], rows)
 
 
+def results(runs: Sequence[RunRecord]) -> Section | None:
+    """What `seqaware evaluate` found of the runs' models: every share that has an interval."""
+    rows = [
+        [run.name, name, figure.replace("_", " "), f"{share:.1%}", f"{low:.1%} to {high:.1%}"]
+        for run in runs
+        for name, content in run.results.items()
+        for figure, share in content.items()
+        if isinstance(low := content.get(f"{figure}_low"), float)
+        and isinstance(high := content.get(f"{figure}_high"), float)
+    ]
+    head = ["run", "model", "figure", "share", "95 %"]
+    return Section("Evaluations of the trained models", (), head, rows) if rows else None
+
+
 def config_differences(runs: Sequence[RunRecord]) -> Section | None:
     """The keys that are not the same in all runs."""
     found = differences(runs) if len(runs) > 1 else []

@@ -25,11 +25,22 @@ def test_one_run(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run")
     item = {"item": "loss", "step": 1, "expected": 1e-7, "seen": 1e-9, "verdict": "holds", "note": ""}
     (folder / "certificate.json").write_text(json.dumps({"verdict": "holds", "mathematics_hash": "h", "items": [item]}))
+    results = folder / "evaluations" / "model" / "results.json"
+    results.parent.mkdir(parents=True)
+    results.write_text(
+        json.dumps({"exact_match": 0.75, "exact_match_low": 0.7, "exact_match_high": 0.8, "questions": 9})
+    )
     page = write_report([folder], out=tmp_path / "report")
     source = page.read_text()
     assert not re.search(r'(src|href)="(?!data:)', source) and "<script" not in source and "@import" not in source
     text = _text(page)
-    for word in ("6.0000 → 1.0000", "Certificate: run", "The plan and what happened", "highest learning rate"):
+    for word in (
+        "6.0000 → 1.0000",
+        "Certificate: run",
+        "The plan and what happened",
+        "highest learning rate",
+        "70.0% to 80.0%",
+    ):
         assert word in text
     assert "The runs have" not in text
     for name in ("loss", "position_time", "weights", "throughput"):
