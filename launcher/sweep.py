@@ -6,7 +6,6 @@ has to mend, 85 a run was asked to leave and left, 1 a run failed.
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +13,7 @@ import typer
 
 from launcher.outcome import person_errors
 from seqaware.engine.ranks import environment
-from seqaware.errors import ConfigError
-from seqaware.training.sweep import Sweep, array_command, folders, gammas_of, run_sweep, seeds_of
+from seqaware.training.sweep import Sweep, folders, gammas_of, run_sweep, seeds_of, submit
 
 app = typer.Typer(add_completion=False)
 
@@ -54,29 +52,13 @@ def sweep(
             launch=launch,
         )
         if slurm:
-            _submit(wanted)
+            submit(wanted, environment(), say=typer.echo)
             return
         code = run_sweep(wanted, say=typer.echo)
         if code == 0:
             _report(wanted)
     if code:
         raise typer.Exit(code)
-
-
-def _submit(wanted: Sweep) -> None:
-    command, variables = array_command(wanted)
-    try:
-        submitted = subprocess.run(
-            command, env={**environment(), **variables}, capture_output=True, text=True, check=False
-        )
-    except OSError as error:
-        raise ConfigError("sbatch cannot be started", got=error.strerror, do="submit where SLURM is") from error
-    if submitted.returncode:
-        raise ConfigError("sbatch refused the sweep", got=submitted.stderr.strip())
-    typer.echo(
-        f"submitted   job {submitted.stdout.strip()}: {len(wanted.combinations())} runs into {wanted.folder}\n"
-        f"when done   seqaware report {wanted.folder}/gamma-*"
-    )
 
 
 def _report(wanted: Sweep) -> None:

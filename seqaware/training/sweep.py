@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -205,18 +205,41 @@ def _last_words(log: Path) -> str:
     return (errors or lines or ["nothing was said"])[-1]
 
 
-def array_command(sweep: Sweep) -> tuple[list[str], dict[str, str]]:
-    """The sweep as an array of SLURM: `sbatch …`, and the variables that slurm/sweep.sbatch reads."""
+def submit(sweep: Sweep, environment: Mapping[str, str], *, say: Say) -> None:
+    """Queue the sweep as an array of SLURM (slurm/sweep.sbatch), and behind it the report.
+
+    Raises:
+        ConfigError: the config is none, there is no SLURM here, or it refuses.
+    """
+    load_config(sweep.config, sweep.overrides)
     last = len(sweep.combinations()) - 1
     script = REPOSITORY / "slurm" / "sweep.sbatch"
-    arguments = sweep.arguments(None)
     variables = {
         "GAMMAS": " ".join(sweep.gammas),
         "SEEDS": " ".join(map(str, sweep.seeds)),
         "SWEEP_DIR": str(sweep.folder),
         "SEQAWARE_HOME": str(REPOSITORY),
     }
-    return ["sbatch", "--parsable", f"--array=0-{last}", str(script), *arguments], variables
+    job = _sbatch([f"--array=0-{last}", str(script), *sweep.arguments(None)], {**environment, **variables})
+    say(f"submitted   job {job}: {last + 1} runs into {sweep.folder}")
+    folder = shlex.quote(str(sweep.folder))
+    report = shlex.join([sys.executable, str(REPOSITORY / "launcher" / "report.py")])
+    options = [f"--dependency=afterany:{job}", "--job-name=seqaware-report", f"--output={sweep.folder}/report.log"]
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    behind = _sbatch([*options, "--wrap", f"{report} {folder}/gamma-* --out {folder}/report"], environment)
+    say(f"submitted   job {behind}: the report, when they have ended, into {sweep.folder}/report")
+
+
+def _sbatch(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The number of the job that was submitted."""
+    command = ["sbatch", "--parsable", *arguments]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise ConfigError("sbatch cannot be started", got=error.strerror, do="submit where SLURM is") from error
+    if done.returncode:
+        raise ConfigError("sbatch refused the sweep", got=done.stderr.strip())
+    return done.stdout.strip().partition(";")[0]
 
 
 def folders(sweep: Sweep) -> Sequence[Path]:

@@ -158,6 +158,8 @@ CASES = {
     "half precision on a CPU": Bad(_set("model", dtype="fp16"), ("float16", "CPU")),
     "scale without meaning": Bad(_set("training.sft", gamma=1.0, scale="horizon"), ("horizon", "gamma 1")),
     "scheme that is not there": Bad(_set("training.sft", weighting="nowhere:scheme"), ("nowhere",)),
+    "unknown tracker": Bad(_set("logging", trackers=["tensorbord"]), ("tensorbord", "did you mean tensorboard")),
+    "tracker without a key": Bad(_set("logging", trackers=["wandb"]), ("wandb", "WANDB_API_KEY", "wandb_mode")),
     "mistyped resume": Bad(lambda workshop, config: ["--resume", "./no-such-checkpoint"], ("checkpoint",)),
 }
 
@@ -179,6 +181,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nonexistent")
 
 
 @pytest.mark.parametrize("name", CASES)

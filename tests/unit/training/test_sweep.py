@@ -11,24 +11,23 @@ import yaml
 
 from seqaware.config.load import load_config
 from seqaware.errors import ConfigError
-from seqaware.training.sweep import Sweep, array_command, gammas_of, run_sweep, seeds_of
+from seqaware.training.sweep import Sweep, gammas_of, run_sweep, seeds_of, submit
 
 CONFIG = {"model": {"base_name": "some-model"}, "dataset": {"name": "rows.jsonl"}}
 
 # Stands in for launcher/train.py: leaves what a run leaves, and ends as it is told.
 TRAINER = """
-import json, pathlib, sys, yaml
-from seqaware.config.load import load_config
-config = load_config(pathlib.Path(sys.argv[2]), [b for a, b in zip(sys.argv, sys.argv[1:]) if a == "--set"])
-folder = pathlib.Path(config.output_dir)
+import json, pathlib, shutil, sys
+(folder,) = (each.partition("=")[2] for each in sys.argv if each.startswith("output.dir="))
+folder = pathlib.Path(folder)
 code = json.loads(pathlib.Path("codes.json").read_text()).get(folder.name, 0)
 with open("trained.txt", "a") as file:
     file.write(folder.name + "\\n")
 if code:
     print("error: something to mend")
     sys.exit(code)
-folder.mkdir(parents=True)
-(folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+folder.mkdir(parents=True, exist_ok=True)
+shutil.copy(f"{folder.name}.yaml", folder / "config.yaml")
 (folder / "manifest.json").write_text(json.dumps({"finished_steps": 3}))
 """
 
@@ -39,7 +38,11 @@ def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
     (tmp_path / "trainer.py").write_text(TRAINER)
     (tmp_path / "codes.json").write_text("{}")
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(CONFIG))
-    return Sweep(Path("c.yaml"), ("0", "0.9"), (1, 2), Path("runs/s"), launch=f"{sys.executable} trainer.py")
+    wanted = Sweep(Path("c.yaml"), ("0", "0.9"), (1, 2), Path("runs/s"), launch=f"{sys.executable} -S trainer.py")
+    for each in wanted.combinations():
+        config = load_config(wanted.config, each.overrides())
+        (tmp_path / f"{each.name}.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    return wanted
 
 
 def _trained() -> list[str]:
@@ -100,8 +103,25 @@ def test_gammas_that_are_none(text: str) -> None:
         gammas_of(text)
 
 
-def test_the_same_sweep_as_an_array(sweep: Sweep) -> None:
-    command, variables = array_command(sweep)
-    assert command[:3] == ["sbatch", "--parsable", "--array=0-3"] and command[-1] == "c.yaml"
-    assert (variables["GAMMAS"], variables["SEEDS"], variables["SWEEP_DIR"]) == ("0 0.9", "1 2", "runs/s")
-    assert gammas_of("0, 0.9") == sweep.gammas
+def test_the_same_sweep_as_an_array_and_its_report_behind_it(sweep: Sweep, tmp_path: Path) -> None:
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nprintf "%s\\n" "$GAMMAS/$SEEDS/$SWEEP_DIR" "$@" end >> calls.txt\necho "7;cluster"\n')
+    fake.chmod(0o755)
+    said: list[str] = []
+    changed = Sweep(**{**vars(sweep), "overrides": ("training.optimizer.lr=1e-3",)})
+    submit(changed, {"PATH": f"{fake.parent}:/usr/bin:/bin"}, say=said.append)
+    array, report, _ = (tmp_path / "calls.txt").read_text().split("end\n")
+    assert array.splitlines()[:3] == ["0 0.9/1 2/runs/s", "--parsable", "--array=0-3"]
+    assert array.splitlines()[-3:] == ["c.yaml", "--set", "training.optimizer.lr=1e-3"]
+    assert "--dependency=afterany:7" in report and "runs/s/gamma-* --out runs/s/report" in report
+    assert "job 7: 4 runs into runs/s" in said[0]
+
+
+def test_where_there_is_no_slurm_that_is_said(sweep: Sweep, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="sbatch cannot be started"):
+        submit(sweep, {"PATH": str(tmp_path)}, say=print)
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 'no such partition' >&2\nexit 1\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    with pytest.raises(ConfigError, match="refused the sweep; got no such partition"):
+        submit(sweep, {"PATH": str(tmp_path)}, say=print)
