@@ -22,7 +22,7 @@ from seqaware.report.tables import Section
 from seqaware.report.template import PAGE
 
 _EVALUATION_FIGURES = ("evaluation", "exact_match", "position_end", "position_differences", "position_time", "weights")
-_PNG_DPI = 200
+_PNG_DPI = 150
 _TROUBLE = ("skipped", "rewind", "save_failed")
 
 

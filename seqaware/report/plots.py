@@ -69,10 +69,11 @@ def _mfu(axes: Axes, groups: Sequence[Group]) -> bool:
 
 
 def _memory(axes: Axes, groups: Sequence[Group]) -> bool:
-    return any(_lines(axes, groups, name, label="peak memory of a rank, GiB", log=False) for name in _MEMORY)
+    return _lines(axes, groups, "peak_memory_gb", label="peak memory of rank 0, GB", log=False)
 
 
-_MEMORY = ("peak_memory_gib", "peak_gib", "memory_gib")
+def _waste(axes: Axes, groups: Sequence[Group]) -> bool:
+    return _lines(axes, groups, "padding_share", label="share of places that hold no token", log=False)
 
 
 def _lines(axes: Axes, groups: Sequence[Group], name: str, *, label: str, log: bool) -> bool:
@@ -260,6 +261,7 @@ _ALL: tuple[tuple[str, str, Callable[[Axes, Sequence[Group]], bool]], ...] = (
     ("throughput", "Tokens a second over all ranks.", _throughput),
     ("mfu", "Share of the device's peak that the model's own arithmetic reaches.", _mfu),
     ("memory", "Peak memory.", _memory),
+    ("padding", "Padding: places that are computed and hold no token of a document.", _waste),
 )
 
 

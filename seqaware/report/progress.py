@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 _SECONDS_BETWEEN_LINES = 5.0
 # Time left is reckoned from so many steps.
@@ -40,12 +41,13 @@ class ProgressDisplay:
 
     def _start_bar(self, done: int) -> None:
         self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
+            # A narrow terminal cuts the last figures, not the step.
+            TextColumn("{task.fields[figures]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=self.console,
+            expand=True,
         )
         self._task = self._bar.add_task("training", total=self._total, completed=done, figures="")
         self._bar.start()

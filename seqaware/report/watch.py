@@ -33,7 +33,7 @@ _FIGURES = (
     ("mfu", "MFU", "{:.1%}"),
     ("wait_share", "waiting", "{:.1%}"),
     ("padding_share", "padding", "{:.1%}"),
-    ("peak_memory_gib", "peak memory, GiB", "{:.2f}"),
+    ("peak_memory_gb", "peak memory, GB", "{:.2f}"),
 )
 
 

@@ -9,12 +9,13 @@ from typing import Any
 from seqaware import __version__
 
 TOTAL = 60
+_SPEED = {"mfu": None, "wait_share": 0.01, "padding_share": 0.02, "peak_memory_gb": 1.5}
 
 
 def step_line(step: int, *, loss: float, **changes: Any) -> dict[str, Any]:
     line = {"kind": "step", "step": step, "epoch": step / 100, "loss": 2 * loss, "unweighted_loss": loss}
     figures = {"grad_norm": 0.5, "lr": 1e-3, "tokens": 100, "supervised_tokens": 80, "sequences": 4, "accuracy": 0.5}
-    return {**line, **figures, "step_seconds": 0.1, "tokens_per_second": 1000.0, **changes}
+    return {**line, **figures, "step_seconds": 0.1, "tokens_per_second": 1000.0, **_SPEED, **changes}
 
 
 def evaluation_line(step: int, *, loss: float) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_one_run(tmp_path: Path) -> None:
     ):
         assert word in text
     assert "The runs have" not in text
-    for name in ("loss", "position_time", "weights", "throughput"):
+    for name in ("loss", "position_time", "weights", "throughput", "memory", "padding"):
         assert (tmp_path / "report" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
     rows = list(csv.DictReader((tmp_path / "report" / "by_position.csv").open()))
     assert len(rows) == 4 and rows[-1]["loss"] == "0.5"

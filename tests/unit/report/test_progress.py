@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -43,6 +44,16 @@ def test_a_log_file_gets_the_first_and_the_last_step_and_no_control_characters()
 
 def test_a_resumed_run_starts_where_it_stopped() -> None:
     assert [line.split()[1] for line in _shown("lines", done=1)] == ["2/3", "3/3"]
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_a_narrow_terminal_shows_the_step_and_the_loss(width: int) -> None:
+    output = io.StringIO()
+    display = ProgressDisplay(300, style="bar", console=Console(file=output, width=width, force_terminal=True))
+    display.step({"step": 7, **LINE})
+    display.close()
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.getvalue()).strip().splitlines()[-1]
+    assert len(last) <= width and "7/300" in last and "loss 1.5000" in last
 
 
 def test_off_shows_nothing() -> None:

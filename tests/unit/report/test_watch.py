@@ -23,7 +23,15 @@ def test_it_fits_and_has_no_control_characters(tmp_path: Path, width: int) -> No
     lines = _shown(write_run(tmp_path / "run", done=30), width=width)
     text = "\n".join(lines)
     assert max(map(len, lines)) <= width and "\x1b" not in text
-    for word in ("30/60", "3 s left", "loss, weighted", "exact match 50.0%", "k = 2 – 3", "γ = 0.98"):
+    for word in (
+        "30/60",
+        "3 s left",
+        "loss, weighted",
+        "peak memory, GB 1.50",
+        "exact match 50.0%",
+        "k = 2 – 3",
+        "γ = 0.98",
+    ):
         assert word in " ".join(text.split())
 
 
