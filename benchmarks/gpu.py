@@ -1,0 +1,213 @@
+"""Everything about speed on one GPU, in one call of under ten minutes.
+
+    python benchmarks/gpu.py                on an H100 or H200; writes results/gpu.json after every item
+    python benchmarks/gpu.py --toy          all of it on this CPU at toy size; writes a file only with --out
+    python benchmarks/gpu.py --only loss    some of the items
+
+Every item is a process with a time of its own: what fails or takes too long is named, and costs the others nothing.
+
+- rates        what a large bfloat16 product and a copy reach here: the ceilings of everything below
+- loss         the loss kernel beside its products, the naive loss and others' kernels (loss_cuda.py)
+- attention    the attention of packed short documents (attention.py)
+- train-…      step time, tokens a second and MFU of the 1B and 8B shapes of Llama 3, ZeRO-1 and ZeRO-3, rows of 8k and
+               32k tokens (gpu_training.py says how MFU is counted). One GPU cannot hold the optimizer's states of 8
+               billion weights; that shape is measured with as many of its 32 layers as fit, and their number is told
+- longest      memory of one document of 32k, 64k, … tokens, and the length at which this GPU would be full
+- loop, trl    a minimal DeepSpeed loop and TRL's trainer on the same model and texts, rows of 8k
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from timing import FAILURES, first_line, machine
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "gpu.json"
+
+# Seconds: some nine minutes in all.
+BUDGETS = {
+    "rates": 20,
+    "loss": 100,
+    "attention": 40,
+    "train-1b-zero1": 60,
+    "train-1b-zero3": 60,
+    "train-8b-zero1": 70,
+    "train-8b-zero3": 70,
+    "longest": 50,
+    "loop": 40,
+    "trl": 50,
+}
+
+
+def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any]], None]) -> None:
+    """Run one item in this process; `found` hears each figure as soon as there is one."""
+    toy = device == "cpu"
+    match name.split("-"):
+        case ["rates"]:
+            found(_rates(device))
+        case ["loss"]:
+            import loss_cuda
+
+            shape = {"rows": 64, "hidden": 32, "vocabulary": 501} if toy else {}
+            found({"errors": loss_cuda.errors(device, **shape)})
+            for size in loss_cuda.TOY if toy else loss_cuda.FULL:
+                found(loss_cuda.measure(size, device))
+        case ["attention"]:
+            import attention
+            import torch
+
+            size = replace(attention.QUICK, tokens=512, repeats=1) if toy else attention.ON_A_GPU
+            found(attention.measure(size, device=device, dtype=torch.float32 if toy else torch.bfloat16))
+        case ["train", shape, zero]:
+            from gpu_training import make_model, ours
+
+            work = _work(shape, stage=int(zero[-1]), name=name, device=device, folder=folder)
+            make_model(work)
+            ours(work, found)
+        case ["longest"]:
+            _longest(device, folder, found)
+        case ["loop" | "trl"]:
+            import gpu_peers
+            from gpu_training import make_model
+
+            work = _work("1b", stage=1, name=name, device=device, folder=folder)
+            make_model(work)
+            (gpu_peers.trl if name == "trl" else gpu_peers.minimal_loop)(work, found)
+
+
+def _work(shape: str, *, stage: int, name: str, device: str, folder: Path) -> Any:
+    from gpu_training import SHAPES, Work
+
+    if device == "cpu":
+        return Work(SHAPES["toy"], stage, (128, 256), device, 1.0, folder)
+    # The start of a process and the making of the model take about half of an item's time.
+    return Work(SHAPES[shape], stage, (8192, 32_768), device, BUDGETS[name] * 0.4, folder)
+
+
+def _rates(device: str) -> dict[str, Any]:
+    import torch
+    from timing import seconds
+
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    source = torch.randn(2**28 if device == "cuda" else 2**20, device=device)
+    target = torch.empty_like(source)
+    product = min(seconds(lambda: torch.mm(a, b), device) for _ in range(10))
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(10))
+    return {"teraflops": 2 * size**3 / product / 1e12, "copied_bytes_per_second": 2 * source.nbytes / copy}
+
+
+def _longest(device: str, folder: Path, found: Callable[[dict[str, Any]], None]) -> None:
+    """Peaks of one document of doubling length, while the time lasts; memory grows with a straight line."""
+    import torch
+    from gpu_training import make_model, step_over_one_document
+
+    work = _work("1b", stage=1, name="longest", device=device, folder=folder)
+    make_model(work)
+    step, until = step_over_one_document(work), time.monotonic() + work.seconds
+    points: list[tuple[int, int]] = []
+    tokens = work.rows[-1]
+    while time.monotonic() < until and len(points) < (2 if device == "cpu" else 6):
+        try:
+            points.append((tokens, step(tokens)))
+        except torch.OutOfMemoryError as error:
+            found({"tokens": tokens, "failed": first_line(error)})
+            break
+        found({"tokens": tokens, "peak_bytes": points[-1][1]})
+        tokens *= 2
+    if device == "cuda" and len(points) > 1:
+        (few, low), (many, high) = points[-2:]
+        slope = (high - low) / (many - few)
+        room = 0.95 * torch.cuda.get_device_properties(0).total_memory - high
+        found({"longest_measured": many, "longest_by_extrapolation": int(many + room / slope)})
+
+
+def run_item(name: str, *, device: str, folder: Path) -> dict[str, Any]:
+    """One item in a process of its own: its figures, and what ended it early."""
+    figures, start = folder / f"{name}.jsonl", time.monotonic()
+    figures.touch()
+    command = [sys.executable, __file__, "--item", name, "--folder", str(folder), "--device", device]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path[1:]])}
+    if device == "cpu":
+        environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    if name == "trl":  # accelerate takes DeepSpeed for one process only if both are told of in the environment
+        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    with (folder / f"{name}.log").open("w+") as log:
+        try:
+            code = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=BUDGETS[name]).returncode
+            ended = None if code == 0 else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            ended = f"out of time after {BUDGETS[name]} s"
+        log.seek(0)
+        last = log.read()[-1500:] if ended else None
+    lines = [json.loads(line) for line in figures.read_text().splitlines()]
+    result = {"figures": lines, "seconds": round(time.monotonic() - start, 1), "ended": ended, "last_words": last}
+    return {key: value for key, value in result.items() if value is not None}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--toy", action="store_true", help="toy sizes on this CPU; proves nothing but that all of it runs"
+    )
+    parser.add_argument("--only", nargs="+", choices=sorted(BUDGETS), default=list(BUDGETS), metavar="ITEM")
+    parser.add_argument("--out", type=Path, help="where the results go; default: results/gpu.json")
+    for hidden in ("--item", "--folder", "--device"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.item:
+        return _child(arguments.item, device=arguments.device, folder=Path(arguments.folder))
+    device = "cpu" if arguments.toy else "cuda"
+    out = arguments.out or (None if arguments.toy else RESULTS)
+    results: dict[str, Any] = {"machine": machine(device), "budgets": BUDGETS, "items": {}}
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if Path("/dev/shm").is_dir() else None) as folder:
+        for name in arguments.only:
+            results["items"][name] = run_item(name, device=device, folder=Path(folder))
+            print(name, json.dumps(results["items"][name]), flush=True)
+            if out is not None:
+                out.write_text(json.dumps(results, indent=2) + "\n")
+    failed = [name for name, result in results["items"].items() if "ended" in result]
+    print("all items ran" if not failed else f"ended early: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def _child(name: str, *, device: str, folder: Path) -> int:
+    from seqaware.engine.ranks import prepare_environment
+
+    prepare_environment()
+
+    def found(figure: dict[str, Any]) -> None:
+        with (folder / f"{name}.jsonl").open("a") as file:
+            file.write(json.dumps(figure) + "\n")
+
+    try:
+        item(name, device=device, folder=folder, found=found)
+    except ImportError as error:
+        found({"absent": first_line(error)})
+    except FAILURES as error:
+        found({"failed": first_line(error)})
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
