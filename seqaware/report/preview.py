@@ -143,17 +143,17 @@ def document_text(document: ShownDocument, largest: float) -> Text:
 
 
 def marks(document: ShownDocument) -> Iterator[str]:
-    """`(5·4.71)` before the first of some tokens with loss, and every so many after it; nothing elsewhere."""
-    since = _TOKENS_BETWEEN_MARKS
-    before = 0
+    """`(5·4.71)` where a run of tokens with loss begins, where k begins anew, and every so many after; else nothing."""
+    left = 0
     for token in document.tokens:
-        since = since + 1 if token.k == before + 1 else _TOKENS_BETWEEN_MARKS
-        before = token.k
-        if token.k and since >= _TOKENS_BETWEEN_MARKS:
-            since = 0
-            yield f"({token.k}·{token.weight:.3g})"
-        else:
+        if token.k == 0:
+            left = 0
+        if token.k == 0 or (left > 0 and token.k > 1):
+            left -= 1
             yield ""
+        else:
+            left = _TOKENS_BETWEEN_MARKS - 1
+            yield f"({token.k}·{token.weight:.3g})"
 
 
 def visible(text: str) -> str:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
-from seqaware.report.preview import Preview, ShownDocument, ShownRow, ShownToken, show_preview, visible
+from seqaware.report.preview import Preview, ShownDocument, ShownRow, ShownToken, marks, show_preview, visible
 from seqaware.report.preview_html import preview_html
 from seqaware.report.weights import draw_weights, show_weights, weight_lines
 from seqaware.training.inspect import training_rows
@@ -177,6 +177,13 @@ def test_a_page_needs_nothing_else_and_holds_the_text(workshop: tiny.Workshop) -
     assert not checker.open and not re.search(r"https?://|url\(|@import", page)
     assert 'name="viewport"' in page
     assert all(visible(t.text) in checker.words for row in found.rows for d in row.documents for t in d.tokens)
+
+
+def test_positions_are_written_where_turns_begin_and_every_sixteenth_token() -> None:
+    counts = [0, 0, *range(1, 21), 0, *range(1, 3), *range(1, 4), 0, 4]
+    document = ShownDocument("a", tuple(ShownToken("t", k, 1.0) for k in counts))
+    marked = [place for place, mark in enumerate(marks(document)) if mark]
+    assert marked == [2, 18, 23, 25, 29]
 
 
 def test_what_would_move_the_cursor_is_shown_instead() -> None:
