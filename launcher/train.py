@@ -78,7 +78,7 @@ def _dry_run(path: Path | None, deepspeed: Path | None, overrides: list[str], ra
 def _train(path: Path | None, overrides: list[str], *, address: RankAddress, **settings: Any) -> None:
     """settings: those of a `RunRequest`, whose module is slow to import."""
     prepare_environment()
-    from seqaware.training.interrupt import Left, Signals
+    from seqaware.training.interrupt import LEFT, Left, Signals
     from seqaware.training.watch.heartbeat import start_heartbeat
 
     with Watched(start_heartbeat(address)) as heartbeat, Signals(abandoned=heartbeat.sibling_is_dead) as signals:
@@ -98,6 +98,8 @@ def _train(path: Path | None, overrides: list[str], *, address: RankAddress, **s
             run(request, address=address, say=say, signals=signals, heartbeat=heartbeat)
         except Left as left:
             if left.together:
+                # Told before the ranks part: mpirun ends the others the moment that one of them has left.
+                heartbeat.close(LEFT)
                 disconnect()
             raise
         disconnect()

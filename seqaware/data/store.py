@@ -101,6 +101,11 @@ class TokenStore:
     def __len__(self) -> int:
         return self._count
 
+    @property
+    def tokenizer(self) -> str:
+        """Digest of the tokenizer that made the tokens; empty where who made the store did not say."""
+        return str(self._manifest["identity"].get("tokenizer", ""))
+
     def facts(self) -> StoreFacts:
         """Counts of the whole store, from the manifest."""
         return self._facts

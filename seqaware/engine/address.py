@@ -29,6 +29,7 @@ class RankAddress:
         rank, size: global; local_rank, local_size: on this host; nodes: number of hosts.
         launcher: which of LAUNCHERS started the process; "variables": something else that sets torch's variables.
         master_address, master_port: where rank 0's store listens.
+        job: the batch system's number for the job, if there is one.
         job_ends: when the batch system will end the job, in seconds since 1970; None where it has not said.
     """
 
@@ -41,6 +42,7 @@ class RankAddress:
     master_address: str
     master_port: int
     job_ends: float | None = None
+    job: str | None = None
 
 
 def address_in(env: Mapping[str, str]) -> RankAddress:

@@ -35,7 +35,7 @@ def find_address(environment: Mapping[str, str] | None = None) -> RankAddress:
     """
     env = os.environ if environment is None else environment
     try:
-        return address_in(env)
+        return replace(address_in(env), job=env.get("SLURM_JOB_ID"))
     except ValueError as error:
         raise ConfigError("the launcher's variables are no numbers", got=error) from error
 

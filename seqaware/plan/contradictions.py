@@ -30,6 +30,7 @@ def check_contradictions(config: Config, raw: Mapping[str, Any], *, world: World
         *_of_communication(zero),
         *communication_contradictions(raw, world, dtype=dtype),
         *_of_packages(config, world),
+        *_of_keeping(config),
     ]
     if len(found) == 1:
         raise found[0]
@@ -68,6 +69,15 @@ def _of_precision(world: World, dtype: str) -> Iterator[ConfigError]:
     if dtype == "bfloat16" and world.device == "cuda" and not world.bf16:
         yield ConfigError(
             "model.dtype bfloat16: these GPUs do not compute in it", do="write model.dtype: float16, float32 or auto"
+        )
+
+
+def _of_keeping(config: Config) -> Iterator[ConfigError]:
+    if config.output.keep_best and config.evaluation.every_steps is None:
+        yield ConfigError(
+            "output.keep_best keeps the checkpoints with the lowest held-out loss, and none is measured",
+            got=f"{config.output.keep_best}, without evaluation.every_steps",
+            do="write evaluation.every_steps, best a multiple of output.save_every, or leave keep_best out",
         )
 
 

@@ -81,6 +81,7 @@ class DataFacts:
         steps_per_epoch: of epoch 0, 1, … as the order of the data has them, up to max_steps; None: so many as
             `documents` make.
         tokens_exact: False where every epoch draws other documents, so that its tokens are known on average only.
+        tokenizer: digest of the tokenizer that made the tokens; empty where it is not known.
     """
 
     documents: int
@@ -91,6 +92,7 @@ class DataFacts:
     exact: bool
     steps_per_epoch: tuple[int, ...] | None = None
     tokens_exact: bool = True
+    tokenizer: str = ""
 
 
 def model_facts(model: ModelConfig) -> ModelFacts | None:

@@ -25,6 +25,9 @@ DEFAULT_DEEPSPEED = REPOSITORY / "ds_configs" / "zero2.json"
 # Four implementations of one update: where the weights lie decides which is fast, not what is computed.
 _ADAMW = ("adamw", "adamw_fused", "cpu_adam", "fused_adam")
 
+# What decides the numbers of a run, by name: what `--resume-anyway` may name.
+MATHEMATICS = ("objective", "data", "tokenizer", "batch", "model", "optimizer", "schedule", "seed", "lora")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -83,8 +86,9 @@ class Plan:
     def mathematics(self) -> dict[str, Any]:
         """What decides the numbers of the run, and nothing that is topology: runs with equal ones are one run.
 
-        Prepared data is named by its fingerprint alone, so that it may be moved. The length of the run counts only
-        where the learning rate depends on it, so that a run at a constant rate may be continued for longer.
+        Prepared data is named by its fingerprint alone, and its tokenizer by a digest, so that they may be moved. The
+        length of the run counts only where the learning rate depends on it, so that a run at a constant rate may be
+        continued for longer. The top names are `MATHEMATICS`, lora only where there are adapters.
         """
         config, training, batches = self.config, self.config.training, self.batches
         optimizer = training.optimizer.model_dump(mode="json")
@@ -97,13 +101,14 @@ class Plan:
             shape = training.schedule.model_dump(mode="json", include={"min_lr_ratio", "power", "decay_ratio"})
             schedule |= {**shape, "total_steps": batches.total_steps}
         objective = training.sft.model_dump(mode="json", exclude={"gamma", "half_life", "horizon"})
-        of_model = {"base_name", "from_scratch", "tokenizer", "revision", "dropout"}
+        of_model = {"base_name", "from_scratch", "revision", "dropout"}
         adapters = config.lora and {"lora": config.lora.model_dump(mode="json", exclude={"export"})}
         return {
             **(adapters or {}),
             "objective": {"gamma": training.sft.discount, **objective},
             "model": {**config.model.model_dump(mode="json", include=of_model), "dtype": self.dtype},
             "data": self._data_identity(),
+            "tokenizer": self._tokenizer_identity(),
             "batch": {
                 "global_batch_size": batches.global_batch_size,
                 "global_batch_tokens": batches.global_batch_tokens,
@@ -126,6 +131,12 @@ class Plan:
         if self.data is None or not self.data.fingerprint:
             unknown.append("the tokenised data")
         return tuple(unknown)
+
+    def _tokenizer_identity(self) -> dict[str, Any]:
+        """By its content, wherever it lies; by its name while nothing is tokenised."""
+        if self.data is not None and self.data.tokenizer:
+            return {"digest": self.data.tokenizer}
+        return {"name": self.config.model.tokenizer or self.config.model.base_name}
 
     def _data_identity(self) -> dict[str, Any]:
         if self.data is not None and self.data.fingerprint:

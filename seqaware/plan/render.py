@@ -174,7 +174,7 @@ def _cost(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _identity(plan: Plan) -> str:
-    digest = f"{plan.mathematics_hash()[:16]} (objective, model, data, batch, seed, optimizer, schedule)"
+    digest = f"{plan.mathematics_hash()[:16]} (objective, model, data, tokenizer, batch, seed, optimizer, schedule)"
     unknown = plan.unknown_mathematics()
     return f"{digest}; not final: {' and '.join(unknown)} will change it" if unknown else digest
 

@@ -37,6 +37,7 @@ def data_facts(store: TokenStore, order: StepOrder | None, schedule: ScheduleCon
         exact=True,
         steps_per_epoch=None if order is None else order.steps_per_epoch(schedule.num_epochs, schedule.max_steps),
         tokens_exact=everything,
+        tokenizer=store.tokenizer,
     )
 
 

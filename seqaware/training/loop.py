@@ -45,7 +45,7 @@ class Due:
         pace: how fast each rank computes.
         not_finite: a step was not applied, because its loss or its gradient is not finite; course.done is before it.
         interrupts, votes: what this rank is asked to do, and what all are. spikes: holds losses against the usual.
-        heartbeat: hears which step the training turns to.
+        hear_of_saving: tells what went wrong in the background. heartbeat: hears which step the training turns to.
     """
 
     save: Callable[[int], None]
@@ -56,6 +56,7 @@ class Due:
     interrupts: Interrupts
     votes: Votes
     spikes: SpikeWatch
+    hear_of_saving: Callable[[], None]
     heartbeat: Heartbeat
 
 
@@ -86,6 +87,7 @@ class TrainingLoop:
         self._reporter.skip_time()
         for step, micro_batches in self._batches.steps(self._course.done + 1, self._total):
             asked = self._step(step, micro_batches)
+            due.hear_of_saving()
             is_last = step == self._total
             evaluate = Asked.EVALUATE in asked or (evaluate_every and step % evaluate_every == 0)
             if evaluate and not is_last:

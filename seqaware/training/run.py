@@ -10,11 +10,12 @@ from pathlib import Path
 from seqaware.config.schema import Config
 from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.checkpoints import Checkpoints
-from seqaware.engine.checkpoint.manifest import first_wrong_hash, read_state
+from seqaware.engine.checkpoint.manifest import read_state
 from seqaware.engine.checkpoint.retention import Retention, set_aside_later
 from seqaware.engine.engine import Engine
 from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
+from seqaware.engine.randomness import begin_randomness
 from seqaware.engine.ranks import Ranks, beyond_hangs, connect, environment
 from seqaware.errors import CheckpointError
 from seqaware.plan.offload import swap_folders
@@ -23,19 +24,20 @@ from seqaware.report.progress import RowCounter
 from seqaware.report.trackers import check_trackers
 from seqaware.training.assembly import build_engine, model_source, probe_of, world_of
 from seqaware.training.folder import (
-    ResumePoints,
     RunFolder,
+    allowed_before,
     check_claim,
     check_disk,
     claim,
     finish,
     is_finished,
-    resume_points,
 )
 from seqaware.training.interrupt import Signals
+from seqaware.training.lock import alone_in
 from seqaware.training.loop import Course
 from seqaware.training.prepare import Prepared, prepare
 from seqaware.training.process import Process, Say
+from seqaware.training.resume import ResumePoints, check_names, first_whole, resume_points
 from seqaware.training.session import Session
 from seqaware.training.summary import model_card, summary_lines
 from seqaware.training.watch.heartbeat import Heartbeat
@@ -75,6 +77,7 @@ def run(
         Left: the run was asked to leave; the same command goes on.
         SeqawareError: something a person has to mend.
     """
+    check_names(request.resume_anyway)
     process = Process(address, say, signals or Signals(), heartbeat or Heartbeat())
     phase = process.heartbeat.phase
     if address.rank == 0:
@@ -91,7 +94,7 @@ def run(
     )
     folder = RunFolder(Path(prepared.plan.config.output_dir))
     with ExitStack() as stack:
-        standing = _standing(request, prepared, folder, stack=stack) if address.rank == 0 else None
+        standing = _standing(request, prepared, process, stack=stack) if address.rank == 0 else None
         phase("connecting")
         ranks = connect(address, timeout_minutes=beyond_hangs(prepared.plan.config.faults.hang_minutes))
         # Rank 0 alone decides where to go on: hosts may see different files.
@@ -100,20 +103,12 @@ def run(
             total = prepared.plan.total_steps
             say(f"complete: all {total} steps of this run are done; its model and results are in {folder.path}")
             return folder.path
-        checkpoint = _first_whole(points, ranks, say=say)
-        _work(prepared, folder, checkpoint, ranks=ranks, process=process, anyway=request.resume_anyway)
+        checkpoint = first_whole(points, ranks, say=say)
+        _work(prepared, folder, checkpoint, ranks=ranks, process=process)
     return folder.path
 
 
-def _work(
-    prepared: Prepared,
-    folder: RunFolder,
-    checkpoint: Path | None,
-    *,
-    ranks: Ranks,
-    process: Process,
-    anyway: tuple[str, ...],
-) -> None:
+def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ranks: Ranks, process: Process) -> None:
     plan, say, phase = prepared.plan, process.say, process.heartbeat.phase
     say(plan.render(settings=False))
     phase("loading the model")
@@ -122,13 +117,14 @@ def _work(
     _probe(engine, plan, say=say)
     state = None if checkpoint is None else read_state(checkpoint)
     course = Course(0) if state is None else Course(state.step, list(state.passed_over), saved=state.step)
-    attempt = claim(folder, plan, address=ranks.address, anyway=anyway) if ranks.is_first else None
+    attempt = claim(folder, plan, address=ranks.address, resumed=state) if ranks.is_first else None
     if checkpoint is None and ranks.is_first:
         set_aside_later(folder.checkpoints, course.done)  # else loading it does
     process.heartbeat.settle(folder.path, ranks.agree(attempt))
     output = plan.config.output
     keep = Retention(output.keep_last, output.keep_every, output.keep_best)
     checkpoints = Checkpoints(engine, folder.checkpoints, keep=keep, asynchronous=output.async_save)
+    begin_randomness(plan.config.training.control.seed, step=course.done, rank=ranks.rank)
     if checkpoint is not None:
         phase("loading the checkpoint", course.done)
         checkpoints.load(checkpoint)
@@ -141,45 +137,41 @@ def _work(
         remove_swap_files(plan)
 
 
-def _standing(request: RunRequest, prepared: Prepared, folder: RunFolder, *, stack: ExitStack) -> ResumePoints | None:
+def _standing(request: RunRequest, prepared: Prepared, process: Process, *, stack: ExitStack) -> ResumePoints | None:
     """Where the run may go on, or None where nothing is left to do; refuses a folder of another run.
 
     Args:
         stack: holds the folder's lock from now on, if there is something to do.
     """
     plan = prepared.plan
-    check_claim(folder, plan, resume=request.resume, anyway=request.resume_anyway)
-    points = resume_points(folder, plan, resume=request.resume, anyway=request.resume_anyway)
-    done = read_state(points.candidates[0]).step if points.candidates else 0
-    if done == plan.total_steps and is_finished(folder, plan):
+    folder = RunFolder(Path(plan.config.output_dir))
+    if _points(request, plan, folder) is None:
         return None
-    if points.candidates and swap_folders(plan.deepspeed["zero_optimization"]):
+    check_disk(folder.path, plan, prepared.parameters, trained=prepared.trained_parameters)
+    stack.enter_context(alone_in(folder.path, process.address, say=process.say))
+    # Again: until just now another run may have been at work here.
+    return _points(request, plan, folder)
+
+
+def _points(request: RunRequest, plan: Plan, folder: RunFolder) -> ResumePoints | None:
+    """Where the run may go on, or None where it is done. Changes nothing."""
+    anyway = request.resume_anyway
+    check_claim(folder, plan, resume=request.resume, anyway=anyway)
+    allowed = allowed_before(folder)
+    points = resume_points(folder.checkpoints, plan, resume=request.resume, anyway=anyway, allowed=allowed)
+    if not points.candidates:
+        return points
+    newest = points.candidates[0]
+    if read_state(newest).step == plan.total_steps and is_finished(folder, plan):
+        return None
+    if swap_folders(plan.deepspeed["zero_optimization"]):
         # Measured: the steps after it are not those of a run that never stopped.
         raise CheckpointError(
             "DeepSpeed does not bring back what lay on a drive, so a run that offloads to nvme cannot be resumed",
-            got=f"{points.candidates[0]}, and nvme in {plan.deepspeed_path}",
+            got=f"{newest}, and nvme in {plan.deepspeed_path}",
             do="start anew in another output.dir, with ds_configs/zero3_offload_cpu.json if it must be resumable",
         )
-    check_disk(folder.path, plan, prepared.parameters, trained=prepared.trained_parameters)
-    stack.enter_context(folder.locked())
     return points
-
-
-def _first_whole(points: ResumePoints, ranks: Ranks, *, say: Say) -> Path | None:
-    """The first candidate whose files are what was written, by their hashes: every rank reads its share of them."""
-    for damage in points.damaged:
-        say(f"warning     passed over {damage}")
-    for checkpoint in points.candidates:
-        problems = ranks.gather(first_wrong_hash(checkpoint, rank=ranks.rank, size=ranks.size))
-        problem = next((each for each in problems if each is not None), None)
-        if problem is None:
-            return checkpoint
-        if points.asked:
-            raise CheckpointError(
-                "the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another, or --resume auto"
-            )
-        say(f"warning     passed over {checkpoint}: {problem}")
-    return None
 
 
 def _probe(engine: Engine, plan: Plan, *, say: Say) -> None:

@@ -88,6 +88,7 @@ class Session:
             interrupts=self.interrupts,
             votes=self.votes,
             spikes=self.spikes,
+            hear_of_saving=self.hear_of_saving,
             heartbeat=self.process.heartbeat,
         )
         loop = TrainingLoop(
@@ -100,7 +101,7 @@ class Session:
             except SpikeError as spike:
                 self.go_back(spike)
         self._save(self.total, must=True)
-        self.checkpoints.finish()
+        self._finish_saving()
 
     def _begin(self) -> None:
         if self.plan.config.faults.spike_factor is not None:
@@ -130,6 +131,7 @@ class Session:
         if line is None:
             raise Left(self._reason(), together=True)
         self.reporter.event(line)
+        self.checkpoints.note_evaluation(self.total, line["loss"])
 
     def save(self, step: int) -> None:
         """Write a checkpoint. One that cannot be written is told and tried again later, but for the last."""
@@ -143,7 +145,7 @@ class Session:
         """
         reason = self._reason()
         self._save(step, must=True)
-        self.checkpoints.finish()
+        self._finish_saving()
         self.interrupts.left()
         self.reporter.event({"kind": "left", "step": step, "reason": reason})
         self.process.say(
@@ -192,7 +194,8 @@ class Session:
             return
         if course.done:
             self._save(course.done, must=False)
-            self.checkpoints.finish()
+            self.checkpoints.wait()
+            self.hear_of_saving()
         saved = f"step {course.saved}, the last good one that is saved, is in {self.folder.checkpoints}"
         raise not_finite(step, result, documents, kept=saved if course.saved else "nothing is saved yet")
 
@@ -202,7 +205,8 @@ class Session:
         Raises:
             DivergenceError: there have been too many.
         """
-        self.checkpoints.finish()
+        self.checkpoints.wait()
+        self.hear_of_saving()
         earlier = self._checkpoint_before(spike.step) if self.ranks.is_first else None
         checkpoint = self.ranks.agree(earlier)
         if checkpoint is None:
@@ -232,8 +236,6 @@ class Session:
 
     def _save(self, step: int, *, must: bool) -> None:
         course = self.course
-        if course.saved == step:
-            return
         self.process.heartbeat.phase("saving", step)
         epoch, _ = self.prepared.order.position(step)
         state = RunState.of(self.plan, step=step, epoch=epoch, passed_over=tuple(course.passed_over))
@@ -242,11 +244,28 @@ class Session:
         except CheckpointError as error:
             if must:
                 raise
-            self.reporter.event({"kind": "save_failed", "step": step, "problem": str(error)})
-            self.process.say(f"warning     {error}; training goes on, and saves again when it is due")
+            self._not_saved(step, str(error))
             return
         course.saved = step
         self.interrupts.saved()
+        self.hear_of_saving()
+
+    def hear_of_saving(self) -> None:
+        """Tell what went wrong with checkpoints that were written meanwhile. Asked after every step; costs nothing."""
+        for outcome in self.checkpoints.poll():
+            for warning in outcome.warnings:
+                self.process.say(f"warning     {warning}")
+            if outcome.problem is not None:
+                what = f"the checkpoint of step {outcome.step} could not be written"
+                self._not_saved(outcome.step, f"{what}; got {outcome.problem}")
+
+    def _finish_saving(self) -> None:
+        self.checkpoints.finish()
+        self.hear_of_saving()
+
+    def _not_saved(self, step: int, problem: str) -> None:
+        self.reporter.event({"kind": "save_failed", "step": step, "problem": problem})
+        self.process.say(f"warning     {problem}; training goes on, and saves again when it is due")
 
     def _checkpoint_before(self, step: int) -> Path | None:
         return next((path for path in survey(self.folder.checkpoints).whole if step_of(path) < step), None)

@@ -47,8 +47,7 @@ class BackgroundWrite:
     def problem(self) -> str | None:
         """Wait until this rank has voted; why it vetoes, or None."""
         self._voted.wait()
-        assert self._vote is not None
-        return self._vote.problem
+        return "the thread that writes has failed" if self._vote is None else self._vote.problem
 
     def settle(self, *, veto: str | None) -> None:
         """Wait for the thread, once all ranks have said that they voted, and whether one vetoes."""
@@ -61,15 +60,20 @@ class BackgroundWrite:
         self._thread.join(seconds)
 
     def _work(self) -> None:
+        try:
+            vote = self._vote = self._cast()
+        finally:
+            self._voted.set()  # whatever went wrong: the training waits for it
+        if self._judge is not None:
+            self._judge(self._collect(vote))
+
+    def _cast(self) -> Vote:
         vote = self._share.vote()
         try:
             write_durably(vote_path(self._partial, vote.rank), vote.to_json())
         except OSError as error:
-            vote = Vote(vote.rank, {}, vote.problem or f"rank {vote.rank}: {error}")
-        self._vote = vote
-        self._voted.set()
-        if self._judge is not None:
-            self._judge(self._collect(vote))
+            return Vote(vote.rank, {}, vote.problem or f"rank {vote.rank}: {error}")
+        return vote
 
     def _collect(self, own: Vote) -> list[Vote]:
         """The votes of all ranks, or those up to the first veto."""

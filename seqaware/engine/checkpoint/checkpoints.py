@@ -14,10 +14,11 @@ from seqaware.engine.checkpoint.background import BackgroundWrite
 from seqaware.engine.checkpoint.load import load_checkpoint
 from seqaware.engine.checkpoint.manifest import PARTIAL, RunState, checkpoint_name, read_state
 from seqaware.engine.checkpoint.retention import Evaluations, Retention, forget_old, set_aside_later, sweep
-from seqaware.engine.checkpoint.save import call_latest, complete, describe, make_empty, random_state, together
+from seqaware.engine.checkpoint.save import call_latest, complete, describe, make_empty, together
 from seqaware.engine.checkpoint.storage import save_through
 from seqaware.engine.checkpoint.writing import FAILURES, Share, Vote
 from seqaware.engine.engine import Engine
+from seqaware.engine.randomness import random_state
 from seqaware.errors import CheckpointError
 
 _PATIENCE_SECONDS = 10.0
@@ -76,7 +77,7 @@ class Checkpoints:
         self._writing: _Writing | None = None
         self._complete: int | None = None
         self._outcomes: list[Outcome] = []
-        self._warnings: list[str] = []
+        self._warnings: list[str] = [self._evaluations.problem] if self._evaluations.problem else []
 
     def save(self, state: RunState) -> None:
         """Write a checkpoint; when `asynchronous`, begin to, once the write under way has ended.
@@ -121,8 +122,12 @@ class Checkpoints:
         told, self._outcomes = self._outcomes, []
         return told
 
+    def wait(self) -> None:
+        """Wait for the write under way. A failure is told by `poll`."""
+        self._settle()
+
     def finish(self) -> None:
-        """Wait for the write under way.
+        """Wait for the write under way, which must succeed.
 
         Raises:
             CheckpointError: on every rank: it failed.

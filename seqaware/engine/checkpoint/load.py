@@ -7,9 +7,10 @@ from pathlib import Path
 
 from seqaware.engine.checkpoint.manifest import read_manifest
 from seqaware.engine.checkpoint.reading import read_tensors
-from seqaware.engine.checkpoint.save import restore_random_state, together
+from seqaware.engine.checkpoint.save import together
 from seqaware.engine.checkpoint.storage import load_through, own_files
 from seqaware.engine.engine import Engine
+from seqaware.engine.randomness import restore_random_state
 from seqaware.errors import CheckpointError
 
 
@@ -37,8 +38,16 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
             read_tensors(path)
 
     together(engine.ranks, try_to_read, on_first_only=False, error=_not_loaded(checkpoint))
-    together(engine.ranks, lambda: load_through(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
+    together(engine.ranks, lambda: _load(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
     restore_random_state(read_tensors(random_state))
+
+
+def _load(engine: Engine, checkpoint: Path) -> None:
+    try:
+        load_through(engine, checkpoint)
+    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        # DeepSpeed checks little: a state of another shape fails wherever it is first looked into.
+        raise CheckpointError("it does not fit the model or its optimizer", got=repr(error)) from error
 
 
 def _not_loaded(checkpoint: Path) -> Callable[[str], CheckpointError]:

@@ -163,12 +163,15 @@ def files_of(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, FileRec
 
 
 def first_wrong_hash(checkpoint: Path, *, rank: int, size: int) -> str | None:
-    """The first file whose bytes are not those that were written, of this rank's share of the files; or None.
+    """What is wrong with the first file whose bytes are not those that were written, of this rank's share; or None.
 
     Args:
         rank, size: the ranks take the files in turn, so that each is read once.
     """
-    records = sorted(files_of(checkpoint, read_manifest(checkpoint)).items())
+    try:
+        records = sorted(files_of(checkpoint, read_manifest(checkpoint)).items())
+    except (OSError, CheckpointError) as error:
+        return f"{error} on rank {rank}"
     for name, record in records[rank::size]:
         try:
             with (checkpoint / name).open("rb") as file:

@@ -52,11 +52,23 @@ class Retention:
 
 
 class Evaluations:
-    """Held-out losses by step, in a file beside the checkpoints, so that a restart knows them."""
+    """Held-out losses by step, in a file beside the checkpoints, so that a restart knows them.
+
+    Attributes:
+        losses: by step. problem: why those of earlier attempts could not be read, or None.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / EVALUATIONS
-        self.losses: dict[int, float] = _read(self._path)
+        self.losses: dict[int, float] = {}
+        self.problem: str | None = None
+        try:
+            written = json.loads(self._path.read_text(encoding="utf-8"))
+            self.losses = {int(step): float(loss) for step, loss in written.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            self.problem = f"{self._path} cannot be read, so the best checkpoints before it are not known: {error}"
 
     def note(self, step: int, loss: float) -> None:
         """Remember the loss of a step; one that is not finite makes no checkpoint a good one.
@@ -82,14 +94,6 @@ class Evaluations:
     def _write(self) -> None:
         self._path.parent.mkdir(exist_ok=True)
         write_durably(self._path, json.dumps(self.losses, indent=1))
-
-
-def _read(path: Path) -> dict[int, float]:
-    try:
-        return {int(step): float(loss) for step, loss in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        # Not there yet, or damaged: it decides about tidiness alone.
-        return {}
 
 
 def forget_old(folder: Path, keep: Retention, losses: Mapping[int, float]) -> list[str]:

@@ -1,16 +1,12 @@
-"""The parts of saving: a folder to write into, the random state, and the step from a partial folder to a checkpoint."""
+"""The parts of saving: a folder to write into, the manifest, and the step from a partial folder to a checkpoint."""
 
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
 
 from seqaware.data.inside import inside
 from seqaware.data.store_writer import sync_to_disk
@@ -63,30 +59,6 @@ def make_empty(partial: Path) -> None:
     partial.parent.mkdir(exist_ok=True)
     sweep(partial.parent)
     partial.mkdir()
-
-
-def random_state() -> dict[str, Any]:
-    """Every generator of this process, in values that load without running code."""
-    kind, keys, *rest = np.random.get_state(legacy=True)
-    state: dict[str, Any] = {
-        "cpu": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": [str(kind), torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` has taken."""
-    torch.set_rng_state(state["cpu"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
 
 
 def describe(state: RunState, engine: Engine) -> dict[str, Any]:

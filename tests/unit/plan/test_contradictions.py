@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,15 @@ def test_fewer_bits_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
         check(GPU, {"stage": 2}, optimizer="adamw_8bit")
     with pytest.raises(ConfigError, match="quantize_base nf4 needs bitsandbytes, which is not installed"):
         check(GPU, {"stage": 2}, lora={"quantize_base": "nf4"})
+
+
+def test_the_best_checkpoints_need_something_to_be_judged_by() -> None:
+    rows = {"dataset": {"name": "gsm8k"}}
+    for evaluation, refused in (({}, True), (rows, True), ({**rows, "every_steps": 5}, False)):
+        written = {"model": {"base_name": "gpt2"}, "dataset": {"name": "gsm8k"}, "evaluation": evaluation}
+        config = Config.model_validate({**written, "output": {"keep_best": 1}})
+        with pytest.raises(ConfigError, match="keep_best") if refused else nullcontext():
+            check_contradictions(config, {"zero_optimization": {}}, world=CPU, dtype="float32")
 
 
 def test_8_bits_do_not_go_with_dora() -> None:

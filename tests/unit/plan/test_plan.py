@@ -13,6 +13,7 @@ from seqaware.config.load import REPOSITORY, load_config
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
 from seqaware.plan.facts import DataFacts, ModelFacts, World, model_facts
+from seqaware.plan.plan import MATHEMATICS as NAMES
 from seqaware.plan.plan import Plan, make_plan
 
 DS_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
@@ -130,6 +131,7 @@ MATHEMATICS: list[tuple[str, dict[str, Any]]] = [
     ("model", {"written": config(model={"base_name": "gpt2-medium"})}),
     ("model", {"written": config(model={"base_name": "gpt2", "dtype": "bf16"})}),
     ("data", {"data": replace(DATA, fingerprint="f" * 16)}),
+    ("tokenizer", {"data": replace(DATA, tokenizer="f" * 64)}),
     ("batch", {"written": config(training={"schedule": {"global_batch_tokens": 4096}}), "data": None}),
     ("batch", {"written": config(training={"parameters": {"max_seq_length": 512}})}),
     ("seed", {"written": config(training={"control": {"seed": 1}})}),
@@ -144,6 +146,14 @@ def test_the_numbers_depend_on_the_dtype_that_auto_comes_to() -> None:
     written = config(model={"base_name": "gpt2", "dtype": "bf16"})
     assert plan(world=GPU).mathematics()["model"]["dtype"] == "bfloat16"
     assert plan(world=GPU).mathematics_hash() == plan(written).mathematics_hash() != plan().mathematics_hash()
+
+
+def test_a_tokenizer_is_what_it_does_wherever_it_lies() -> None:
+    named = {"base_name": "gpt2", "tokenizer": "moved/elsewhere"}
+    data = replace(DATA, tokenizer="a" * 64)
+    assert plan(config(model=named), data=data).mathematics() == plan(data=data).mathematics()
+    assert plan(config(model=named), data=None).mathematics()["tokenizer"] == {"name": "moved/elsewhere"}
+    assert set(plan(config(lora={})).mathematics()) == set(NAMES)
 
 
 def test_what_is_not_known_here_is_named() -> None:
