@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 _MASK = "***"
-# user:password@ or token@ of an address.
-_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+# user:password@ or token@ of an address; of one that a Path has taken a slash from, too.
+_USER = re.compile(r"(?:(?<=://)|(?<=\w\w:/)(?!/))[^/\s@]+(?=@)")
 # Parameters of an address, those of signed ones too.
 _NAMES = r"(?:access[_-]?|auth[_-]?|api[_-]?|x-amz-)?(?:token|key|password|passwd|secret|sig|signature|credential)"
 _PARAMETER = re.compile(rf"(?<=[?&;])(x-amz-security-token|awsaccesskeyid|{_NAMES})=[^&;#\s'\"]+", re.IGNORECASE)

@@ -198,8 +198,8 @@ def _check_files(path: Path, manifest: dict[str, Any]) -> None:
         if written["bytes"] != sizes[name]:
             raise ValueError(f"{name} has {written['bytes']} bytes where {sizes[name]} are needed")
     absent = sizes.keys() - files.keys() - {"weights.bin", "counted.bin"}
-    if absent or facts.documents < 1 or manifest["names"][0][0] != 0:
-        raise ValueError(f"without {', '.join(sorted(absent)) or 'documents'}")
+    if absent or facts.documents < 1 or manifest["names"][0][0] != 0 or not isinstance(manifest["identity"], dict):
+        raise ValueError(f"without {', '.join(sorted(absent)) or 'documents, names or identity'}")
 
 
 def facts_of(manifest: dict[str, Any]) -> StoreFacts:

@@ -60,6 +60,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
             use_fast=True,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        refuse_custom_code(error, f"the tokenizer {name!r}")
         do = "write a folder or hub id that holds one as model.tokenizer"
         raise ConfigError(f"the tokenizer {name!r} cannot be read", got=_one_line(error), do=do) from error
     if not tokenizer.is_fast:
@@ -69,6 +70,19 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     _eos_id(tokenizer, name)
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
+
+
+def refuse_custom_code(error: Exception, what: str) -> None:
+    """Raise a better error where transformers refused to run code that comes with a model; else nothing happens.
+
+    Raises:
+        ConfigError: `error` is that refusal.
+    """
+    if "custom code" in str(error):
+        raise ConfigError(
+            f"{what} comes with code of its own, which was not run",
+            do="name a model that transformers knows; or read that code, and write model.trust_remote_code: true",
+        ) from error
 
 
 def recipe_of(

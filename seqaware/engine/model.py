@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import pickle
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -171,6 +172,12 @@ def load_model(source: str, options: LoadOptions) -> PreTrainedModel:
             source, config=config, dtype=options.dtype, attn_implementation=OUR_ATTENTION, **where
         )
         del sharding
+    except pickle.UnpicklingError as error:
+        raise ConfigError(
+            "the model's weights are a pickle that asks for more than tensors, and was not opened",
+            got=source,
+            do="do not use this model unless you know who made it; name one with *.safetensors",
+        ) from error
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError("the model cannot be loaded", got=f"{source}: {first_line}") from error

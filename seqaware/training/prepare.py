@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from seqaware.config.schema import Config, ModelConfig
 from seqaware.data.order import StepOrder
 from seqaware.data.store import TokenStore
-from seqaware.data.tokenize import load_tokenizer, prepare_store
+from seqaware.data.tokenize import load_tokenizer, prepare_store, refuse_custom_code
 from seqaware.engine.layers import check_layers
 from seqaware.engine.lora_targets import find_targets
 from seqaware.engine.model import check_vocabulary, empty_causal_lm, initial_config, local_or_hub
@@ -161,6 +161,7 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
             local_or_hub(model.base_name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
     except (OSError, ValueError) as error:
+        refuse_custom_code(error, f"the model {model.base_name}")
         first_line = str(error).strip().splitlines()[0]
         raise ConfigError("model.base_name: the model's config cannot be read", got=first_line) from error
 
