@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,10 @@ class Launch:
 def deepspeed(*arguments: str) -> list[str]:
     port = str(launch.free_port())
     return ["deepspeed", "--num_gpus", "2", "--master_port", port, "launcher/train.py", *arguments]
+
+
+def mpirun(*arguments: str) -> list[str]:
+    return ["mpirun", "-n", "2", sys.executable, "launcher/train.py", *arguments]
 
 
 def torchrun(*arguments: str) -> list[str]:

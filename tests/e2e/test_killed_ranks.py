@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
 
 import pytest
 from safetensors.torch import load_file
 
 from tests import launch, tiny
-from tests.e2e.kills import Ending, Launch, Wanted, deepspeed, torchrun
+from tests.e2e.kills import Ending, Launch, Wanted, deepspeed, mpirun, torchrun
 
 STEPS = 30
 # A launcher looks after its ranks once a second, and the machine may be busy: on an idle one it takes 2 to 4 s.
@@ -30,7 +31,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
 class Run:
     """One run, in as many launches as it takes."""
 
-    def __init__(self, workshop: tiny.Workshop, name: str, command: Command = deepspeed) -> None:
+    def __init__(self, workshop: tiny.Workshop, name: str, commands: Sequence[Command] = (deepspeed,)) -> None:
         # Five rows a step: the thirteen rows make ragged epochs of three steps.
         schedule = {"num_epochs": 99, "max_steps": STEPS, "global_batch_size": 5, "scheduler_type": "cosine"}
         self.folder = workshop.folder / name
@@ -39,13 +40,13 @@ class Run:
         config = workshop.config(training__schedule=schedule, output=output, dataset__store_dir=store)
         self._path = workshop.write(name, config)
         self._launches = workshop.folder / f"launches-{name}"
-        self._command = command
+        self._commands = cycle(commands)
         self._count = 0
 
     def start(self) -> Launch:
         self._count += 1
         zero3 = str(launch.DS_CONFIGS / "zero3.json")
-        return Launch(self._command(str(self._path), "--deepspeed", zero3), self._launches / str(self._count))
+        return Launch(next(self._commands)(str(self._path), "--deepspeed", zero3), self._launches / str(self._count))
 
     def finish(self) -> str:
         """Go on to the end; returns what was said."""
@@ -156,13 +157,16 @@ def test_a_rank_killed_at_any_moment_is_named_and_the_rerun_goes_on(workshop: ti
 
 
 @pytest.mark.parametrize(
-    ("command", "kills"), [(torchrun, 3), pytest.param(deepspeed, 20, marks=pytest.mark.soak)], ids=["3", "20"]
+    ("commands", "kills"),
+    # The way a run is started may change from one launch to the next.
+    [((torchrun, mpirun, torchrun), 3), pytest.param((deepspeed,), 20, marks=pytest.mark.soak)],
+    ids=["3", "20"],
 )
 def test_a_run_survives_kills_at_random_moments(
-    workshop: tiny.Workshop, whole: Run, command: Command, kills: int
+    workshop: tiny.Workshop, whole: Run, commands: tuple[Command, ...], kills: int
 ) -> None:
     choose = random.Random(kills)
-    run = Run(workshop, f"soak-{kills}", command)
+    run = Run(workshop, f"soak-{kills}", commands)
     seconds, places = [], []
     for left in range(kills, 0, -1):
         # As many steps at most as leave some for the kills to come; once in a while the start is hit.

@@ -68,7 +68,9 @@ def _message(error: BaseException) -> str:
 
 
 def _is_victim(own: OwnRank, error: BaseException, message: str) -> bool:
-    if type(error).__name__ in _LOST_TYPES or (isinstance(error, OSError | RuntimeError) and _LOST.search(str(error))):
+    if own.address.size == 1:
+        return False
+    if type(error).__name__ in _LOST_TYPES or (isinstance(error, RuntimeError) and _LOST.search(str(error))):
         return True
     missed = missed_now(own)
     if isinstance(error, SeqawareError):

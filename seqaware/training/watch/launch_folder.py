@@ -119,17 +119,15 @@ def _starter(address: RankAddress) -> HostProcess:
 
 
 def _forget_earlier_launch(folder: LaunchFolder, rank: int) -> None:
-    """A card of our own rank shows that ranks of an earlier launch were here: torchrun restarts its ranks, say.
+    """Forget the ranks that were here before and are gone: torchrun starts its ranks again, and perhaps more of them.
 
-    Those of them that are gone are forgotten. Siblings that came before us in this launch are alive.
+    Siblings that came before us in this launch are alive. One that is not has ended before anybody could watch it.
     """
-    if not folder.card(rank).exists():
-        return
-    with suppress(FileNotFoundError):
-        (folder.path / TOLD).unlink()
     for card in folder.cards():
-        if card.rank == rank or card.process.life() is Life.GONE:
-            for path in (folder.card(card.rank), folder.dial(card.rank), folder.log(card.rank)):
+        earlier = card.rank == rank or card.process.life() is Life.GONE
+        # A sibling that starts with us may just have put its own card there.
+        if earlier and read_card(folder.card(card.rank)) == card:
+            for path in (folder.card(card.rank), folder.dial(card.rank), folder.log(card.rank), folder.path / TOLD):
                 path.unlink(missing_ok=True)
 
 

@@ -12,6 +12,7 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
+from seqaware.report.progress import duration
 from seqaware.training.watch import words
 from seqaware.training.watch.dial import NO_STEP, Place
 from seqaware.training.watch.hang import Standing, awaited, look_at_main_thread
@@ -154,7 +155,7 @@ class Monitor(threading.Thread):
             return
         stuck = look_at_main_thread(idle)
         if own.card.stuck is None:
-            own.log.note(f"stands still since {words.duration(idle)}:\n" + "\n".join(stuck.stack))
+            own.log.note(f"stands still since {duration(idle)}:\n" + "\n".join(stuck.stack))
         own.update(stuck=stuck)
         own.share()
         # Ranks of several hosts cannot see each other before the run's folder is claimed.

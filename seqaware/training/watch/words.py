@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from seqaware.report.progress import duration
 from seqaware.training.watch.card import Card
 from seqaware.training.watch.hang import Standing
 from seqaware.training.watch.host import ending
@@ -112,7 +113,7 @@ def of_the_hanging(
 def _of_one_hanging(each: Standing, hang_seconds: float) -> str:
     card = each.card
     if card is None:
-        return f"rank {each.rank} has never shown itself"
+        return f"rank {each.rank} has never shown itself to the others"
     if each.stuck is None or not each.answers(hang_seconds):
         stopped = " (its process is stopped)" if each.stopped else ""
         return (
@@ -143,16 +144,6 @@ def _tail(card: Card) -> str:
     if not lines:
         return f"    (its log cannot be read: {log})"
     return "\n".join([f"its last lines, from {log}:", *(f"    {line}" for line in lines)])
-
-
-def duration(seconds: float) -> str:
-    """`4 s`, `3 min`, `2 h 10 min`."""
-    whole = round(seconds)
-    if whole < 120:
-        return f"{whole} s"
-    if whole < 7200:
-        return f"{whole // 60} min"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
 def first_line(text: str) -> str:

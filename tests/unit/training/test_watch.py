@@ -223,6 +223,15 @@ def test_launches_of_one_parent_meet_in_folders_of_their_own(tmp_path: Path) -> 
     assert first.parent.stat().st_mode & 0o777 == 0o700
 
 
+def test_ranks_that_are_gone_before_one_starts_are_forgotten(tmp_path: Path) -> None:
+    folder = open_launch_folder(_address(), tmp_path)
+    _card(0, process=HostProcess.of_myself()).write(folder.card(0))
+    _card(1).write(folder.card(1))
+    assert claim(folder.path, "how the launch before ended")
+    assert open_launch_folder(replace(_address(), rank=2), tmp_path) == folder
+    assert [card.rank for card in folder.cards()] == [0] and not folder.told()
+
+
 def test_folders_of_launches_that_are_over_are_swept_after_a_day(tmp_path: Path) -> None:
     here = open_launch_folder(_address(), tmp_path).path
     host, namespace, *_ = here.name.rsplit("-", 4)
