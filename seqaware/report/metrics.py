@@ -45,9 +45,17 @@ class MetricsFile:
         self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
-        self._write_waiting()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """Write what waits, durably.
+
+        Raises:
+            DataError: it cannot be written.
+        """
+        try:
+            with self._file:
+                self._write_waiting()
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            raise DataError(f"the last lines of {self._path} cannot be written", got=error) from error
 
     def _write_waiting(self) -> None:
         while self._waiting:

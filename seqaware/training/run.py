@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
 from seqaware.engine.randomness import begin_randomness
 from seqaware.engine.ranks import Ranks, beyond_hangs, connect, environment
-from seqaware.errors import CheckpointError
+from seqaware.errors import CheckpointError, DataError
 from seqaware.plan.offload import swap_folders
 from seqaware.plan.plan import Plan
 from seqaware.report.progress import RowCounter
@@ -188,8 +188,11 @@ def _train(session: Session) -> None:
     try:
         session.train()
         session.finish()
-    finally:
-        session.reporter.close()
+    except BaseException:
+        with suppress(DataError):  # on a full disk the metrics fail as well, and why the run ends is to be told
+            session.reporter.close()
+        raise
+    session.reporter.close()
     if session.ranks.is_first:
         lines = summary_lines(session.plan, session.folder, seconds=time.monotonic() - started)
         finish(session.folder, session.plan, card=model_card(session.plan, lines))

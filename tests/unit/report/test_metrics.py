@@ -32,3 +32,18 @@ def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl:2"):
         list(read_metrics(path))
+
+
+def test_lines_that_a_full_disk_refuses_come_later_or_are_missed_by_name(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    disk, full = metrics._file, Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 (closed by the metrics)
+    metrics._file = full
+    metrics.write({"step": 1})
+    metrics._file = disk
+    metrics.write({"step": 2})
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
+    metrics._file = full
+    metrics.write({"step": 3})
+    with pytest.raises(DataError, match="last lines of .* cannot be written.*No space left"):
+        metrics.close()
+    disk.close()
