@@ -132,7 +132,7 @@ def _nearest_key(location: Sequence[str | int]) -> str:
     *parents, key = location
     section = _section_at(parents)
     prefix = f"{dotted(parents)}." if parents else ""
-    siblings = list(section.model_fields) if section else []
+    siblings = [field.alias or name for name, field in section.model_fields.items()] if section else []
     if guess := difflib.get_close_matches(str(key), siblings, n=1, cutoff=_NEAR):
         return f"did you mean {prefix}{guess[0]}?"
     # Written in the wrong section, perhaps: the first path that ends in this name, or in one very near.
@@ -169,7 +169,7 @@ def section_in(annotation: Any) -> type[Section] | None:
 def _paths(section: type[Section], prefix: str = "") -> Iterator[str]:
     for name, field in section.model_fields.items():
         inner = section_in(field.annotation)
-        yield f"{prefix}{name}"
+        yield f"{prefix}{field.alias or name}"
         if inner is not None and name != "mixture":
             yield from _paths(inner, f"{prefix}{name}.")
 

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
+from seqaware.config.profile import ProfileConfig
 from seqaware.config.values import Count, CountOrZero, Flag, FromOne, Positive, Section, Text
 
 
@@ -55,6 +56,8 @@ class LoggingConfig(Section):
 
     progress: Literal["auto", "bar", "lines", "off"] = "auto"
     """auto: a bar on a terminal, lines in a file."""
+    profile: ProfileConfig | None = None
+    """Steps that torch's profiler records; null: none."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ()
     """Services that get the figures too; tokens and addresses come from the environment."""
     project: Text = "seqaware"

@@ -71,7 +71,7 @@ def _row(name: str, field: FieldInfo) -> str:
         kind = "a section, or null" if name != "dataset" else "the keys of `dataset`, or null"
     default = "required" if field.is_required() else f"`{_shown(field.get_default(call_default_factory=True))}`"
     meaning = " ".join((field.description or "").split()).replace("|", "\\|")
-    return f"| `{name}` | {kind} | {default} | {meaning} |"
+    return f"| `{field.alias or name}` | {kind} | {default} | {meaning} |"
 
 
 def _bare(annotation: Any) -> Any:

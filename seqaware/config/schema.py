@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, model_validator
 from seqaware.config.data import DatasetConfig, EvaluationConfig, FormatConfig, MixturePart, Source
 from seqaware.config.model import LoraConfig, ModelConfig, ParallelConfig
 from seqaware.config.output import FaultsConfig, LoggingConfig, OutputConfig
+from seqaware.config.profile import ProfileConfig
 from seqaware.config.values import (
     Count,
     CountOrZero,
@@ -47,6 +48,7 @@ __all__ = [
     "PackingConfig",
     "ParallelConfig",
     "ParametersConfig",
+    "ProfileConfig",
     "ScheduleConfig",
     "Section",
     "SftConfig",

@@ -8,7 +8,7 @@ Letters: R rows, T columns, S segments (documents and paddings), N tokens of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -89,14 +89,19 @@ class Batch:
             supervised_tokens=int(labelled.sum()),
         )
 
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory of the host, from which a GPU copies while the host goes on."""
+        return self._each(lambda tensor: tensor.pin_memory())
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Batch:
         """The same batch on another device. No dtype changes: weights are computed from exact integers there."""
-        moved: dict[str, Any] = {
-            name: value.to(device, non_blocking=non_blocking)
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
 def build_batch(

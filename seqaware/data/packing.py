@@ -67,6 +67,7 @@ class StepLayout:
     Attributes:
         ids: int64 [D], micro-batch by micro-batch. offsets: int64 [B + 1], where each micro-batch begins in them.
         dealt: int64 [M, ranks]: which micro-batch is the m-th of a rank; -1 for an empty one.
+        places: computed in all micro-batches, padding too.
         efficiency: tokens / (micro-batches that hold any · capacity): how full they are.
         balance: the costliest rank / the mean of the ranks; 1 is perfect. Cost: tokens computed (padding too) and
             Σ length², each as a share of its total.
@@ -77,6 +78,7 @@ class StepLayout:
     offsets: NDArray[np.int64]
     dealt: NDArray[np.int64]
     packed: bool
+    places: int
     efficiency: float
     balance: float
     token_balance: float
@@ -185,6 +187,7 @@ class _Step:
             offsets=offsets,
             dealt=dealt,
             packed=self.packed,
+            places=int(tokens_B.sum()),
             efficiency=int(self.lengths.sum()) / ((len(offsets) - 1) * self.capacity),
             balance=imbalance(costs_B, dealt),
             token_balance=imbalance(tokens_B, dealt),

@@ -162,12 +162,12 @@ class Engine:
     def _placed(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Tensor]]:
         """The micro-batches on the device, with their weights; of rows that ranks share, this rank's columns."""
         device, group = self.ranks.device, self.sequence
-        whole = [batch.to(device) for batch in batches]
+        whole = [batch.to(device, non_blocking=True) for batch in batches]
         weights = [self.weights(batch) for batch in whole]
         if group is None:
             return whole, weights
         # Cut on the host, where the places that carry loss are found without waiting for the device.
-        parts = [batch.shard(group.index, group.size).to(device) for batch in batches]
+        parts = [batch.shard(group.index, group.size).to(device, non_blocking=True) for batch in batches]
         return parts, [group.columns(weights_RT) for weights_RT in weights]
 
     def weights(self, batch: Batch) -> Tensor:
@@ -178,12 +178,16 @@ class Engine:
         """The step's denominator over all ranks: float64, 0-d, on the device."""
         match self.normalize_by:
             case "tokens":
-                local = torch.tensor(float(sum(b.supervised_tokens for b in batches)), dtype=torch.float64)
+                local = self._counted(sum(b.supervised_tokens for b in batches))
             case "sequences":
-                local = torch.tensor(float(sum(b.sequences for b in batches)), dtype=torch.float64)
+                local = self._counted(sum(b.sequences for b in batches))
             case _:
                 local = torch.stack([w.sum(dtype=torch.float64) for w in weights]).sum()
-        return self.ranks.sum(local.to(self.ranks.device))
+        return self.ranks.sum(local)
+
+    def _counted(self, count: int) -> Tensor:
+        # Filled on the device: a copy from the host's ordinary memory would wait for the device.
+        return torch.full((), float(count), dtype=torch.float64, device=self.ranks.device)
 
     def _forward(self, batch: Batch, weights_RT: Tensor, *, by_position: bool = False) -> tuple[Tensor, Tensor]:
         # The batch leaves out what the data weighs with 0, and no scheme of ours gives a token 0: nothing has to be

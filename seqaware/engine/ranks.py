@@ -292,6 +292,8 @@ def prepare_environment() -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder is what a machine without a server has
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Micro-batches differ in size: segments that grow leave no holes that only smaller ones could fill.
+        **({} if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
     }.items():
         os.environ.setdefault(name, value)
     if not gpu_is_visible():

@@ -54,6 +54,24 @@ DEVICES = {
 }
 
 
+# What torch calls a card -> dense bfloat16 and float32 operations a second, by its data sheet; the first match counts.
+PEAKS = (
+    ("H200", 989e12, 67e12),
+    ("H100 PCIe", 756e12, 51e12),
+    ("H100", 989e12, 67e12),
+    ("A100", 312e12, 19.5e12),
+    ("L40S", 362e12, 91.6e12),
+)
+
+
+def peak_flops(card: str, dtype: str) -> float | None:
+    """The data sheet's operations a second of a card, by the name torch gives it; None for a card not known here."""
+    for name, narrow, wide in PEAKS:
+        if name in card:
+            return wide if dtype == "float32" else narrow
+    return None
+
+
 def device_named(name: str) -> Device:
     """A device of the table.
 

@@ -91,13 +91,22 @@ def step_time(layout: Layout, device: Device, *, step_tokens: int, mean_length: 
         visible, hidden = visible + needed - covered, hidden + covered
     total = sum(seconds) + visible + (update := _update_seconds(layout, device))
     peak = device.wide_flops if layout.dtype == "float32" else device.narrow_flops
-    useful = (products[0] + attention[0]) / (total * layout.world.size * peak)
-    return StepTime(*seconds, visible, hidden, update, step_tokens, useful, traffic)
+    useful = useful_flops(layout, tokens=step_tokens, squares=round(step_tokens * length))
+    utilisation = useful / (total * layout.world.size * peak)
+    return StepTime(*seconds, visible, hidden, update, step_tokens, utilisation, traffic)
 
 
 def micro_batches(layout: Layout, step_tokens: int) -> int:
     """Micro-batches of each rank in a step, if every one is full."""
     return max(1, -(-step_tokens // (layout.world.groups * layout.micro_batch_tokens)))
+
+
+def useful_flops(layout: Layout, *, tokens: int, squares: int) -> float:
+    """Arithmetic that a model needs for so many tokens and this Σ length²; what is computed again is not in it.
+
+    MFU (Chowdhery et al. 2022, appendix B) is this over seconds, ranks and the peak; here attention is counted causal.
+    """
+    return _product_flops(layout, tokens)[0] + _attention_flops(layout, tokens, squares / tokens)[0]
 
 
 def _product_flops(layout: Layout, tokens: int) -> tuple[float, float]:

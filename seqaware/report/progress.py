@@ -87,9 +87,12 @@ class ProgressDisplay:
 
 
 def _figures(line: Mapping[str, Any]) -> str:
+    used = "" if line["mfu"] is None else f"  mfu {line['mfu']:.1%}"
     return (
         f"loss {line['loss']:.4f}  unweighted {line['unweighted_loss']:.4f}  accuracy {line['accuracy']:.3f}  "
-        f"grad {line['grad_norm']:.3g}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tok/s"
+        f"grad {line['grad_norm']:.3g}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tok/s "
+        f"({line['supervised_tokens_per_second']:,.0f} supervised){used}  wait {line['wait_share']:.1%}  "
+        f"padding {line['padding_share']:.1%}  {line['peak_memory_gb']:.1f} GB"
     )
 
 

@@ -11,18 +11,25 @@ from seqaware.engine.engine import StepResult
 from seqaware.objective.sums import NormalizeBy
 from seqaware.report.metrics import MetricsFile
 from seqaware.report.progress import ProgressDisplay
+from seqaware.report.speed import Speedometer, StepWork
 
 Figures = Mapping[str, float]
 
 
 @dataclass(frozen=True)
 class PendingStep:
-    """A step that ran but whose figures are still on the device."""
+    """A step that ran but whose figures are still on the device.
+
+    Attributes:
+        waited: seconds it waited for its micro-batches, on this rank.
+    """
 
     step: int
     epoch: float
     learning_rate: float
     result: StepResult
+    work: StepWork
+    waited: float
 
 
 class StepReporter:
@@ -31,7 +38,7 @@ class StepReporter:
     Every rank has one, so that every rank knows the losses; only rank 0's has outputs.
 
     Args:
-        metrics, progress: where lines go; None on the other ranks.
+        speedometer: tells how well the time was used. metrics, progress: where lines go; None on the other ranks.
     """
 
     def __init__(
@@ -39,11 +46,13 @@ class StepReporter:
         *,
         normalize_by: NormalizeBy,
         log_every: int,
+        speedometer: Speedometer,
         metrics: MetricsFile | None,
         progress: ProgressDisplay | None,
     ) -> None:
         self._normalize_by = normalize_by
         self._log_every = log_every
+        self._speedometer = speedometer
         self._metrics = metrics
         self._progress = progress
         self._pending: list[PendingStep] = []
@@ -61,8 +70,14 @@ class StepReporter:
         now = time.perf_counter()
         seconds = (now - self._clock) / max(1, len(self._pending))
         self._clock = now
+        # One share for all of them: the host cannot tell how the time went over to the device's queue, step by step.
+        waited = sum(waiting.waited for waiting in self._pending) / max(1, len(self._pending))
+        share = min(1.0, waited / seconds) if seconds else 0.0
         lines = [
-            self._line(waiting, values, norm=norm, seconds=seconds)
+            {
+                **self._line(waiting, values, norm=norm, seconds=seconds),
+                **self._speedometer.figures(waiting.work, seconds=seconds, wait_share=share),
+            }
             for waiting, values, norm in zip(self._pending, figures, norms, strict=True)
         ]
         self._pending.clear()
@@ -85,6 +100,7 @@ class StepReporter:
             "accuracy": values["accuracy"],
             "step_seconds": round(seconds, 6),
             "tokens_per_second": round(counts["tokens"] / seconds, 3),
+            "supervised_tokens_per_second": round(counts["supervised_tokens"] / seconds, 3),
         }
 
     def _report(self, line: dict[str, Any]) -> None:

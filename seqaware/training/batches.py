@@ -1,7 +1,9 @@
-"""The micro-batches of this rank, step by step, made one step ahead of the engine."""
+"""The micro-batches of this rank, step by step, made ahead of the engine."""
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,8 +13,12 @@ from numpy.typing import NDArray
 
 from seqaware.data.batch import Batch, build_batch
 from seqaware.data.order import StepOrder
-from seqaware.data.packing import layout_step
+from seqaware.data.packing import StepLayout, layout_step
 from seqaware.data.store import TokenStore
+from seqaware.report.speed import StepWork
+
+# Steps that are made ahead: a short step may follow a long one, and the other way round.
+_AHEAD = 2
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,15 @@ def rank_batches(store: TokenStore, ids: NDArray[np.int64], *, rows: RowFormat, 
     Args:
         rank, size: among all ranks; the rows.sequence neighbours that share their rows get the same, whole ones.
     """
+    return _built(store, _laid_out(store, ids, rows=rows, size=size), rows=rows, rank=rank)
+
+
+def _laid_out(store: TokenStore, ids: NDArray[np.int64], *, rows: RowFormat, size: int) -> StepLayout:
     groups = size // rows.sequence
-    layout = layout_step(ids, store.lengths[ids], capacity=rows.capacity, ranks=groups, packed=rows.packed)
+    return layout_step(ids, store.lengths[ids], capacity=rows.capacity, ranks=groups, packed=rows.packed)
+
+
+def _built(store: TokenStore, layout: StepLayout, *, rows: RowFormat, rank: int) -> list[Batch]:
     return [
         build_batch(
             store,
@@ -54,19 +67,37 @@ def rank_batches(store: TokenStore, ids: NDArray[np.int64], *, rows: RowFormat, 
     ]
 
 
+@dataclass(frozen=True)
+class StepComing:
+    """A step whose micro-batches are made.
+
+    Attributes:
+        work: of all ranks. waited: seconds that the caller waited for it.
+    """
+
+    step: int
+    micro_batches: list[Batch]
+    work: StepWork
+    waited: float
+
+
 class StepBatches:
     """Which documents a step holds comes from `order` alone; the ranks only share them.
 
     Args:
         rank, size: this rank among all ranks.
+        pinned: put the micro-batches into memory that a GPU copies from by itself.
     """
 
-    def __init__(self, store: TokenStore, order: StepOrder, *, rows: RowFormat, rank: int, size: int) -> None:
+    def __init__(
+        self, store: TokenStore, order: StepOrder, *, rows: RowFormat, rank: int, size: int, pinned: bool = False
+    ) -> None:
         self._store = store
         self._order = order
         self._rows = rows
         self._rank = rank
         self._size = size
+        self._pinned = pinned
 
     def of_step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of optimizer step `step` (from 1); the same number on every rank."""
@@ -89,14 +120,22 @@ class StepBatches:
         epoch, step_in_epoch = self._order.position(step)
         return epoch + (step_in_epoch + 1) / self._order.steps_in_epoch(epoch)
 
-    def steps(self, first: int, last: int) -> Iterator[tuple[int, list[Batch]]]:
-        """Steps first … last with their micro-batches; the next step's are made while the engine works."""
-        if first > last:
-            return
+    def steps(self, first: int, last: int) -> Iterator[StepComing]:
+        """Steps first … last with their micro-batches; the next ones' are made while the engine works."""
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches") as worker:
-            coming = worker.submit(self.of_step, first)
+            ahead = deque(worker.submit(self._made, step) for step in range(first, min(last, first + _AHEAD - 1) + 1))
             for step in range(first, last + 1):
-                batches = coming.result()
-                if step < last:
-                    coming = worker.submit(self.of_step, step + 1)
-                yield step, batches
+                started = time.perf_counter()
+                batches, work = ahead.popleft().result()
+                waited = time.perf_counter() - started
+                if step + _AHEAD <= last:
+                    ahead.append(worker.submit(self._made, step + _AHEAD))
+                yield StepComing(step, batches, work, waited)
+
+    def _made(self, step: int) -> tuple[list[Batch], StepWork]:
+        ids = self._order.documents(*self._order.position(step))
+        layout = _laid_out(self._store, ids, rows=self._rows, size=self._size)
+        batches = _built(self._store, layout, rows=self._rows, rank=self._rank)
+        lengths = self._store.lengths[ids].astype(np.int64)
+        work = StepWork(tokens=int(lengths.sum()), squares=int((lengths**2).sum()), places=layout.places)
+        return [batch.pinned() for batch in batches] if self._pinned else batches, work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,7 @@ from seqaware.engine.ranks import Votes
 from seqaware.plan.plan import Plan
 from seqaware.report.steps import PendingStep, StepReporter
 from seqaware.schedule import learning_rate
-from seqaware.training.batches import StepBatches
+from seqaware.training.batches import StepBatches, StepComing
 from seqaware.training.divergence import SpikeWatch
 from seqaware.training.interrupt import Asked, Interrupts
 from seqaware.training.watch.heartbeat import Heartbeat
@@ -45,6 +46,7 @@ class Due:
         pace: how fast each rank computes.
         not_finite: a step was not applied, because its loss or its gradient is not finite; course.done is before it.
         interrupts, votes: what this rank is asked to do, and what all are. spikes: holds losses against the usual.
+        profiled: around every step; records those that are to be looked at.
         hear_of_saving: tells what went wrong in the background. heartbeat: hears which step the training turns to.
     """
 
@@ -57,6 +59,7 @@ class Due:
     votes: Votes
     spikes: SpikeWatch
     hear_of_saving: Callable[[], None]
+    profiled: Callable[[int], AbstractContextManager[None]]
     heartbeat: Heartbeat
 
 
@@ -85,8 +88,10 @@ class TrainingLoop:
         due = self._due
         save_every, evaluate_every = self._plan.config.output.save_every, self._plan.config.evaluation.every_steps
         self._reporter.skip_time()
-        for step, micro_batches in self._batches.steps(self._course.done + 1, self._total):
-            asked = self._step(step, micro_batches)
+        for coming in self._batches.steps(self._course.done + 1, self._total):
+            step = coming.step
+            with due.profiled(step):
+                asked = self._step(coming)
             due.hear_of_saving()
             is_last = step == self._total
             evaluate = Asked.EVALUATE in asked or (evaluate_every and step % evaluate_every == 0)
@@ -99,9 +104,9 @@ class TrainingLoop:
             elif is_last or Asked.SAVE in asked or (save_every and step % save_every == 0):
                 self._between_steps(due.save, step)
 
-    def _step(self, step: int, micro_batches: Sequence[Batch]) -> Asked:
+    def _step(self, coming: StepComing) -> Asked:
         """One step, and what the ranks are asked to do after it."""
-        due, course = self._due, self._course
+        due, course, step, micro_batches = self._due, self._course, coming.step, coming.micro_batches
         due.heartbeat.phase("batches", step)
         due.votes.cast(due.interrupts.asked())
         if step in course.passed_over:
@@ -112,7 +117,8 @@ class TrainingLoop:
         asked = Asked(due.votes.result())
         if result.applied:
             course.done = step
-            self._see(self._reporter.step(PendingStep(step, self._batches.epoch_after(step), rate, result)))
+            epoch = self._batches.epoch_after(step)
+            self._see(self._reporter.step(PendingStep(step, epoch, rate, result, coming.work, coming.waited)))
         else:
             self._see(self._reporter.flush())
             due.not_finite(step, result, micro_batches)

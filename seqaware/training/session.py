@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from seqaware.data.batch import Batch
@@ -19,6 +20,7 @@ from seqaware.report.alerts import Alerts, Limits
 from seqaware.report.metrics import MetricsFile, read_metrics
 from seqaware.report.progress import ProgressDisplay
 from seqaware.report.services import TrackedRun, openings
+from seqaware.report.speed import Speedometer
 from seqaware.report.steps import StepReporter
 from seqaware.report.told import ToldMetricsFile
 from seqaware.report.trackers import Trackers, secrets_in
@@ -31,6 +33,7 @@ from seqaware.training.interrupt import Asked, Interrupts, Left, Minutes, second
 from seqaware.training.loop import Course, Due, TrainingLoop
 from seqaware.training.prepare import Prepared
 from seqaware.training.process import Process, Say
+from seqaware.training.profile import ProfileWindow
 
 _NAMED = 8
 
@@ -63,7 +66,12 @@ class Session:
         self.process = process
         rows = row_format(plan, prepared)
         self.batches = StepBatches(
-            prepared.store, prepared.order, rows=rows, rank=self.ranks.rank, size=self.ranks.size
+            prepared.store,
+            prepared.order,
+            rows=rows,
+            rank=self.ranks.rank,
+            size=self.ranks.size,
+            pinned=self.ranks.device.type == "cuda",
         )
         self.held_out = HeldOut.of(prepared, engine, rows=rows)
         self.votes = Votes(self.ranks)
@@ -89,6 +97,7 @@ class Session:
             votes=self.votes,
             spikes=self.spikes,
             hear_of_saving=self.hear_of_saving,
+            profiled=_profiled(self),
             heartbeat=self.process.heartbeat,
         )
         loop = TrainingLoop(
@@ -275,6 +284,14 @@ class Session:
         return next((reason for reason in reasons if reason), "asked to")
 
 
+def _profiled(session: Session) -> Callable[[int], AbstractContextManager[None]]:
+    config, process = session.plan.config.logging.profile, session.process
+    if config is None or not session.ranks.is_first:
+        return lambda step: nullcontext()
+    folder = session.folder.path / "profile"
+    return ProfileWindow(config, folder, last=session.total, device=session.ranks.device, say=process.say).around
+
+
 def _reported_steps(folder: RunFolder) -> list[dict[str, object]]:
     return [line for line in read_metrics(folder.metrics) if line["kind"] == "step"] if folder.metrics.exists() else []
 
@@ -285,6 +302,7 @@ def _reporter(session: Session) -> StepReporter:
     return StepReporter(
         normalize_by=plan.config.training.sft.normalize_by,
         log_every=plan.config.training.control.log_every,
+        speedometer=Speedometer(plan, session.ranks.device),
         metrics=None if progress is None else _metrics_file(session, say=progress.say),
         progress=progress,
     )

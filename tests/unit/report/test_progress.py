@@ -11,6 +11,11 @@ from rich.console import Console
 from seqaware.report.progress import ProgressDisplay, duration
 
 LINE = {
+    "supervised_tokens_per_second": 2345.6,
+    "mfu": 0.412,
+    "wait_share": 0.0012,
+    "padding_share": 0.02,
+    "peak_memory_gb": 1.5,
     "loss": 1.5,
     "unweighted_loss": 1.25,
     "accuracy": 0.5,
@@ -39,7 +44,8 @@ def _shown(style: str, *, done: int = 0) -> list[str]:
 def test_a_log_file_gets_the_first_and_the_last_step_and_no_control_characters() -> None:
     lines = _shown("auto")
     assert [line.split()[1] for line in lines] == ["1/3", "3/3"]
-    assert "loss 1.5000" in lines[0] and "12,346 tok/s" in lines[0] and "\x1b" not in "".join(lines)
+    assert "12,346 tok/s (2,346 supervised)  mfu 41.2%  wait 0.1%  padding 2.0%  1.5 GB" in lines[0]
+    assert "loss 1.5000" in lines[0] and "\x1b" not in "".join(lines)
 
 
 def test_a_resumed_run_starts_where_it_stopped() -> None:

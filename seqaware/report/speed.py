@@ -1,0 +1,59 @@
+"""How well a step used its time, its places and its device.
+
+    mfu            arithmetic that the model needs for the step / (seconds · ranks · peak)
+    wait_share     seconds in which the step waited for its micro-batches / seconds
+    padding_share  places computed that hold no token of a document / places computed
+
+Work is counted over all ranks, on the host, from the layout that every rank makes of the whole step: nothing is sent
+and no device is waited for. Waiting and memory are this rank's own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from seqaware.engine.device_figures import peak_memory, peak_rate
+from seqaware.plan.layout import layout_of
+from seqaware.plan.plan import Plan
+from seqaware.plan.throughput import useful_flops
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step computes, over all ranks.
+
+    Attributes:
+        tokens: of its documents. squares: Σ length² of them. places: computed, padding too.
+    """
+
+    tokens: int
+    squares: int
+    places: int
+
+
+class Speedometer:
+    """Turns work and seconds into figures.
+
+    Args:
+        device: this rank's; its peak is looked up, or measured.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self._layout = layout_of(plan)
+        self._device = device
+        self._peak = plan.world.size * peak_rate(device, getattr(torch, plan.dtype))
+
+    def figures(self, work: StepWork, *, seconds: float, wait_share: float) -> dict[str, float | None]:
+        """The figures of one step; mfu is None where the model's sizes are not known."""
+        mfu = None
+        if self._layout is not None:
+            needed = useful_flops(self._layout, tokens=work.tokens, squares=work.squares)
+            mfu = round(needed / (seconds * self._peak), 5)
+        return {
+            "mfu": mfu,
+            "wait_share": round(wait_share, 6),
+            "padding_share": round(1.0 - work.tokens / work.places, 6),
+            "peak_memory_gb": round(peak_memory(self._device) / 1e9, 3),
+        }
