@@ -87,7 +87,7 @@ class ProgressDisplay:
 
 
 def _figures(line: Mapping[str, Any]) -> str:
-    used = "" if line["mfu"] is None else f"  mfu {line['mfu']:.1%}"
+    used = f"  mfu {line['mfu']:.1%}" if "mfu" in line else ""
     return (
         f"loss {line['loss']:.4f}  unweighted {line['unweighted_loss']:.4f}  accuracy {line['accuracy']:.3f}  "
         f"grad {line['grad_norm']:.3g}  lr {line['lr']:.2e}  {line['tokens_per_second']:,.0f} tok/s "

@@ -45,14 +45,14 @@ class Speedometer:
         self._device = device
         self._peak = plan.world.size * peak_rate(device, getattr(torch, plan.dtype))
 
-    def figures(self, work: StepWork, *, seconds: float, wait_share: float) -> dict[str, float | None]:
-        """The figures of one step; mfu is None where the model's sizes are not known."""
-        mfu = None
+    def figures(self, work: StepWork, *, seconds: float, wait_share: float) -> dict[str, float]:
+        """The figures of one step; without mfu where the model's sizes are not known."""
+        mfu = {}
         if self._layout is not None:
             needed = useful_flops(self._layout, tokens=work.tokens, squares=work.squares)
-            mfu = round(needed / (seconds * self._peak), 5)
+            mfu["mfu"] = round(needed / (seconds * self._peak), 5)
         return {
-            "mfu": mfu,
+            **mfu,
             "wait_share": round(wait_share, 6),
             "padding_share": round(1.0 - work.tokens / work.places, 6),
             "peak_memory_gb": round(peak_memory(self._device) / 1e9, 3),

@@ -34,12 +34,12 @@ def test_figures_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     # 2 ranks of 1e6 operations a second, for 2 seconds.
     assert figures["mfu"] == pytest.approx(needed / 4e6, abs=1e-5)
     assert figures["padding_share"] == 0.2 and figures["wait_share"] == 0.25
-    assert 0.01 < (figures["peak_memory_gb"] or 0.0) < 1000
+    assert 0.01 < figures["peak_memory_gb"] < 1000
 
 
 def test_a_model_of_unknown_sizes_has_no_mfu(monkeypatch: pytest.MonkeyPatch) -> None:
     figures = _speedometer(monkeypatch, known=False).figures(StepWork(1, 1, 1), seconds=1.0, wait_share=0.0)
-    assert figures["mfu"] is None
+    assert "mfu" not in figures
 
 
 def test_cards_are_known_by_what_torch_calls_them() -> None:
