@@ -61,9 +61,11 @@ RUNS = covering(HERE, strength=2, valid=can_run, cheap={"compile": ("off",)})
 
 def _config(workshop: tiny.Workshop, run: Combination, folder: Path) -> dict[str, Any]:
     own = "tests.e2e.test_capabilities:first_half"
+    generates = run["evaluation"] == "exact_match"
     evaluation = {
         "dataset": {"name": str(workshop.rows)},
-        "metric": run["evaluation"] if run["evaluation"] == "exact_match" else "none",
+        "metric": run["evaluation"] if generates else "none",
+        "every_minutes": None if generates else 1e-9,  # after every step, but generating takes long
         "answer_pattern": r"(?P<answer>\w+)",
         "max_new_tokens": 4,
     }
@@ -135,6 +137,30 @@ def test_choices_that_meet_compute_the_objective_and_learn(
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     assert bool(evaluations) == (run["evaluation"] != "off"), run
     assert ("exact_match" in {key for line in evaluations for key in line}) == (run["evaluation"] == "exact_match"), run
+    if evaluations:
+        often = [0, 1, 2, 3] if run["evaluation"] != "exact_match" else [0, 3]
+        assert [line["step"] for line in evaluations] == often, run
+        _hold_positions(evaluations[0], token_losses, weigh, tolerance=TOLERANCE[run["precision"]])
+
+
+def _hold_positions(
+    evaluation: dict[str, Any], token_losses: list[torch.Tensor], weigh: Weigh, *, tolerance: float
+) -> None:
+    """The loss of every bucket of positions, before the first step, against the oracle's tokens."""
+    tokens = [
+        (k, weight, float(loss))
+        for losses in token_losses
+        for k, (weight, loss) in enumerate(zip(weigh(len(losses)), losses, strict=True), start=1)
+        if weight
+    ]
+    found = evaluation["by_position"]
+    assert sum(entry["tokens"] for entry in found) == len(tokens) == evaluation["scored_tokens"]
+    for entry in found:
+        mine = [(weight, loss) for k, weight, loss in tokens if entry["from"] <= k <= entry["to"]]
+        assert entry["tokens"] == len(mine)
+        assert entry["loss"] == pytest.approx(sum(loss for _, loss in mine) / len(mine), rel=tolerance)
+        weighted = sum(weight * loss for weight, loss in mine) / len(mine)
+        assert entry["weighted_loss"] == pytest.approx(weighted, rel=tolerance)
 
 
 def test_every_pair_that_can_run_here_was_run() -> None:
