@@ -112,6 +112,9 @@ class Share:
         try:
             torch.save(state, file)  # type: ignore[arg-type]  # it writes front to back, and asks for no more
             record = file.close()
+        except RuntimeError as error:
+            # torch swallows what the disk has said, and complains of a position in its stead.
+            raise file.problem or error from None
         finally:
             file.abandon()
         size = path.stat().st_size
@@ -129,20 +132,29 @@ class Share:
 
 
 class _HashedFile:
-    """A file that torch.save writes front to back, with its SHA-256 on the way."""
+    """A file that torch.save writes front to back, with its SHA-256 on the way.
+
+    Attributes:
+        problem: what the disk has refused a write with.
+    """
 
     def __init__(self, path: Path, stop: threading.Event) -> None:
         self._file = path.open("wb")
         self._stop = stop
         self._digest = hashlib.sha256()
         self._bytes = 0
+        self.problem: OSError | None = None
 
     def write(self, data: Any) -> int:
         if self._stop.is_set():
             raise OSError("given up")
         view = memoryview(data).cast("B")
         self._digest.update(view)
-        self._file.write(view)
+        try:
+            self._file.write(view)
+        except OSError as error:
+            self.problem = error
+            raise
         self._bytes += view.nbytes
         return view.nbytes
 
