@@ -35,6 +35,7 @@ COMMANDS = {
     "sweep": Command("launcher.sweep", RUN, "Train every γ with every seed, and compare them in one report."),
     "watch": Command("launcher.watch", RUN, "A live view of a run, from its files."),
     "report": Command("launcher.report", AFTER, "Runs as one HTML page, with figures, intervals and tables."),
+    "evaluate": Command("launcher.evaluate", AFTER, "Answer held-out questions with a model, and judge the answers."),
     "fetch-smollm2": Command("launcher.fetch_smollm2", TOOLS, "Fetch a small pretrained model, without a hub."),
 }
 

@@ -7,7 +7,15 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from seqaware.config.values import AnyText, Count, Flag, Positive, Section, Text
+from seqaware.config.values import AnyText, Count, Flag, NonNegative, Positive, PositiveShare, Section, Seed, Text
+
+GENERATED = ("exact_match", "squad", "choice")
+# Where the answer stands, if answer_pattern is not written: behind GSM8K's mark, on the first line, at the front.
+_PATTERNS = {
+    "exact_match": r"####\s*(?P<answer>-?[\d.,]+)",
+    "squad": r"\A\s*(?P<answer>[^\n]*[^\s])",
+    "choice": r"\A\W*(?P<answer>[A-Za-z0-9]+)\b",
+}
 
 
 class Source(Section):
@@ -91,19 +99,36 @@ class EvaluationConfig(Section):
     """Evaluate every so many optimizer steps; null, and every_minutes too: only at the beginning and the end."""
     every_minutes: Positive | None = None
     """Evaluate every so many minutes, by the clock of rank 0; may be written beside every_steps."""
-    metric: Literal["exact_match", "none"] = "none"
-    """exact_match: generate an answer to every prompt and compare; none: the loss only."""
+    metric: Literal["exact_match", "squad", "choice", "choice_likelihood", "none"] = "none"
+    """Answers, compared with the rows': as numbers (exact_match), as SQuAD does (squad), by the letter of a choice
+    (choice), or the likeliest of the choices (choice_likelihood); none: the loss only."""
     max_new_tokens: Count = 256
     """Tokens an answer may have."""
-    batch_size: Count = 32
-    """Prompts answered at once, on each rank."""
-    answer_pattern: Text = r"####\s*(?P<answer>-?[\d.,]+)"
-    """Regular expression that finds the final answer, in its group `answer`."""
+    batch_size: Count | None = None
+    """Prompts answered at once, on each rank; null: as many as memory allows."""
+    temperature: NonNegative = 0.0
+    """0: the likeliest token each time; else answers are drawn, from logits divided by this."""
+    top_p: PositiveShare = 1.0
+    """Draw from the likeliest tokens that together have this probability."""
+    seed: Seed = 42
+    """Of the draws; each row has its own, whatever the ranks and batches."""
+    stop: list[Text] = Field(default_factory=list)
+    """Texts that end an answer, besides the end-of-sequence token; they are cut off."""
+    answer_pattern: Text | None = None
+    """Regular expression that finds the final answer, in its group `answer`; null: behind ####, for squad the first
+    line, for choice the first word."""
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression, written or not. For metrics that generate."""
+        return self.answer_pattern or _PATTERNS[self.metric]
 
     @model_validator(mode="after")
     def _checked(self) -> Self:
         if self.dataset is None and (self.written("every_steps", "every_minutes") or self.metric != "none"):
             raise ValueError("every_steps, every_minutes and metric need held-out rows: write evaluation.dataset")
+        if self.answer_pattern is None:
+            return self
         try:
             groups = re.compile(self.answer_pattern).groupindex
         except re.error as error:

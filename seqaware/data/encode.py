@@ -6,9 +6,10 @@ only where there are conversations.
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -61,6 +62,15 @@ class Outcome:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     truncated: int = 0
     split: int = 0
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before a record's first answer, as text and as ids, and the answer itself as text."""
+
+    text: str
+    ids: tuple[int, ...]
+    completion: str
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,32 @@ class ExampleEncoder:
         for record, example, segments in zip(records, examples, encoded, strict=True):
             builder.add(record, example, segments)
         return builder.outcome()
+
+    def prompt(self, record: Record) -> Prompt:
+        """What a model is given to answer a record, tokenised as for training.
+
+        Raises:
+            DataError: the record cannot be used, or has no prompt.
+        """
+        example = self._example(record)
+        turns = [index for index, segment in enumerate(example.segments) if segment.turn]
+        if not turns or turns[0] == 0:
+            do = "evaluate rows with a question and an answer, a prompt and a completion, or messages"
+            raise DataError(f"{record.name}: there is no prompt to answer", do=do)
+        before, after = example.segments[: turns[0]], example.segments[turns[0] :]
+        encoded = self._encode_segments([replace(example, segments=before)])[0]
+        ids = [*_opened(self._recipe, example, encoded[0]), *itertools.chain(*encoded[1:])]
+        return Prompt("".join(each.text for each in before), tuple(ids), "".join(each.text for each in after))
+
+    def choices(self, record: Record) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Of a question with choices: (label, text, ids of the completion that says it).
+
+        Raises:
+            DataError: the record has no choices.
+        """
+        found = self._renderer.choices(record.fields, record.name)
+        encoded = self._texts.continuing([completion for _, _, completion in found])
+        return [(label, text, tuple(ids)) for (label, text, _), ids in zip(found, encoded, strict=True)]
 
     def _example(self, record: Record) -> Example:
         fields = fields_of(record.fields, self._recipe.form.columns, record.name)
@@ -222,7 +258,7 @@ class _BlockBuilder:
 
     def _join(self, record: Record, example: Example, encoded: list[list[int]]) -> _Tokens:
         """The segments of an example behind one another, with what opens and ends it."""
-        ids = self._opened(example, encoded[0] if encoded else [])
+        ids = _opened(self._recipe, example, encoded[0] if encoded else [])
         opening = len(ids) - len(encoded[0]) if encoded else 0
         lengths = [len(ids), *map(len, encoded[1:])]
         for each in encoded[1:]:
@@ -244,15 +280,6 @@ class _BlockBuilder:
             weights = np.concatenate(per_segment)
             supervised = supervised & (weights > 0)
         return _Tokens(np.array(ids, dtype=np.uint32), supervised, turn_start, weights)
-
-    def _opened(self, example: Example, ids: list[int]) -> list[int]:
-        match example.opening:
-            case "tokenizer":
-                return _open(list(self._recipe.prefix_ids), ids)
-            case "separator":
-                return _open([] if self._recipe.bos_id is None else [self._recipe.bos_id], ids)
-            case "none":
-                return list(ids)
 
     def _add_pieces(self, record: Record, tokens: _Tokens) -> None:
         if not tokens.supervised[1:].any():
@@ -276,6 +303,16 @@ class _BlockBuilder:
 
     def _drop(self, record: Record, reason: str) -> None:
         self._dropped.append((record.name, reason))
+
+
+def _opened(recipe: Recipe, example: Example, ids: list[int]) -> list[int]:
+    match example.opening:
+        case "tokenizer":
+            return _open(list(recipe.prefix_ids), ids)
+        case "separator":
+            return _open([] if recipe.bos_id is None else [recipe.bos_id], ids)
+        case "none":
+            return list(ids)
 
 
 def _open(opening: list[int], ids: list[int]) -> list[int]:

@@ -5,7 +5,7 @@ Fields for templates: every column, and what is derived from them:
     question    `question_stem`, where the data calls it so (OpenBookQA)
     answer      the first of `answers` (SQuAD), or `answerKey` (OpenBookQA)
     reasoning   the answer before `####`                 final   what follows it (GSM8K)
-    choices     one a line, as `A) …`
+    choices     one a line, as `A) …`                    choice  the text of the right one
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Literal
 from seqaware.errors import ConfigError, DataError
 
 FINAL_MARK = "####"
+_CHOICES = "wanted: choices as a list of texts, or as {text: […], label: […]}; dataset.columns renames"
 SHAPES = "messages; prompt and completion; question and answer; text; or any columns with format.prompt_template"
 
 
@@ -71,6 +72,11 @@ class Template:
             if field == "" or spec or conversion:
                 raise ConfigError(f"{key} may hold plain {{fields}} only", got=repr(text), do="write {{ for a brace")
         self._parts = [(literal, field) for literal, field, _, _ in parsed]
+
+    @property
+    def fields(self) -> list[str]:
+        """The names of the fields, in their order."""
+        return [field for _, field in self._parts if field is not None]
 
     def render(self, fields: Mapping[str, Any], name: str) -> str:
         """The text with the fields of the record `name`.
@@ -140,6 +146,21 @@ class Renderer:
             (Segment(prompt, whole, False, prompt_weights), Segment(completion, True, True, weights)), "tokenizer"
         )
 
+    def choices(self, row: Mapping[str, Any], name: str) -> list[tuple[str, str, str]]:
+        """Of a question with choices: (label, text, the completion that says it), in their order.
+
+        Raises:
+            DataError: the row has no choices.
+        """
+        fields = fields_of(row, self._form.columns, name)
+        labelled = labelled_choices(row.get(self._form.columns.get("choices", "choices")))
+        if not labelled:
+            raise DataError(f"{name}: there are no choices", got=f"columns: {', '.join(row)}", do=_CHOICES)
+        return [
+            (label, text, self._answer.render({**fields, "answer": label, "choice": text}, name))
+            for label, text in labelled
+        ]
+
     def _plain_text(self, fields: Mapping[str, Any], weights: float | tuple[float, ...], name: str) -> Example:
         if "text" not in fields:
             there = ", ".join(fields)
@@ -175,7 +196,11 @@ def fields_of(row: Mapping[str, Any], columns: Mapping[str, str], name: str) -> 
     if "answer" not in fields and "answerKey" in fields:
         fields["answer"] = fields["answerKey"]
     if "choices" in fields:
-        fields["choices"] = _choices(fields["choices"])
+        labelled = labelled_choices(fields["choices"])
+        if labelled:
+            fields["choices"] = "\n".join(f"{label}) {text}" for label, text in labelled)
+            right = [text for place, (label, text) in enumerate(labelled) if fields.get("answer") in (label, place)]
+            fields.update({"choice": right[0]} if right and "choice" not in row else {})
     answer = fields.get("answer")
     if isinstance(answer, str) and FINAL_MARK in answer:
         reasoning, _, final = answer.rpartition(FINAL_MARK)
@@ -216,15 +241,15 @@ def _default_prompt(fields: Mapping[str, Any]) -> Template:
     return Template(f"{context}Question: {{question}}\n{choices}Answer:", key="the default prompt")
 
 
-def _choices(value: Any) -> Any:
-    """OpenBookQA's {text: […], label: […]}, or a list of texts, one a line; anything else stays as it is."""
+def labelled_choices(value: Any) -> list[tuple[str, str]]:
+    """(label, text) of OpenBookQA's {text: […], label: […]}, or of a list of texts; empty for anything else."""
     match value:
         case {"text": [*texts], "label": [*labels]} if len(texts) == len(labels):
-            return "\n".join(f"{label}) {text}" for label, text in zip(labels, texts, strict=True))
+            return [(str(label), str(text)) for label, text in zip(labels, texts, strict=True)]
         case [*texts] if 0 < len(texts) <= len(string.ascii_uppercase):
-            return "\n".join(f"{label}) {text}" for label, text in zip(string.ascii_uppercase, texts, strict=False))
+            return [(label, str(text)) for label, text in zip(string.ascii_uppercase, texts, strict=False)]
         case _:
-            return value
+            return []
 
 
 def _text(fields: Mapping[str, Any], field: str, *, name: str, of: str) -> str:

@@ -27,7 +27,7 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "compile": ("off", "on"),
         "activations": ("none", "full", "offload"),
         "mlp": ("whole", "tiles"),
-        "evaluation": ("off", "loss", "exact_match"),
+        "evaluation": ("off", "loss", "answers"),
         "optimizer": ("adamw", "adamw_fused", "cpu_adam", "fused_adam", "adamw_8bit", "lion", "muon"),
         "zero": ("0", "1", "2", "3"),
         "precision": ("float32", "bfloat16", "float16"),
@@ -123,7 +123,7 @@ def choices_of(config: Config, *, stage: int, world: World, dtype: str) -> dict[
     """What a run chooses on every axis."""
     model, training = config.model, config.training
     scheme = training.sft.weighting
-    evaluation = "exact_match" if config.evaluation.metric == "exact_match" else "loss"
+    evaluation = "loss" if config.evaluation.metric == "none" else "answers"
     choices = {
         "objective": scheme if scheme in SCHEMES else "own",
         "loss_kernel": model.loss_kernel,

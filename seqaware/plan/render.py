@@ -152,7 +152,7 @@ def _evaluation(plan: Plan) -> str:
     often = [f"every {evaluation.every_steps} steps"] if evaluation.every_steps else []
     often += [f"every {evaluation.every_minutes:g} minutes"] if evaluation.every_minutes else []
     when = " and ".join([*often, "at the end"])
-    what = "loss and exact match" if evaluation.metric == "exact_match" else "loss"
+    what = "loss" if evaluation.metric == "none" else f"loss and {evaluation.metric.replace('_', ' ')}"
     return f"{what} over {evaluation.dataset.name or 'a mixture'} ({evaluation.dataset.split}), {when}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,14 @@ from seqaware.config.schema import EvaluationConfig
 from seqaware.data.batch import Batch
 from seqaware.data.store import TokenStore
 from seqaware.engine.engine import Engine
+from seqaware.engine.inference import AnsweringModel
 from seqaware.training.batches import RowFormat, rank_batches
-from seqaware.training.evaluate import GenerationOptions, Leaving, accuracy, as_lines, generate_answers, held_out_loss
+from seqaware.training.evaluate import held_out_loss
+from seqaware.training.evaluation.generate import Leaving
+from seqaware.training.evaluation.measure import answer_questions, write_answers_file
+from seqaware.training.evaluation.questions import Question
+from seqaware.training.evaluation.scores import scores
 from seqaware.training.prepare import Prepared
-from seqaware.training.questions import Question
 
 _DOCUMENTS_AT_ONCE = 512
 
@@ -51,7 +54,7 @@ class HeldOut:
         return held_out_loss(self.engine, self._batches(), self.engine.normalize_by, leaving=leaving)
 
     def evaluate(self, step: int, *, answers: Path | None, leaving: Leaving) -> dict[str, Any] | None:
-        """A line for `metrics.jsonl`: the loss, and exact match where the config asks for it.
+        """A line for `metrics.jsonl`: the loss, and what the answers are worth where the config asks.
 
         Args:
             answers: where rank 0 writes every generated answer; None writes none. leaving: as for `loss`.
@@ -62,15 +65,18 @@ class HeldOut:
         line: dict[str, Any] = {"kind": "evaluation", "step": step, **loss}
         if not self.questions:
             return line
-        options = GenerationOptions(self.config.max_new_tokens, self.config.batch_size, self.config.answer_pattern)
-        given = generate_answers(
-            self.engine, self.questions, tokenizer=self.tokenizer, options=options, leaving=leaving
+        given = answer_questions(
+            AnsweringModel.of(self.engine),
+            self.questions,
+            tokenizer=self.tokenizer,
+            config=self.config,
+            leaving=leaving,
         )
         if given is None:
             return None
         if answers is not None and self.engine.ranks.is_first:
-            answers.write_text("".join(json.dumps(entry) + "\n" for entry in as_lines(given)), encoding="utf-8")
-        return {**line, "exact_match": accuracy(given), "questions": len(given)}
+            write_answers_file(given, answers)
+        return {**line, **scores(given, self.config.metric)}
 
     def _batches(self) -> Iterator[list[Batch]]:
         ranks = self.engine.ranks

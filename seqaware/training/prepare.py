@@ -29,8 +29,8 @@ from seqaware.plan.facts import World, facts_from_dict
 from seqaware.plan.layout import BYTES
 from seqaware.plan.offload import SwapSizes, check_swap_space
 from seqaware.plan.plan import Plan, make_plan
+from seqaware.training.evaluation.questions import Question, check_lengths, read_questions
 from seqaware.training.facts import data_facts, step_order
-from seqaware.training.questions import Question, read_questions
 
 Progress = Callable[[int], None]
 
@@ -87,25 +87,11 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     order = step_order(store, draft)
     facts = data_facts(store, order, config.training.schedule)
     plan = make_plan(config, world=world, deepspeed_path=deepspeed_path, model=model, data=facts)
-    questions = _questions(config, held_out, tokenizer, model.max_positions)
+    questions: list[Question] = []
+    if config.evaluation.metric != "none":
+        questions = read_questions(config, tokenizer=tokenizer, max_seq_length=draft.batches.max_seq_length)
+        check_lengths(questions, config, max_positions=model.max_positions)
     return Prepared(plan, tokenizer, store, order, held_out, questions, weighting, parameters, trained)
-
-
-def _questions(
-    config: Config, held_out: TokenStore | None, tokenizer: PreTrainedTokenizerFast, max_positions: int | None
-) -> list[Question]:
-    if held_out is None or config.evaluation.metric != "exact_match":
-        return []
-    questions = list(read_questions(held_out, tokenizer, config.evaluation.answer_pattern))
-    longest = max(len(question.prompt_ids) for question in questions)
-    room = (max_positions or longest + config.evaluation.max_new_tokens) - longest
-    if room < config.evaluation.max_new_tokens:
-        raise ConfigError(
-            "evaluation.max_new_tokens: prompt and answer together are longer than the model can take",
-            got=f"{config.evaluation.max_new_tokens} after a prompt of {longest} tokens, of {max_positions} in all",
-            do=f"write at most {room}" if room > 0 else "shorten the held-out prompts",
-        )
-    return questions
 
 
 def prepare_data(config: Config, *, progress: Progress | None) -> list[Path]:

@@ -11,6 +11,8 @@ from seqaware.report.metrics import read_metrics
 from seqaware.report.progress import duration
 from seqaware.training.folder import RunFolder
 
+_SHARES = {"exact_match": "exact match", "f1": "F1", "choice_accuracy": "right choices"}
+
 
 def summary_lines(plan: Plan, folder: RunFolder, *, seconds: float) -> list[str]:
     """Four lines, from what the run's metrics say: what was learnt, on what, and where it lies."""
@@ -30,9 +32,12 @@ def summary_lines(plan: Plan, folder: RunFolder, *, seconds: float) -> list[str]
 def _learnt(evaluations: Sequence[Mapping[str, Any]]) -> str:
     first, last = evaluations[0], evaluations[-1]
     text = f"held-out unweighted loss {first['unweighted_loss']:.4f} → {last['unweighted_loss']:.4f}"
-    if "exact_match" in last:
-        text = f"exact match {last['exact_match']:.1%} of {last['questions']} held-out rows; {text}"
-    return text
+    told = [
+        f"{says} {last[name]:.1%} ({last[f'{name}_low']:.1%} to {last[f'{name}_high']:.1%})"
+        for name, says in _SHARES.items()
+        if name in last
+    ]
+    return f"{', '.join(told)} of {last['questions']} held-out rows; {text}" if told else text
 
 
 def _last_loss(step: Mapping[str, Any]) -> str:

@@ -61,10 +61,10 @@ RUNS = covering(HERE, strength=2, valid=can_run, cheap={"compile": ("off",)})
 
 def _config(workshop: tiny.Workshop, run: Combination, folder: Path) -> dict[str, Any]:
     own = "tests.e2e.test_capabilities:first_half"
-    generates = run["evaluation"] == "exact_match"
+    generates = run["evaluation"] == "answers"
     evaluation = {
         "dataset": {"name": str(workshop.rows)},
-        "metric": run["evaluation"] if generates else "none",
+        "metric": "exact_match" if generates else "none",
         "every_minutes": None if generates else 1e-9,  # after every step, but generating takes long
         "answer_pattern": r"(?P<answer>\w+)",
         "max_new_tokens": 4,
@@ -136,9 +136,9 @@ def test_choices_that_meet_compute_the_objective_and_learn(
     assert steps[-1]["loss"] < steps[0]["loss"], run
     evaluations = [line for line in lines if line["kind"] == "evaluation"]
     assert bool(evaluations) == (run["evaluation"] != "off"), run
-    assert ("exact_match" in {key for line in evaluations for key in line}) == (run["evaluation"] == "exact_match"), run
+    assert ("exact_match" in {key for line in evaluations for key in line}) == (run["evaluation"] == "answers"), run
     if evaluations:
-        often = [0, 1, 2, 3] if run["evaluation"] != "exact_match" else [0, 3]
+        often = [0, 1, 2, 3] if run["evaluation"] != "answers" else [0, 3]
         assert [line["step"] for line in evaluations] == often, run
         _hold_positions(evaluations[0], token_losses, weigh, tolerance=TOLERANCE[run["precision"]])
 

@@ -39,8 +39,10 @@ def test_every_choice_of_the_configuration_is_on_its_axis(axis: str, annotation:
     assert literals(annotation) == set(AXES[axis])
 
 
-def test_an_evaluation_is_by_loss_or_by_exact_match() -> None:
-    assert literals(EvaluationConfig.model_fields["metric"].annotation) == {"exact_match", "none"}
+@pytest.mark.parametrize("metric", literals(EvaluationConfig.model_fields["metric"].annotation))
+def test_an_evaluation_is_by_loss_or_by_answers(metric: str) -> None:
+    made = choices(evaluation={"dataset": {"name": "rows.jsonl"}, "metric": metric})
+    assert made["evaluation"] == ("loss" if metric == "none" else "answers")
 
 
 def test_every_refused_choice_is_on_its_axis() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqaware.errors import ConfigError
-from seqaware.training.answers import answer_pattern, exact_match, extract_answer, normalise_answer
+from seqaware.training.evaluation.answers import answer_pattern, exact_match, extract_answer, normalise_answer
 
 GSM8K = r"####\s*(?P<answer>-?[\d.,]+)"
 

@@ -1,0 +1,47 @@
+"""Which model an evaluation means: a Hugging Face folder or hub id, or the model of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from seqaware.config.schema import Config
+from seqaware.errors import ConfigError
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+def with_model(config: Config, name: str) -> Config:
+    """The config with this model in the place of its own, and this model's tokenizer if it brings one.
+
+    Raises:
+        ConfigError: the folder is a run's without a model.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and not is_model(folder):
+        folder = _of_run(folder)
+        name = str(folder)
+    brings_own = not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    tokenizer = None if brings_own else config.model.tokenizer
+    changes = {"base_name": name, "from_scratch": None, "tokenizer": tokenizer, "revision": None}
+    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def is_model(folder: Path) -> bool:
+    """Whether this is a Hugging Face folder: of a whole model, or of an adapter."""
+    return (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file()
+
+
+def default_folder(name: str) -> Path:
+    """Where an evaluation's results go: with the run, if the model is a run's; else evaluations/<its name>."""
+    folder = Path(name).expanduser()
+    run = next((each for each in (folder, *folder.parents) if (each / "manifest.json").is_file()), None)
+    last = folder.name or "model"
+    return Path("evaluations", last) if run is None else run / "evaluations" / ("model" if folder == run else last)
+
+
+def _of_run(folder: Path) -> Path:
+    if is_model(folder / "model"):
+        return folder / "model"
+    raise ConfigError(
+        "this folder holds no model", got=folder, do="name a Hugging Face folder, or a run that has been trained"
+    )
