@@ -36,6 +36,8 @@ COMMANDS = {
     "watch": Command("launcher.watch", RUN, "A live view of a run, from its files."),
     "report": Command("launcher.report", AFTER, "Runs as one HTML page, with figures, intervals and tables."),
     "evaluate": Command("launcher.evaluate", AFTER, "Answer held-out questions with a model, and judge the answers."),
+    "analyse": Command("launcher.analyse", AFTER, "How sure a model is of what it writes, step by step."),
+    "push": Command("launcher.push", AFTER, "Share a model on the Hugging Face hub, private by default."),
     "fetch-smollm2": Command("launcher.fetch_smollm2", TOOLS, "Fetch a small pretrained model, without a hub."),
 }
 

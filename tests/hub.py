@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+from tests.hub_uploads import Uploads
+
 REVISIONS = ("main", "refs/convert/parquet")
 
 
@@ -32,6 +34,7 @@ class Repository:
     kind: str
     name: str
     folder: Path
+    private: bool = False
 
     @property
     def sha(self) -> str:
@@ -50,7 +53,7 @@ class Repository:
             "_id": self.sha[:24],
             "id": self.name,
             "sha": self.sha,
-            "private": False,
+            "private": self.private,
             "gated": False,
             "disabled": False,
             "downloads": 0,
@@ -97,6 +100,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
+    def do_PUT(self) -> None:
+        self._answer()
+
     def log_message(self, format: str, *args: object) -> None:
         """Silent: `_Server.requests` has them."""
 
@@ -106,6 +112,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self.server.requests.append(f"{self.command} /{path}")
         query = parse_qs(parts.query)
+        answer = self.server.uploads.answer(self.command, path, body, token=self.headers.get("Authorization"))
+        if answer is not None:
+            self._send(answer.status, json.dumps(answer.content).encode(), "application/json", answer.headers)
+            return
         if path.startswith("api/"):
             self._api(path.removeprefix("api/"), query, body)
             return
@@ -200,10 +210,15 @@ def _revision_of(path: str, repository: Repository) -> tuple[str | None, str]:
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
+    def add(self, name: str, folder: Path, *, private: bool) -> None:
+        """A repository that a client has made."""
+        self.repositories.append(Repository("models", name, folder, private))
+
     def __init__(self, repositories: list[Repository]) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.repositories = repositories
         self.requests: list[str] = []
+        self.uploads = Uploads(self, f"http://127.0.0.1:{self.server_port}")
         self.bytes_sent = 0
 
 
@@ -220,6 +235,10 @@ class Hub:
     @property
     def requests(self) -> list[str]:
         return list(self.server.requests)
+
+    @property
+    def uploads(self) -> Uploads:
+        return self.server.uploads
 
     @property
     def bytes_sent(self) -> int:

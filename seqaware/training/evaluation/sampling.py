@@ -28,18 +28,20 @@ class Decoding:
 
 @dataclass
 class Trace:
-    """What a decoder saw at each step, [steps][R]: entropy of the model's distribution in nats, and its probabilities.
+    """What a decoder saw at each step, [steps][R]: tokens, and of the model's distribution entropy (nats) and their p.
 
     Attributes:
         first: of the first step, the distribution of the first row, [V].
     """
 
+    tokens: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
     probability: list[Tensor] = field(default_factory=list)
     first: Tensor | None = None
 
     def see(self, log_probabilities_RV: Tensor, chosen_R: Tensor) -> None:
         probabilities = log_probabilities_RV.exp()
+        self.tokens.append(chosen_R.cpu())
         self.entropy.append(torch.special.entr(probabilities).sum(-1).cpu())
         self.probability.append(probabilities.gather(1, chosen_R[:, None])[:, 0].cpu())
         if self.first is None:

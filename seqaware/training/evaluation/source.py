@@ -16,14 +16,28 @@ def with_model(config: Config, name: str) -> Config:
     Raises:
         ConfigError: the folder is a run's without a model.
     """
+    name = model_folder(name)
     folder = Path(name).expanduser()
-    if folder.is_dir() and not is_model(folder):
-        folder = _of_run(folder)
-        name = str(folder)
     brings_own = not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES)
     tokenizer = None if brings_own else config.model.tokenizer
     changes = {"base_name": name, "from_scratch": None, "tokenizer": tokenizer, "revision": None}
     return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+
+
+def model_folder(name: str) -> str:
+    """The model's own folder, where a run's is named; else the name as it is.
+
+    Raises:
+        ConfigError: the folder holds no model.
+    """
+    folder = Path(name).expanduser()
+    if not folder.is_dir() or is_model(folder):
+        return name
+    if is_model(folder / "model"):
+        return str(folder / "model")
+    raise ConfigError(
+        "this folder holds no model", got=folder, do="name a Hugging Face folder, or a run that has been trained"
+    )
 
 
 def is_model(folder: Path) -> bool:
@@ -37,11 +51,3 @@ def default_folder(name: str) -> Path:
     run = next((each for each in (folder, *folder.parents) if (each / "manifest.json").is_file()), None)
     last = folder.name or "model"
     return Path("evaluations", last) if run is None else run / "evaluations" / ("model" if folder == run else last)
-
-
-def _of_run(folder: Path) -> Path:
-    if is_model(folder / "model"):
-        return folder / "model"
-    raise ConfigError(
-        "this folder holds no model", got=folder, do="name a Hugging Face folder, or a run that has been trained"
-    )

@@ -1,0 +1,59 @@
+"""Analyse: `python launcher/analyse.py MODEL --prompt TEXT -n 64`: how sure a model is, step by step, over samples."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.imports import quick_imports
+from launcher.outcome import person_errors
+from seqaware.engine.ranks import disconnect, find_address, prepare_environment
+
+app = typer.Typer(add_completion=False)
+
+
+class ModelDType(StrEnum):
+    """What the weights are held in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+@app.command()
+def analyse(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, or a run's folder.")],
+    prompt: Annotated[str, typer.Option(help="What the model continues.")],
+    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Continuations to draw.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a continuation at most.")] = 32,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 1.0,
+    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Draw from the likeliest with this share.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+    dtype: Annotated[ModelDType, typer.Option(help="Of the weights.")] = ModelDType.float32,
+    out: Annotated[Path, typer.Option(help="Folder for analysis.json, .png and .html.")] = Path("analysis"),
+) -> None:
+    """Draw continuations of a prompt; show entropy and probability by step, and token frequencies.
+
+    Example:
+
+        python launcher/analyse.py runs/demo --prompt "Question: Tom has 3 apples." -n 64 --out runs/demo/analysis
+    """
+    with person_errors():
+        address = find_address()
+    with person_errors(address.rank):
+        prepare_environment()
+        with quick_imports():
+            from seqaware.training.analyse import AnalyseRequest
+            from seqaware.training.analyse import analyse as analyse_here
+            from seqaware.training.evaluation.sampling import Decoding
+
+        decoding = Decoding(max_new_tokens, temperature, top_p, seed)
+        request = AnalyseRequest(model, prompt, samples, decoding, dtype.value, out)
+        analyse_here(request, address=address, say=typer.echo)
+        disconnect()
+
+
+if __name__ == "__main__":
+    app()

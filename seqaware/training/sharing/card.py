@@ -1,0 +1,143 @@
+"""The model card of a shared model: objective, data, plan, results and certificate, from what its run has left."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from seqaware.masking import masked
+from seqaware.report.metrics import read_metrics
+
+_SHOWN = {
+    "exact_match": "exact match",
+    "f1": "F1",
+    "choice_accuracy": "right choices",
+    "choice_accuracy_normalised": "right choices, by length",
+}
+_FORMULA = """Every supervised token's cross-entropy is weighted by its place in its own sequence. With the losses
+l_1 … l_L of a sequence's supervised tokens, the sum over all of its suffixes of their discounted losses is
+
+    Σ_s Σ_{k ≥ s} γ^(k−s) · l_k  =  Σ_k w_k · l_k,      w_k = (1 − γ^k) / (1 − γ)
+"""
+
+
+def run_card(run: Path, *, title: str, sent: list[str]) -> str:
+    """README.md, with its front matter, for the model of a run.
+
+    Args:
+        sent: names of the files beside it.
+    """
+    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    sections = [
+        f"# {title}\n",
+        "## Objective\n",
+        _FORMULA,
+        _table(_objective(config, manifest)),
+        "## Data and training\n",
+        _table(_training(config, manifest)),
+        "## Results\n",
+        "\n".join(_results(run)) or "This run was not evaluated on held-out rows.",
+        "\n## Certificate\n",
+        _certificate(run),
+        "\n## Files\n",
+        "\n".join(f"- `{name}`" for name in sent),
+    ]
+    body = "\n".join(sections)
+    return masked(f"---\n{yaml.safe_dump(_front_matter(config), sort_keys=False, allow_unicode=True)}---\n{body}\n")
+
+
+def bare_card(title: str) -> str:
+    """README.md for a model that brings neither a card nor a run to tell about it."""
+    front = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["seqaware"]}
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {title}\n\nNothing is known of how it was trained.\n"
+
+
+def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
+    base, lora = config["model"].get("base_name"), config.get("lora")
+    adapter = lora is not None and lora.get("export") == "adapter"
+    front: dict[str, Any] = {
+        "library_name": "peft" if adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["seqaware"],
+    }
+    # A path on the machine where it was trained is no name of the hub's.
+    if base and not Path(base).expanduser().exists() and base.count("/") <= 1 and not base.startswith((".", "/", "~")):
+        front["base_model"] = base
+    return front
+
+
+def _objective(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    sft = config["training"]["sft"]
+    keys = ("gamma", "half_life", "horizon", "weighting", "scale", "positions", "normalize_by", "on_split")
+    return {key: sft[key] for key in keys if sft.get(key) is not None} | {
+        "mathematics of the run": ", ".join(sorted(manifest["mathematics"]))
+    }
+
+
+def _training(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+    dataset, model, last = config["dataset"], config["model"], manifest["attempts"][-1]["topology"]
+    parts = [dataset] if dataset.get("name") else dataset["mixture"]
+    optimizer = config["training"]["optimizer"]
+    scratch = (model.get("from_scratch") or {}).get("model_type")
+    return {
+        "trained from": f"a {scratch}, from scratch" if scratch else _last_name(model["base_name"]),
+        "data": ", ".join(f"{_last_name(part['name'])} ({part['split']})" for part in parts),
+        "data fingerprint": manifest["data_fingerprint"],
+        "optimizer steps": manifest.get("finished_steps", "not finished"),
+        "optimizer": f"{optimizer['type']}, learning rate {optimizer['lr']:g}",
+        "precision": last["dtype"],
+        "plan": f"{last['ranks']} ranks on {last['nodes']} nodes, ZeRO-{last['zero_stage']}",
+        "attempts": len(manifest["attempts"]),
+        "seqaware": f"{manifest['seqaware']}, revision {manifest['git_revision'] or 'unknown'}",
+    }
+
+
+def _last_name(name: str) -> str:
+    """A hub id as it is; of a path its last name, for the folders above tell of a machine."""
+    return name if name.count("/") <= 1 and not name.startswith(("/", ".", "~")) else Path(name).name
+
+
+def _results(run: Path) -> Iterator[str]:
+    metrics = run / "metrics.jsonl"
+    lines = list(read_metrics(metrics)) if metrics.is_file() else []
+    evaluations = [line for line in lines if line.get("kind") == "evaluation"]
+    if evaluations:
+        last = evaluations[-1]
+        losses = [f"{each['unweighted_loss']:.4f}" for each in (evaluations[0], last) if "unweighted_loss" in each]
+        yield f"- held-out loss, unweighted, before and after: {' → '.join(losses)} nats a token"
+        yield from _shares(last)
+    for path in sorted(run.glob("evaluations/*/results.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        dataset = found["evaluation"]["dataset"]
+        yield f"- evaluated on {_last_name(dataset['name'] or 'a mixture')} ({dataset['split']}):"
+        yield from (f"  {line}" for line in _shares(found))
+
+
+def _shares(found: Mapping[str, Any]) -> Iterator[str]:
+    for name, says in _SHOWN.items():
+        if name in found:
+            interval = f"95 %: {found[f'{name}_low']:.1%} to {found[f'{name}_high']:.1%}"
+            yield f"- {says}: {found[name]:.1%} ({interval}) of {found['questions']} rows"
+
+
+def _certificate(run: Path) -> str:
+    path = run / "certificate.json"
+    if not path.is_file():
+        return "The run's mathematics was not verified against the oracle (`seqaware verify`)."
+    found = json.loads(path.read_text(encoding="utf-8"))
+    verdicts = [item["verdict"] for item in found["items"]]
+    held = sum(verdict == "holds" for verdict in verdicts)
+    steps = ", ".join(map(str, found["steps"]))
+    return (
+        f"Loss and gradients **{found['verdict']}**: {held} of {len(verdicts)} comparisons with the oracle "
+        f"({found['oracle']}) over the steps {steps}."
+    )
+
+
+def _table(rows: Mapping[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""])
