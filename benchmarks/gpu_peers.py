@@ -59,11 +59,15 @@ def trl(work: Work, found: Found) -> None:
     import trl as trl_package
     from datasets import load_dataset
 
-    backend = "nccl" if work.device == "cuda" else "gloo"
-    accelerate.PartialState(backend=backend)
+    on_gpu = work.device == "cuda"
+    accelerate.PartialState(backend="nccl" if on_gpu else "gloo")
     row = work.rows[0]
     zero = json.loads((Path(__file__).parent.parent / "ds_configs" / f"zero{work.stage}.json").read_text())
-    zero |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto", "bf16": {"enabled": True}}
+    zero |= {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": on_gpu},
+    }
     arguments = trl_package.SFTConfig(
         output_dir=str(work.folder / "trl"),
         packing=True,
@@ -72,14 +76,14 @@ def trl(work: Work, found: Found) -> None:
         gradient_accumulation_steps=work.step_tokens // row,
         max_steps=MOST_STEPS // 2,
         learning_rate=1e-5,
-        bf16=True,
+        bf16=on_gpu,
         gradient_checkpointing=work.checkpointing == "full",
         logging_steps=1,
         save_strategy="no",
         report_to=[],
         deepspeed=zero,
         accelerator_config={"use_configured_state": True},
-        model_init_kwargs={"dtype": "bfloat16", "attn_implementation": "sdpa"},
+        model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32", "attn_implementation": "sdpa"},
     )
     rows = load_dataset("json", data_files=str(make_rows(work, row)), split="train")
     clock = _clock(time.monotonic() + work.seconds)

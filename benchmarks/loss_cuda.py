@@ -39,7 +39,7 @@ class Size:
     rows: int
     hidden: int
     vocabulary: int
-    repeats: int = 7
+    repeats: int = 5
 
     @property
     def operations(self) -> int:
