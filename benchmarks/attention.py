@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timing import seconds as seconds_between
 from torch import Tensor
 
 from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
@@ -177,16 +178,12 @@ def measure(size: Size, *, device: str, dtype: torch.dtype) -> dict[str, object]
 
 
 def _seconds(step: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
+    """CPU seconds, or on a GPU the time between two events."""
+    if device != "cpu":
+        return seconds_between(step, device)
+    start = time.process_time()
     step()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3
+    return time.process_time() - start
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, *, attn_mask: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from seqaware.objective import fused
@@ -29,6 +30,22 @@ class Shape:
     ignored: float = 0.3  # share of rows without a label
     zero_weight: float = 0.3  # share of rows with weight 0
     seed: int = 0
+
+
+def drawn_shapes(*, most_rows: int) -> st.SearchStrategy[Shape]:
+    """Every kind of head and of rows, for hypothesis."""
+    return st.builds(
+        Shape,
+        rows=st.integers(1, most_rows),
+        hidden=st.integers(1, 16),
+        vocabulary=st.integers(2, 50),
+        bias=st.booleans(),
+        scale=st.sampled_from([1.0, 0.25, 1.7]),
+        softcap=st.sampled_from([None, 3.0, 30.0]),
+        ignored=st.sampled_from([0.0, 0.3, 1.0]),
+        zero_weight=st.sampled_from([0.0, 0.6]),
+        seed=st.integers(0, 10**6),
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from seqaware.objective.fused import fused_cross_entropy
 from seqaware.objective.products import operand_dtype
 from seqaware.objective.sums import STATS
 from seqaware.objective.weighting import Weighting
-from tests.unit.objective.cases import Bounds, Case, Shape, assert_within, evaluate, exact, make_case
+from tests.unit.objective.cases import Bounds, Case, Shape, assert_within, drawn_shapes, evaluate, exact, make_case
 
 # A busy machine may halt a test anywhere: no deadline.
 unhurried = settings(deadline=None)
@@ -26,18 +26,7 @@ unhurried = settings(deadline=None)
 # Unit roundings: half the distance from 1 to the next number.
 EPS64, EPS32, EPS_BF16 = 2.0**-53, 2.0**-24, 2.0**-8
 
-shapes = st.builds(
-    Shape,
-    rows=st.integers(1, 40),
-    hidden=st.integers(1, 16),
-    vocabulary=st.integers(2, 50),
-    bias=st.booleans(),
-    scale=st.sampled_from([1.0, 0.25, 1.7]),
-    softcap=st.sampled_from([None, 3.0, 30.0]),
-    ignored=st.sampled_from([0.0, 0.3, 1.0]),
-    zero_weight=st.sampled_from([0.0, 0.6]),
-    seed=st.integers(0, 10**6),
-)
+shapes = drawn_shapes(most_rows=40)
 chunk_sizes = st.sampled_from([None, 1, 2, 7, 64])
 
 
