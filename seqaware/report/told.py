@@ -33,5 +33,7 @@ class ToldMetricsFile(MetricsFile):
             self._say(f"warning     step {line['step']}: {alert}")
 
     def close(self) -> None:
-        super().close()
-        self._trackers.close()
+        try:
+            super().close()
+        finally:
+            self._trackers.close()

@@ -28,6 +28,8 @@ _PACKAGES = {
 }
 _WAITING_LINES = 10_000
 _SECONDS_TO_CLOSE = 60.0
+# A run that was asked to leave is killed if it takes too long.
+_SECONDS_TO_LEAVE = 5.0
 _TRIES = 3
 _SECONDS_BETWEEN_TRIES = 2.0
 
@@ -98,10 +100,13 @@ class Trackers:
     """
 
     def __init__(self, openings: Mapping[str, Opening], *, warn: Warn, secrets: Sequence[str] = ()) -> None:
+        self._patience = _SECONDS_TO_CLOSE
         self._lanes = [_Lane(name, opening, warn, tuple(secrets)) for name, opening in openings.items()]
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Take in a line of metrics.jsonl; those that are neither a step nor an evaluation tell no figures."""
+        if line["kind"] == "left":
+            self._patience = _SECONDS_TO_LEAVE
         if line["kind"] not in ("step", "evaluation"):
             return
         figures = dict(_figures(line))
@@ -112,7 +117,7 @@ class Trackers:
         """Let them finish, but not for ever."""
         for lane in self._lanes:
             lane.end()
-        deadline = time.monotonic() + _SECONDS_TO_CLOSE
+        deadline = time.monotonic() + self._patience
         for lane in self._lanes:
             lane.wait(max(0.0, deadline - time.monotonic()))
 

@@ -85,12 +85,13 @@ def test_a_service_that_is_gone_is_given_up_and_the_others_go_on() -> None:
     assert sum("never is given up: OSError: no such server" in each for each in warnings) == 1
 
 
-def test_a_service_that_hangs_holds_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SECONDS_TO_CLOSE", 0.2)
+def test_a_service_that_hangs_holds_nothing_up_least_of_all_a_run_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SECONDS_TO_CLOSE", 30.0)
+    monkeypatch.setattr(module, "_SECONDS_TO_LEAVE", 0.2)
     service = Kept()
     service.log = lambda figures, step: time.sleep(30)  # type: ignore[method-assign]
     started = time.monotonic()
-    warnings = _run({"slow": lambda: service}, step_line(1, loss=1.0))
+    warnings = _run({"slow": lambda: service}, step_line(1, loss=1.0), {"kind": "left", "step": 1})
     assert time.monotonic() - started < 5.0 and "has not taken everything in" in warnings[0]
 
 
