@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from seqaware.config.schema import Config
+from seqaware.config.schema import Config, OptimizerConfig, ParallelConfig
 from seqaware.errors import ConfigError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def with_model(config: Config, name: str) -> Config:
-    """The config with this model in the place of its own, and this model's tokenizer if it brings one.
+    """The config with this model in the place of its own, with its tokenizer if it brings one, for evaluation alone.
 
     Raises:
         ConfigError: the folder is a run's without a model.
@@ -21,7 +21,10 @@ def with_model(config: Config, name: str) -> Config:
     brings_own = not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES)
     tokenizer = None if brings_own else config.model.tokenizer
     changes = {"base_name": name, "from_scratch": None, "tokenizer": tokenizer, "revision": None}
-    return config.model_copy(update={"model": config.model.model_copy(update=changes)})
+    # What only training needs: a run on many ranks, with adapters, may be evaluated on one.
+    training = config.training.model_copy(update={"optimizer": OptimizerConfig()})
+    model = config.model.model_copy(update=changes)
+    return config.model_copy(update={"model": model, "training": training, "parallel": ParallelConfig(), "lora": None})
 
 
 def model_folder(name: str) -> str:
