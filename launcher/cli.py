@@ -35,6 +35,8 @@ COMMANDS = {
     "sweep": Command("launcher.sweep", RUN, "Train every γ with every seed, and compare them in one report."),
     "watch": Command("launcher.watch", RUN, "A live view of a run, from its files."),
     "report": Command("launcher.report", AFTER, "Runs as one HTML page, with figures, intervals and tables."),
+    "export": Command("launcher.export", AFTER, "A Hugging Face folder of any checkpoint, on one CPU."),
+    "convert": Command("launcher.convert", AFTER, "DeepSpeed's universal checkpoint of any checkpoint."),
     "evaluate": Command("launcher.evaluate", AFTER, "Answer held-out questions with a model, and judge the answers."),
     "analyse": Command("launcher.analyse", AFTER, "How sure a model is of what it writes, step by step."),
     "push": Command("launcher.push", AFTER, "Share a model on the Hugging Face hub, private by default."),

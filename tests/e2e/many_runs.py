@@ -1,6 +1,7 @@
 """Several runs in one launch, so that imports and the meeting of the ranks are paid once.
 
-Started by a launcher with a JSON file: a list of {"config": YAML file, "deepspeed": ZeRO json, "set": [overrides]}.
+Started by a launcher with a JSON file: a list of {"config": YAML file, "deepspeed": ZeRO json, "set": [overrides],
+"resume": optional}.
 Each is run as launcher/train.py runs it.
 """
 
@@ -25,7 +26,8 @@ def main() -> None:
     address = find_address()
     for request in requests:
         config = load_config(Path(request["config"]), request["set"])
-        run(RunRequest(config, Path(request["deepspeed"])), address=address, say=lambda text: None)
+        asked = RunRequest(config, Path(request["deepspeed"]), resume=request.get("resume", "auto"))
+        run(asked, address=address, say=lambda text: None)
         print(f"rank {address.rank} ran {config.output_dir}", file=sys.stderr, flush=True)
     disconnect()
 

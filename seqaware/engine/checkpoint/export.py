@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial as partial_call
 from pathlib import Path
 
@@ -26,25 +26,43 @@ def export_model(
     adapters, first = engine.wrapped.adapters, engine.ranks.is_first
     write_weights: Callable[[Path, dict[str, torch.Tensor]], None]
     if adapters is None or lora is None:
-        weights, write_weights = _whole_weights(engine), partial_call(_write_model, engine.wrapped.model)
+        weights, write_weights = _whole_weights(engine), partial_call(write_model, engine.wrapped.model)
     elif lora.export == "merged":
         weights, write_weights = adapters.merged_weights(keep=first), adapters.write_merged
     else:
         weights, write_weights = adapters.adapter_weights(keep=first), adapters.write_adapter
 
     def write() -> None:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        write_weights(partial, weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        put_in_place(folder, tokenizer, lambda partial: write_weights(partial, weights))
 
     together(engine.ranks, write, on_first_only=True)
 
 
-def _write_model(model: PreTrainedModel, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    weights |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in model.state_dict()}
+def put_in_place(folder: Path, tokenizer: PreTrainedTokenizerBase, write_weights: Callable[[Path], None]) -> None:
+    """A model's folder with its tokenizer: written aside, then in the place of one that was there."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_weights(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def write_model(
+    model: PreTrainedModel,
+    folder: Path,
+    weights: dict[str, torch.Tensor],
+    *,
+    buffers: Mapping[str, torch.Tensor] | None = None,
+) -> None:
+    """Write weights, config and generation config of `model`, in several files where they are large.
+
+    Args:
+        weights: every parameter. buffers: those of its buffers that are kept; default: the model's own.
+    """
+    kept = model.state_dict().keys()
+    own = dict(model.named_buffers()) if buffers is None else buffers
+    weights |= {name: buffer.detach().cpu() for name, buffer in own.items() if name in kept}
     model.config.use_cache = True
     model.save_pretrained(folder, state_dict=weights)
     model.config.use_cache = False

@@ -7,29 +7,39 @@ from pathlib import Path
 
 from seqaware.engine.checkpoint.manifest import read_manifest
 from seqaware.engine.checkpoint.reading import read_tensors
+from seqaware.engine.checkpoint.reshard import fill, settle
 from seqaware.engine.checkpoint.save import together
+from seqaware.engine.checkpoint.shards import UNIVERSAL
 from seqaware.engine.checkpoint.storage import load_through, own_files
 from seqaware.engine.engine import Engine
 from seqaware.engine.randomness import restore_random_state
 from seqaware.errors import CheckpointError
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
-    """Put model, optimizer and random state of `checkpoint` into the engine. Collective.
+def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
+    """Put model, optimizer and random state of `checkpoint` into the engine, whatever topology wrote it. Collective.
+
+    Returns:
+        whether the ranks and their files are those that wrote it, so that the run goes on bit for bit. Else the weights
+        and the optimizer are the same, and the random generators stay as they are.
 
     Raises:
-        CheckpointError: it was written by another number of ranks, or another ZeRO stage with files of another kind; or
-            a file would run code, or does not fit the model.
+        CheckpointError: a file would run code, or does not fit the model.
     """
     topology = read_manifest(checkpoint)["topology"]
     ranks, stage = topology["ranks"], topology["zero_stage"]
-    same_kind = stage == engine.zero_stage or {stage, engine.zero_stage} == {1, 2}
-    if ranks != engine.ranks.size or not same_kind:
-        raise CheckpointError(
-            "the checkpoint was written on another topology",
-            got=f"{ranks} ranks with ZeRO-{stage} then, {engine.ranks.size} with ZeRO-{engine.zero_stage} now",
-            do=f"resume on {ranks} ranks with ZeRO-{stage}",
-        )
+    # ZeRO-1 and 2 write the same files; in bfloat16 DeepSpeed makes them from other classes.
+    alike = {stage, engine.zero_stage} == {1, 2} and not engine.deepspeed.bfloat16_enabled()
+    same_kind = stage == engine.zero_stage or alike
+    if ranks == engine.ranks.size and same_kind and not (checkpoint / UNIVERSAL).is_dir():
+        _load_same(engine, checkpoint)
+        return True
+    together(engine.ranks, lambda: _fill(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
+    settle(engine)
+    return False
+
+
+def _load_same(engine: Engine, checkpoint: Path) -> None:
     random_state = checkpoint / f"rng-{engine.ranks.rank}.pt"
 
     def try_to_read() -> None:
@@ -40,6 +50,13 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     together(engine.ranks, try_to_read, on_first_only=False, error=_not_loaded(checkpoint))
     together(engine.ranks, lambda: _load(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
     restore_random_state(read_tensors(random_state))
+
+
+def _fill(engine: Engine, checkpoint: Path) -> None:
+    try:
+        fill(engine, checkpoint)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError("its files are not what DeepSpeed writes", got=repr(error)) from error
 
 
 def _load(engine: Engine, checkpoint: Path) -> None:

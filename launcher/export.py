@@ -1,0 +1,50 @@
+"""Export: `python launcher/export.py CHECKPOINT FOLDER` makes a Hugging Face folder of any checkpoint, on one CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from launcher.imports import quick_imports
+from launcher.outcome import person_errors
+from seqaware.engine.ranks import prepare_environment
+from seqaware.errors import ConfigError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint's folder: runs/NAME/checkpoints/step-….")],
+    folder: Annotated[Path, typer.Argument(help="The folder to make.")],
+    run: Annotated[
+        Path | None, typer.Option(help="The run's folder, where the checkpoint does not lie in it any more.")
+    ] = None,
+    lora: Annotated[
+        str | None, typer.Option(help="With adapters: merged or adapter; default: the config's lora.export.")
+    ] = None,
+) -> None:
+    """Make a Hugging Face folder (safetensors, config, tokenizer) of any checkpoint, on one CPU.
+
+    Any ZeRO stage and number of ranks; the weights are bit for bit those that the run would have exported at that step.
+
+    Examples:
+
+        seqaware export runs/demo/checkpoints/step-00000340 models/demo
+
+        seqaware export runs/lora/checkpoints/step-00000100 models/adapter --lora adapter
+    """
+    with person_errors():
+        if lora not in (None, "merged", "adapter"):
+            raise ConfigError("--lora takes merged or adapter", got=lora)
+        prepare_environment()
+        with quick_imports():
+            from seqaware.training.export import export_checkpoint
+        step = export_checkpoint(checkpoint, folder, run=run, lora=lora)
+        typer.echo(f"exported    step {step} of {checkpoint} to {folder}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,147 @@
+"""A Hugging Face folder from a checkpoint, by one process on a CPU: no ranks, no engine, no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from seqaware.config.load import load_config
+from seqaware.config.schema import Config
+from seqaware.data.tokenize import load_tokenizer
+from seqaware.engine.checkpoint.export import put_in_place, write_model
+from seqaware.engine.checkpoint.manifest import first_wrong_hash, read_manifest, read_state
+from seqaware.engine.checkpoint.shards import FP32, Shards
+from seqaware.engine.lora import Adapters
+from seqaware.engine.model import (
+    DTYPES,
+    LoadOptions,
+    empty_causal_lm,
+    initial_config,
+    load_model,
+    local_or_hub,
+    set_dropout,
+)
+from seqaware.errors import CheckpointError, ConfigError
+from seqaware.training.folder import RunFolder
+
+# The engine's model is wrapped once.
+_WRAPPED = "model."
+
+
+def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None, lora: str | None = None) -> int:
+    """Write the model of a checkpoint as a Hugging Face folder, as the run itself would have at that step.
+
+    The weights are cut out of the checkpoint's mapped files one by one and rounded to the run's dtype: memory for one
+    copy of the model in that dtype. With adapters the base model is loaded beside them.
+
+    Args:
+        run: the run's folder, with its config; default: the one that the checkpoint lies in.
+        lora: "merged" or "adapter"; default: the config's `lora.export`.
+
+    Returns:
+        the step.
+
+    Raises:
+        CheckpointError: the checkpoint is not whole, or not of this model.
+        ConfigError: the folder is taken, or the run's config is not there.
+    """
+    if folder.exists():
+        raise ConfigError("the folder for the model is there already", got=folder, do="name another, or remove it")
+    state = read_state(checkpoint)
+    problem = first_wrong_hash(checkpoint, rank=0, size=1)
+    if problem is not None:
+        raise CheckpointError("the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another")
+    run_folder = RunFolder(run or checkpoint.absolute().parent.parent)
+    path = run_folder.path / "config.yaml"
+    if not path.is_file():
+        raise ConfigError("the run's config is not there", got=path, do="name the run's folder with --run")
+    config = load_config(path, [])
+    dtype = DTYPES[read_manifest(checkpoint)["mathematics"]["model"]["dtype"]]
+    shards = Shards(checkpoint)
+    tokenizer = load_tokenizer(config.model)
+    if config.lora is None:
+        model = _empty(config, run_folder, dtype)
+        weights = _weights(shards, dict(model.named_parameters()), dtype)
+        buffers = {name.removeprefix(_WRAPPED): buffer for name, buffer in shards.buffers().items()}
+        put_in_place(folder, tokenizer, lambda partial: write_model(model, partial, weights, buffers=buffers))
+        return state.step
+    adapters = _adapted(config, run_folder, dtype, shards)
+    if (lora or config.lora.export) == "merged":
+        weights = adapters.merged_weights(keep=True)
+        put_in_place(folder, tokenizer, lambda partial: adapters.write_merged(partial, weights))
+    else:
+        weights = adapters.adapter_weights(keep=True)
+        put_in_place(folder, tokenizer, lambda partial: adapters.write_adapter(partial, weights))
+    return state.step
+
+
+def _weights(shards: Shards, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The trained weights by the model's own names, rounded as the run rounds them.
+
+    Raises:
+        CheckpointError: they are not those of this model.
+    """
+    shapes = {name.removeprefix(_WRAPPED): shape for name, shape in shards.shapes.items()}
+    expected = {name: parameter.shape for name, parameter in parameters.items()}
+    if shapes != expected:
+        odd = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise CheckpointError(
+            "the checkpoint's parameters are not those of the run's model",
+            got=f"{shards.checkpoint}: {len(odd)} differ, as {', '.join(odd[:3])}",
+            do="export with the run's own folder and model",
+        )
+    return {name: shards.read(f"{_WRAPPED}{name}", FP32).to(dtype).view(shape) for name, shape in shapes.items()}
+
+
+def _source(config: Config, run: RunFolder) -> str:
+    if config.model.from_scratch is not None:
+        return str(run.initial)
+    assert config.model.base_name is not None
+    return local_or_hub(config.model.base_name)
+
+
+def _empty(config: Config, run: RunFolder, dtype: torch.dtype) -> PreTrainedModel:
+    """The run's model without its weights, as it was when the run loaded it."""
+    model, source = config.model, _source(config, run)
+    where = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    try:
+        if model.from_scratch is not None and not Path(source).is_dir():
+            loaded = initial_config(model.from_scratch, load_tokenizer(model))
+        else:
+            loaded = AutoConfig.from_pretrained(source, **({} if model.from_scratch else where))
+    except (OSError, ValueError) as error:
+        raise ConfigError("the run's base model cannot be found", got=f"{source}: {error}") from error
+    if model.dropout is not None:
+        set_dropout(loaded, model.dropout)
+    loaded.dtype = dtype
+    empty = empty_causal_lm(loaded).to(dtype)
+    with suppress(OSError):  # a model without one has that of its config
+        empty.generation_config = GenerationConfig.from_pretrained(source)
+    return empty
+
+
+def _adapted(config: Config, run: RunFolder, dtype: torch.dtype, shards: Shards) -> Adapters:
+    """The base model with the checkpoint's adapters in it, on the CPU."""
+    model, lora = config.model, config.lora
+    assert lora is not None
+    options = LoadOptions(
+        dtype=dtype,
+        dropout=model.dropout,
+        revision=model.revision if model.from_scratch is None else None,
+        trust_remote_code=model.trust_remote_code,
+        deepspeed={},
+        lora=lora,
+    )
+    loaded = load_model(_source(config, run), options)
+    adapters = Adapters(
+        loaded, lora, seed=config.training.control.seed, revision=options.revision, deepspeed=options.deepspeed
+    )
+    trained = {name: p for name, p in adapters.model.named_parameters() if p.requires_grad}
+    for name, weight in _weights(shards, trained, dtype).items():
+        trained[name].data.copy_(weight)
+    return adapters
