@@ -119,7 +119,8 @@ def _empty(config: Config, run: RunFolder, dtype: torch.dtype) -> PreTrainedMode
     if model.dropout is not None:
         set_dropout(loaded, model.dropout)
     loaded.dtype = dtype
-    empty = empty_causal_lm(loaded).to(dtype)
+    empty = empty_causal_lm(loaded)
+    empty.to(dtype=dtype)  # type: ignore[call-arg]  # transformers types it as a call on a model
     with suppress(OSError):  # a model without one has that of its config
         empty.generation_config = GenerationConfig.from_pretrained(source)
     return empty

@@ -169,3 +169,14 @@ def test_what_cannot_be_exported_is_told(workshop: tiny.Workshop, tmp_path: Path
     with pytest.raises(CheckpointError, match="optim_states\\.pt has 0 bytes"):
         export_checkpoint(moved, tmp_path / "torn", run=workshop.folder / "zero3")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_deepspeeds_own_loader_reads_a_universal_checkpoint(workshop: tiny.Workshop) -> None:
+    """Two ranks at ZeRO 1 to 3; universal_loading.py compares every element there."""
+    for source in ("zero0", "zero1", "zero3"):
+        folder = workshop.folder / "for-deepspeed" / source
+        convert(_checkpoint(workshop, source, SAVED), folder, progress=lambda name: None)
+    arguments = (str(workshop.model), str(workshop.folder / "for-deepspeed"))
+    done = launch.forked("tests/e2e/universal_loading.py", *arguments, ranks=2)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.count("is what was saved after step 2") == 9, done.stdout

@@ -117,7 +117,7 @@ def _fill_one(engine: Engine, owner: Tensor, held: list[_Held], shards: Shards) 
             state[key] = torch.zeros_like(owner)
         target = (owner.data if key == FP32 else state[key]).view(-1)
         for each in held:
-            target[each.place].copy_(shards.read(each.name, key, each.start, each.stop))
+            target[each.place].copy_(shards.read(each.name, key, start=each.start, stop=each.stop))
     group = next(g for g in base.param_groups if any(p is owner for p in g["params"])) if engine.zero_stage < 3 else {}
     for key, value in shards.scalars(first).items():
         state[key] = _placed(value, owner, fused=bool(group.get("fused") or base.defaults.get("fused")))

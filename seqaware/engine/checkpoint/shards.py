@@ -89,7 +89,7 @@ class Shards:
         """What the optimizer keeps beside its tensors for a parameter: the number of its steps, 0-d or a number."""
         return dict(self._parameters[name].scalars)
 
-    def read(self, name: str, key: str, start: int = 0, stop: int | None = None) -> Tensor:
+    def read(self, name: str, key: str, *, start: int = 0, stop: int | None = None) -> Tensor:
         """Elements [start, stop) of a parameter's float32 weight (FP32) or of one of the optimizer's tensors: flat.
 
         Raises:

@@ -94,7 +94,10 @@ def _whole(shards: Shards) -> dict[str, torch.Tensor]:
 
 
 def _common(shards: Shards) -> dict[str, Any]:
-    """What DeepSpeed's loaders look for beside the parameters; ZeRO-3 looks one level deeper than ZeRO-1 and 2."""
+    """What DeepSpeed's loaders look for beside the parameters; ZeRO-3 looks one level deeper than ZeRO-1 and 2.
+
+    Not the limit for clipping: its loader would prefer that to the config's, and at ZeRO-0 we clip ourselves.
+    """
     groups = [{key: value for key, value in group.items() if key != "params"} for group in shards.groups]
     scalars = shards.scalars(next(iter(shards.shapes)))
     scaler = shards.loss_scaler if shards.loss_scaler is not None else LossScaler(scale=1.0)
@@ -102,7 +105,6 @@ def _common(shards: Shards) -> dict[str, Any]:
         "loss_scaler": scaler,
         "dynamic_loss_scale": bool(scaler.dynamic),
         "overflow": False,
-        "clip_grad": float(shards.model["ds_config"].get("gradient_clipping", 0.0)),
         "ds_version": shards.model["ds_version"],
         "param_groups": groups,
         "optimizer_state_dict": {"state": {0: scalars}, "param_groups": [{**group, "params": []} for group in groups]},
