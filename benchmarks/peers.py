@@ -1,0 +1,124 @@
+"""End to end beside peers: TRL, Hugging Face's Trainer, a minimal DeepSpeed loop, and nothing at all round the model.
+
+    python -m pip install --no-deps --target PEERS -r benchmarks/requirements.txt
+    PYTHONPATH=.:PEERS python benchmarks/peers.py [--stages 1 2 3] [--lengths gsm8k chat] [--out FILE]
+
+Two gloo ranks with one thread each. TRL falls back to plain data parallelism where DeepSpeed is not set up for gloo;
+here it is, and every step asserts it. CPU seconds are the figure to look at where others use the machine too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.packing import draw
+from tests.launch import ROOT, environment, free_port
+from tests.tiny import WORDS, train_tokenizer
+
+# Mean tokens, sigma of the logarithm, documents a step, rows of a padded micro-batch, tokens of a packed one.
+LENGTHS: dict[str, dict[str, Any]] = {
+    "gsm8k": {"mean": 188, "sigma": 0.45, "docs": 24, "micro": 4, "capacity": 2048},
+    "chat": {"mean": 978, "sigma": 1.0, "docs": 8, "micro": 2, "capacity": 4096},
+}
+SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
+VOCABULARY = 8192
+STEPS = 4
+
+
+def build(folder: Path, lengths: dict[str, Any]) -> tuple[Path, Path]:
+    """A small Llama and rows of such lengths: the config's path, and the model's."""
+    tokenizer = train_tokenizer()
+    model = folder / "model"
+    figures = {**SHAPE, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 8192}
+    config = AutoConfig.for_model("llama", **figures, eos_token_id=tokenizer.eos_token_id)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    tokenizer.add_special_tokens({"pad_token": "<eos>"})
+    tokenizer.save_pretrained(model)
+    count = lengths["docs"] * STEPS
+    choose = np.random.default_rng(1)
+    rows = []
+    for length in draw(lengths["mean"], lengths["sigma"], count=count, longest=lengths["capacity"] - 8):
+        words = choose.choice(WORDS, int(length)).tolist()
+        cut = max(1, len(words) // 3)
+        rows.append({"question": " ".join(words[:cut]), "answer": " ".join(words[cut:]) or "one"})
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    run = {
+        "model": {"base_name": str(model), "dtype": "float32", "dropout": 0.0},
+        "dataset": {"name": str(folder / "rows.jsonl"), "store_dir": str(folder / "stores"), "workers": 1},
+        "format": {"prompt_template": "Q: {question} A:"},
+        "training": {
+            "parameters": {"max_seq_length": lengths["capacity"]},
+            "schedule": {"global_batch_size": lengths["docs"], "micro_batch_tokens": lengths["capacity"]},
+        },
+    }
+    (folder / "run.yaml").write_text(json.dumps(run))
+    return folder / "run.yaml", model
+
+
+def measure(name: str, stage: int, timeout: int, only: list[str]) -> dict[str, Any]:
+    """What the ranks measured, as far as they came."""
+    lengths = LENGTHS[name]
+    with tempfile.TemporaryDirectory() as made:
+        folder = Path(made)
+        config, model = build(folder, lengths)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "benchmarks/peer_ranks.py"]
+        asked = {"config": config, "model": model, "folder": folder, "out": folder / "out.json", "stage": stage}
+        asked |= {key: lengths[key] for key in ("docs", "micro", "capacity")}
+        for key, value in asked.items():
+            command += [f"--{key}", str(value)]
+        command += ["--only", *only] if only else []
+        # DeepSpeed's operators lie where the trainer keeps them; peers would else compile them once more.
+        operators = str(Path(sys.prefix).resolve() / "torch_extensions")
+        paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+        try:
+            subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment(PYTHONPATH=paths, TORCH_EXTENSIONS_DIR=operators),
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            print(f"{name}, stage {stage}: stopped after {timeout} s")
+        out = folder / "out.json"
+        return json.loads(out.read_text()) if out.exists() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--timeout", type=int, default=900)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peers.json"))
+    asked = parser.parse_args()
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "trl")}
+    results: dict[str, Any] = {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions,
+        "model": {**SHAPE, "vocab_size": VOCABULARY},
+        "lengths": LENGTHS,
+        "runs": [],
+    }
+    for name in asked.lengths:
+        for stage in asked.stages:
+            figures = measure(name, stage, asked.timeout, asked.only)
+            results["runs"].append({"lengths": name, "zero": stage, "figures": figures})
+            asked.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
