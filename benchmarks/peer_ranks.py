@@ -11,8 +11,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ class Meter:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
         self._before = _status("VmRSS")
-        self.steps = 0
+        self.tokens = 0  # of documents that this rank saw, where the peer chooses them itself
         self.marks: list[tuple[float, float]] = []
 
     def mark(self) -> None:
@@ -266,7 +265,7 @@ def _train(trainer: Any, meter: Meter) -> None:
     trainer.training_step = counted
     trainer.add_callback(_Marks(meter))
     trainer.train()
-    meter.tokens = seen[0]  # type: ignore[attr-defined]
+    meter.tokens = seen[0]
 
 
 KINDS: dict[str, Callable[[Work, Meter], None]] = {
@@ -283,13 +282,6 @@ KINDS: dict[str, Callable[[Work, Meter], None]] = {
 def prepared_for(asked: argparse.Namespace, stage: int) -> Prepared:
     path = Path(__file__).parent.parent / "ds_configs" / f"zero{stage}.json"
     return prepare(load_config(asked.config, []), world=world_of(find_address()), deepspeed_path=path, progress=None)
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    yield
-    gc.collect()
-    dist.barrier()
 
 
 def main() -> None:
@@ -310,17 +302,16 @@ def main() -> None:
     assert Weighting(gamma=GAMMA).gamma == prepared.plan.config.training.sft.gamma
     results = {}
     for name in asked.only:
-        with _alone():
-            meter = Meter()
-            KINDS[name](work, meter)
-            figures = meter.figures()
-            mine = torch.tensor(float(getattr(meter, "tokens", 0)), dtype=torch.float64)
-            dist.all_reduce(mine)
-            per_step = float(mine) / MEASURED or tokens
-            figures["document_tokens_per_step"] = round(per_step)
-            figures["tokens_per_cpu_second"] = round(per_step / figures["cpu_seconds_per_step"], 1)
-            figures["tokens_per_second"] = round(per_step / figures["seconds_per_step"], 1)
-            results[name] = figures
+        meter = Meter()
+        KINDS[name](work, meter)
+        figures = meter.figures()
+        mine = torch.tensor(float(meter.tokens), dtype=torch.float64)
+        dist.all_reduce(mine)
+        per_step = float(mine) / MEASURED or tokens
+        figures["document_tokens_per_step"] = round(per_step)
+        figures["tokens_per_cpu_second"] = round(per_step / figures["cpu_seconds_per_step"], 1)
+        figures["tokens_per_second"] = round(per_step / figures["seconds_per_step"], 1)
+        results[name] = figures
         if asked.ranks.is_first:
             print(name, json.dumps(figures), flush=True)
             asked.out.write_text(json.dumps(results))

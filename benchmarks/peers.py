@@ -67,7 +67,7 @@ def build(folder: Path, lengths: dict[str, Any]) -> tuple[Path, Path]:
     return folder / "run.yaml", model
 
 
-def measure(name: str, stage: int, timeout: int, only: list[str]) -> dict[str, Any]:
+def measure(name: str, stage: int, *, timeout: int, only: list[str]) -> dict[str, Any]:
     """What the ranks measured, as far as they came."""
     lengths = LENGTHS[name]
     with tempfile.TemporaryDirectory() as made:
@@ -115,7 +115,7 @@ def main() -> None:
     }
     for name in asked.lengths:
         for stage in asked.stages:
-            figures = measure(name, stage, asked.timeout, asked.only)
+            figures = measure(name, stage, timeout=asked.timeout, only=asked.only)
             results["runs"].append({"lengths": name, "zero": stage, "figures": figures})
             asked.out.write_text(json.dumps(results, indent=1) + "\n")
 
