@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from seqaware.config.schema import Config, OptimizerConfig, ParallelConfig
+from seqaware.engine.checkpoint.manifest import MANIFEST
 from seqaware.errors import ConfigError
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -38,6 +39,9 @@ def model_folder(name: str) -> str:
         return name
     if is_model(folder / "model"):
         return str(folder / "model")
+    if (folder / MANIFEST).is_file():
+        do = f"make a Hugging Face folder of it first: seqaware export {folder} FOLDER"
+        raise ConfigError("this is a checkpoint, which holds shards of a model", got=folder, do=do)
     raise ConfigError(
         "this folder holds no model", got=folder, do="name a Hugging Face folder, or a run that has been trained"
     )

@@ -49,3 +49,9 @@ def test_a_name_of_the_hub_stays_one(tmp_path: Path) -> None:
     assert config.model.base_name == "someone/model" and config.model.tokenizer is None
     with pytest.raises(ConfigError, match="this folder holds no model"):
         with_model(CONFIG, str(tmp_path))
+
+
+def test_a_checkpoint_is_exported_first(tmp_path: Path) -> None:
+    (tmp_path / "seqaware.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"this is a checkpoint.*seqaware export .* FOLDER"):
+        with_model(CONFIG, str(tmp_path))
