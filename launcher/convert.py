@@ -33,14 +33,8 @@ def convert(
         prepare_environment()
         with quick_imports():
             from seqaware.engine.checkpoint.universal import convert as convert_checkpoint
-        names = 0
-
-        def count(name: str) -> None:
-            nonlocal names
-            names += 1
-
-        size = convert_checkpoint(checkpoint, folder, progress=count)
-        typer.echo(f"converted   {names} parameters, {size / 1e9:.2f} GB, to {folder}")
+        parameters, size = convert_checkpoint(checkpoint, folder)
+        typer.echo(f"converted   {parameters} parameters, {size / 1e9:.2f} GB, to {folder}")
 
 
 if __name__ == "__main__":

@@ -25,8 +25,13 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
         if known is not None:
             return known
     size = _SIZE.get(device.type, _SIZE["cpu"])
+    return 2 * size**3 / seconds_of_product(device, dtype, size=size, repeats=_REPEATS)
+
+
+def seconds_of_product(device: torch.device, dtype: torch.dtype, *, size: int, repeats: int) -> float:
+    """Seconds of a product of two [size, size] matrices: the shortest of `repeats`. Waits for the device."""
     matrix = torch.full((size, size), 0.5, device=device, dtype=dtype)
-    return 2 * size**3 / min(_seconds(matrix) for _ in range(_REPEATS))
+    return min(_seconds(matrix) for _ in range(repeats))
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,11 +7,11 @@ rank waits for do: on a device with a low clock, a high temperature or another t
 from __future__ import annotations
 
 import socket
-import time
 from typing import Any
 
 import torch
 
+from seqaware.engine.device_figures import seconds_of_product
 from seqaware.engine.ranks import Ranks
 
 _SIZE = {"cpu": 384, "cuda": 4096}
@@ -25,17 +25,7 @@ def pace_of_ranks(ranks: Ranks) -> dict[str, Any]:
     """
     device = ranks.device
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    matrix = torch.full((_SIZE.get(device.type, _SIZE["cpu"]),) * 2, 0.5, device=device, dtype=dtype)
-    found = ranks.gather((min(_seconds(matrix) for _ in range(_REPEATS)), socket.gethostname()))
+    size = _SIZE.get(device.type, _SIZE["cpu"])
+    seconds_here = seconds_of_product(device, dtype, size=size, repeats=_REPEATS)
+    found = ranks.gather((seconds_here, socket.gethostname()))
     return {"seconds": [seconds for seconds, _ in found], "hosts": [host for _, host in found]}
-
-
-def _seconds(matrix: torch.Tensor) -> float:
-    cuda = matrix.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(matrix.device)
-    started = time.perf_counter()
-    torch.mm(matrix, matrix)
-    if cuda:
-        torch.cuda.synchronize(matrix.device)
-    return time.perf_counter() - started

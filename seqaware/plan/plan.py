@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ _ADAMW = ("adamw", "adamw_fused", "cpu_adam", "fused_adam")
 
 # What decides the numbers of a run, by name: what `--resume-anyway` may name.
 MATHEMATICS = ("objective", "data", "tokenizer", "batch", "model", "optimizer", "schedule", "seed", "lora")
+
+
+def mathematics_hash(mathematics: Mapping[str, Any]) -> str:
+    """SHA-256, hexadecimal, of a plan's mathematics; the same where they were read from a file."""
+    return hashlib.sha256(json.dumps(mathematics, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -121,7 +127,7 @@ class Plan:
 
     def mathematics_hash(self) -> str:
         """SHA-256 of `mathematics()`, hexadecimal."""
-        return hashlib.sha256(json.dumps(self.mathematics(), sort_keys=True).encode()).hexdigest()
+        return mathematics_hash(self.mathematics())
 
     def unknown_mathematics(self) -> tuple[str, ...]:
         """What is not known here and will change `mathematics()` in the run; empty where its hash is final."""

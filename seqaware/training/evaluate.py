@@ -12,7 +12,7 @@ from typing import Any
 from seqaware.data.batch import Batch
 from seqaware.engine.engine import Engine
 from seqaware.objective.sums import NormalizeBy
-from seqaware.training.evaluation.generate import Leaving
+from seqaware.training.evaluation.rounds import Leaving
 
 
 def held_out_loss(

@@ -14,7 +14,7 @@ from seqaware.config.load import load_config
 from seqaware.config.schema import Config
 from seqaware.data.tokenize import load_tokenizer
 from seqaware.engine.checkpoint.export import put_in_place, write_model
-from seqaware.engine.checkpoint.manifest import first_wrong_hash, read_manifest, read_state
+from seqaware.engine.checkpoint.manifest import read_manifest, read_whole
 from seqaware.engine.checkpoint.shards import FP32, Shards
 from seqaware.engine.lora import Adapters
 from seqaware.engine.model import (
@@ -26,7 +26,7 @@ from seqaware.engine.model import (
     local_or_hub,
     set_dropout,
 )
-from seqaware.errors import CheckpointError, ConfigError
+from seqaware.errors import ConfigError
 from seqaware.training.folder import RunFolder
 
 # The engine's model is wrapped once.
@@ -52,10 +52,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None
     """
     if folder.exists():
         raise ConfigError("the folder for the model is there already", got=folder, do="name another, or remove it")
-    state = read_state(checkpoint)
-    problem = first_wrong_hash(checkpoint, rank=0, size=1)
-    if problem is not None:
-        raise CheckpointError("the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another")
+    state = read_whole(checkpoint)
     run_folder = RunFolder(run or checkpoint.absolute().parent.parent)
     path = run_folder.path / "config.yaml"
     if not path.is_file():
@@ -86,16 +83,11 @@ def _weights(shards: Shards, parameters: Mapping[str, Tensor], dtype: torch.dtyp
     Raises:
         CheckpointError: they are not those of this model.
     """
-    shapes = {name.removeprefix(_WRAPPED): shape for name, shape in shards.shapes.items()}
-    expected = {name: parameter.shape for name, parameter in parameters.items()}
-    if shapes != expected:
-        odd = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-        raise CheckpointError(
-            "the checkpoint's parameters are not those of the run's model",
-            got=f"{shards.checkpoint}: {len(odd)} differ, as {', '.join(odd[:3])}",
-            do="export with the run's own folder and model",
-        )
-    return {name: shards.read(f"{_WRAPPED}{name}", FP32).to(dtype).view(shape) for name, shape in shapes.items()}
+    shards.check({f"{_WRAPPED}{name}": parameter.shape for name, parameter in parameters.items()})
+    return {
+        name: shards.read(f"{_WRAPPED}{name}", FP32).to(dtype).view(parameter.shape)
+        for name, parameter in parameters.items()
+    }
 
 
 def _source(config: Config, run: RunFolder) -> str:

@@ -24,9 +24,9 @@ from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.manifest import RunState, survey, write_durably
 from seqaware.engine.versions import git_revision, versions
 from seqaware.errors import ConfigError
-from seqaware.plan.plan import Plan
+from seqaware.plan.plan import Plan, mathematics_hash
 from seqaware.training.lock import LOCK
-from seqaware.training.resume import changes, how_to_go_on, listed, plan_hash
+from seqaware.training.resume import changes, how_to_go_on, listed
 
 # What a run, or its verification, makes before the folder is claimed: with nothing else in it, the folder is free.
 _BEFORE_THE_CLAIM = (
@@ -205,7 +205,7 @@ def claim(folder: RunFolder, plan: Plan, *, address: RankAddress, resumed: RunSt
         if others:
             attempt["resumed_anyway"] = {name: asdict(change) for name, change in others.items()}
             # Until this attempt has saved, the checkpoints are still those of the run as it was.
-            allowed |= {resumed.plan_hash, *([plan_hash(before["mathematics"])] if before else [])}
+            allowed |= {resumed.plan_hash, *([mathematics_hash(before["mathematics"])] if before else [])}
     attempts = [*before.get("attempts", []), attempt]
     manifest = {
         "seqaware": __version__,

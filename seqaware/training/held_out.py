@@ -17,9 +17,9 @@ from seqaware.engine.engine import Engine
 from seqaware.engine.inference import AnsweringModel
 from seqaware.training.batches import RowFormat, rank_batches
 from seqaware.training.evaluate import held_out_loss
-from seqaware.training.evaluation.generate import Leaving
 from seqaware.training.evaluation.measure import answer_questions, write_answers_file
 from seqaware.training.evaluation.questions import Question
+from seqaware.training.evaluation.rounds import Leaving
 from seqaware.training.evaluation.scores import scores
 from seqaware.training.prepare import Prepared
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -142,11 +141,6 @@ def listed(differences: Mapping[str, Change]) -> str:
 
 def how_to_go_on(differences: Mapping[str, Change]) -> str:
     return f"to go on all the same, write --resume-anyway {','.join(differences)}"
-
-
-def plan_hash(mathematics: Mapping[str, Any]) -> str:
-    """As `Plan.mathematics_hash`, of mathematics that were read from a file."""
-    return hashlib.sha256(json.dumps(mathematics, sort_keys=True).encode()).hexdigest()
 
 
 def _difference(old: Any, new: Any, name: str) -> str:

@@ -16,12 +16,11 @@ from seqaware.engine.randomness import restore_random_state
 from seqaware.errors import CheckpointError
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
+def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     """Put model, optimizer and random state of `checkpoint` into the engine, whatever topology wrote it. Collective.
 
-    Returns:
-        whether the ranks and their files are those that wrote it, so that the run goes on bit for bit. Else the weights
-        and the optimizer are the same, and the random generators stay as they are.
+    On the ranks and the ZeRO stage that wrote it the run goes on bit for bit. Else the weights and the optimizer are
+    the same, and the random generators stay as they are.
 
     Raises:
         CheckpointError: a file would run code, or does not fit the model.
@@ -33,10 +32,9 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> bool:
     same_kind = stage == engine.zero_stage or alike
     if ranks == engine.ranks.size and same_kind and not (checkpoint / UNIVERSAL).is_dir():
         _load_same(engine, checkpoint)
-        return True
+        return
     together(engine.ranks, lambda: _fill(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
     settle(engine)
-    return False
 
 
 def _load_same(engine: Engine, checkpoint: Path) -> None:

@@ -205,6 +205,19 @@ def read_state(checkpoint: Path) -> RunState:
     )
 
 
+def read_whole(checkpoint: Path) -> RunState:
+    """The run's state in a checkpoint, every byte of which has been compared with what was written.
+
+    Raises:
+        CheckpointError: it is not complete, or damaged.
+    """
+    state = read_state(checkpoint)
+    problem = first_wrong_hash(checkpoint, rank=0, size=1)
+    if problem is not None:
+        raise CheckpointError("the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another")
+    return state
+
+
 def set_aside(folder: Path) -> list[Path]:
     """The checkpoints that runs have left behind when they went back, the last ones first."""
     return sorted(_named(folder, _SET_ASIDE), key=lambda path: (set_aside_number(path), step_of(path)), reverse=True)

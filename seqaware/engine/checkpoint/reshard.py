@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seqaware.engine.checkpoint.shards import FP32, Shards
 from seqaware.engine.engine import Engine
-from seqaware.errors import CheckpointError
+from seqaware.engine.optimizer import shape_of
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,16 @@ def fill(engine: Engine, checkpoint: Path) -> None:
         CheckpointError: its parameters are not the engine's, or its files cannot be cut.
     """
     shards = Shards(checkpoint)
-    _check_parameters(engine, shards)
+    named = engine.deepspeed.param_names.items()
+    shards.check({name: shape_of(parameter) for parameter, name in named if parameter.requires_grad})
     if engine.zero_stage == 3:
         engine.deepspeed.optimizer.checkpoint_event_prologue()
     for owner, held in _owned(engine):
         _fill_one(engine, owner, held, shards)
     _follow(engine, shards)
-    for name, buffer in engine.deepspeed.module.named_buffers():
-        if name in (kept := shards.buffers()):
-            buffer.copy_(kept[name])
+    buffers, kept = dict(engine.deepspeed.module.named_buffers()), shards.buffers()
+    for name in buffers.keys() & kept.keys():
+        buffers[name].copy_(kept[name])
     for counter in ("global_steps", "global_samples", "skipped_steps"):
         setattr(engine.deepspeed, counter, shards.model[counter])
     if shards.loss_scaler is not None and hasattr(engine.deepspeed.optimizer, "loss_scaler"):
@@ -145,25 +146,3 @@ def _follow(engine: Engine, shards: Shards) -> None:
             parts = optimizer.fp16_partitioned_groups[index]
             for part, values in zip(parts, optimizer.unflatten(computing, parts), strict=True):
                 part.data = values.data
-
-
-def _check_parameters(engine: Engine, shards: Shards) -> None:
-    ours = {name: _shape(p) for p, name in engine.deepspeed.param_names.items() if p.requires_grad}
-    theirs = shards.shapes
-    if ours == theirs:
-        return
-    odd = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    shown = [f"{name}: {_said(theirs.get(name))} there, {_said(ours.get(name))} here" for name in odd[:3]]
-    raise CheckpointError(
-        "the checkpoint's parameters are not those of this model",
-        got=f"{shards.checkpoint}: {len(odd)} differ: {'; '.join(shown)}",
-        do="resume with the model that it was saved with",
-    )
-
-
-def _shape(parameter: Any) -> torch.Size:
-    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _said(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else "×".join(map(str, shape))

@@ -81,6 +81,25 @@ class Shards:
         """Every trained parameter's shape, by the name that it has in DeepSpeed's engine."""
         return {name: parameter.shape for name, parameter in self._parameters.items()}
 
+    def check(self, expected: Mapping[str, torch.Size]) -> None:
+        """Refuse a checkpoint of another model.
+
+        Args:
+            expected: the shapes of the model's trained parameters, by the names that they have here.
+
+        Raises:
+            CheckpointError: which ones differ.
+        """
+        found = self.shapes
+        odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+        if odd:
+            shown = [f"{name}: {_said(found.get(name))} there, {_said(expected.get(name))} here" for name in odd[:3]]
+            raise CheckpointError(
+                "the checkpoint's parameters are not those of this model",
+                got=f"{self.checkpoint}: {len(odd)} differ: {'; '.join(shown)}",
+                do="take the model and the run that it was saved with",
+            )
+
     def keys(self, name: str) -> list[str]:
         """FP32 and the names of the optimizer's tensors for a parameter."""
         return list(self._parameters[name].pieces[0].vectors)
@@ -222,6 +241,10 @@ def _split(
     if "step" in groups[0]:  # some optimizers count for all
         scalars.setdefault("step", groups[0]["step"])
     return vectors, scalars
+
+
+def _said(shape: torch.Size | None) -> str:
+    return "nothing" if shape is None else "×".join(map(str, shape))
 
 
 def _own_weights(model: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

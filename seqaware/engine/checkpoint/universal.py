@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
 from seqaware.data.store_writer import sync_to_disk
-from seqaware.engine.checkpoint.manifest import PARTIAL, first_wrong_hash, read_manifest, read_state
+from seqaware.engine.checkpoint.manifest import PARTIAL, read_manifest, read_whole
 from seqaware.engine.checkpoint.save import complete
 from seqaware.engine.checkpoint.shards import FP32, UNIVERSAL, Shards
 from seqaware.engine.checkpoint.writing import FAILURES, Share
@@ -29,44 +28,40 @@ from seqaware.errors import CheckpointError, ConfigError
 LATEST_UNIVERSAL = "latest_universal"
 
 
-def convert(checkpoint: Path, folder: Path, *, progress: Callable[[str], None]) -> int:
-    """Write `checkpoint` as a universal one, in one process; a parameter at a time is in memory.
+def convert(checkpoint: Path, folder: Path) -> tuple[int, int]:
+    """Write `checkpoint` as a universal one, in one process; the weights are once in memory, for the file that has all.
 
     Args:
         folder: of the new checkpoint. Its parent gets the file by which DeepSpeed finds it.
-        progress: hears each parameter's name.
 
     Returns:
-        the bytes written.
+        the number of parameters, and the bytes written.
 
     Raises:
         CheckpointError: the checkpoint is not whole, or could not be written. ConfigError: the folder is taken.
     """
     if folder.exists():
         raise ConfigError("the folder for the checkpoint is there already", got=folder, do="name another, or remove it")
-    read_state(checkpoint)
-    problem = first_wrong_hash(checkpoint, rank=0, size=1)
-    if problem is not None:
-        raise CheckpointError("the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another")
+    read_whole(checkpoint)
     manifest = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "checksum")}
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         share = Share(_made(partial / UNIVERSAL).parent, rank=0, at_once=True, stop=threading.Event())
-        _write(Shards(checkpoint), partial, share, progress=progress)
+        shards = Shards(checkpoint)
+        _write(shards, partial, share)
         size = complete(partial, folder, [share.vote()], manifest=manifest)
         (folder.parent / LATEST_UNIVERSAL).write_text(folder.name)
         sync_to_disk(folder.parent)
     except FAILURES as error:
         raise CheckpointError("the checkpoint could not be converted", got=str(error)) from error
-    return size
+    return len(shards.shapes), size
 
 
-def _write(shards: Shards, partial: Path, share: Share, *, progress: Callable[[str], None]) -> None:
+def _write(shards: Shards, partial: Path, share: Share) -> None:
     weights: dict[str, torch.Tensor] = {}
     for name, shape in shards.shapes.items():
-        progress(name)
         folder = f"{UNIVERSAL}/{name}"
         _made(partial / folder)
         for key in shards.keys(name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,14 +16,10 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from seqaware.engine.attention import standard_attention
-from seqaware.engine.inference import AnsweringModel, bytes_per_row, in_halves
+from seqaware.engine.inference import AnsweringModel, bytes_per_row
 from seqaware.training.evaluation.questions import Question
-from seqaware.training.evaluation.rounds import BatchSize, left_padded, merged, rounds
+from seqaware.training.evaluation.rounds import BatchSize, Leaving, in_rounds, left_padded
 from seqaware.training.evaluation.sampling import Decoding, Draw, Trace
-
-Leaving = Callable[[], bool]
-"""Collective: whether the run is asked to leave, which no long evaluation may hold up."""
 
 
 def generate_texts(
@@ -43,7 +39,6 @@ def generate_texts(
     Returns:
         None where the run leaves before the end.
     """
-    ranks = model.ranks
 
     def cost(longest: int) -> int:
         return bytes_per_row(model.model, positions=longest, new_tokens=decoding.max_new_tokens)
@@ -52,20 +47,8 @@ def generate_texts(
         return write_answers(model, together, tokenizer=tokenizer, decoding=decoding)
 
     lengths = [len(question.prompt_ids) for question in questions]
-    shortest = questions[lengths.index(min(lengths))]
     batch = BatchSize(model, cost, fixed=batch_size)
-    texts: dict[int, str] = {}
-    with standard_attention(model.model):
-        for mine in rounds(lengths, batch, rank=ranks.rank, size=ranks.size):
-            if leaving():
-                return None
-            together = [questions[index] for index in mine]
-            if not together and not model.in_step:
-                continue
-            # A rank without rows answers one that another rank answers too, only to stay in step.
-            written = in_halves(write, together or [shortest], model=model, halved=batch.too_large)
-            texts.update(zip(mine, written, strict=False))
-    return merged(ranks.gather(texts), len(questions))
+    return in_rounds(write, questions, lengths, model=model, batch=batch, leaving=leaving)
 
 
 @torch.no_grad()

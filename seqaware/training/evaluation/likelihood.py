@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from seqaware.engine.attention import standard_attention
-from seqaware.engine.inference import AnsweringModel, bytes_per_row, in_halves
-from seqaware.training.evaluation.generate import Leaving
+from seqaware.engine.inference import AnsweringModel, bytes_per_row
 from seqaware.training.evaluation.questions import Question
-from seqaware.training.evaluation.rounds import BatchSize, left_padded, merged, rounds
+from seqaware.training.evaluation.rounds import BatchSize, Leaving, in_rounds, left_padded
 
 Pair = tuple[tuple[int, ...], tuple[int, ...]]
 """Ids of a prompt, and of what follows it."""
@@ -33,7 +31,6 @@ def log_likelihoods(
     Returns:
         None where the run leaves before the end.
     """
-    ranks = model.ranks
     pairs: list[Pair] = [(question.prompt_ids, choice.ids) for question in questions for choice in question.choices]
     lengths = [len(prompt) + len(choice) for prompt, choice in pairs]
     kept = 1 + max(len(choice) for _, choice in pairs) if _keeps_logits(model) else max(lengths)
@@ -45,19 +42,11 @@ def log_likelihoods(
     def weigh(together: Sequence[Pair]) -> list[float]:
         return _log_likelihoods(model, together, pad=pad)
 
-    shortest = pairs[lengths.index(min(lengths))]
     batch = BatchSize(model, cost, fixed=batch_size)
-    values: dict[int, float] = {}
-    with standard_attention(model.model):
-        for mine in rounds(lengths, batch, rank=ranks.rank, size=ranks.size):
-            if leaving():
-                return None
-            if not mine and not model.in_step:
-                continue
-            together = [pairs[index] for index in mine] or [shortest]
-            weighed = in_halves(weigh, together, model=model, halved=batch.too_large)
-            values.update(zip(mine, weighed, strict=False))
-    ordered = iter(merged(ranks.gather(values), len(pairs)))
+    values = in_rounds(weigh, pairs, lengths, model=model, batch=batch, leaving=leaving)
+    if values is None:
+        return None
+    ordered = iter(values)
     return [list(itertools.islice(ordered, len(each.choices))) for each in questions]
 
 

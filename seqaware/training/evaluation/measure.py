@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from seqaware.config.data import EvaluationConfig
 from seqaware.engine.inference import AnsweringModel
-from seqaware.training.evaluation.generate import Leaving, generate_texts
+from seqaware.training.evaluation.generate import generate_texts
 from seqaware.training.evaluation.likelihood import log_likelihoods
 from seqaware.training.evaluation.questions import Question
+from seqaware.training.evaluation.rounds import Leaving
 from seqaware.training.evaluation.sampling import Decoding
 from seqaware.training.evaluation.scores import Answer, judge_choices, judge_text
 

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import torch
 
-from seqaware.engine.inference import AnsweringModel, can_allocate, free_bytes
+from seqaware.engine.attention import standard_attention
+from seqaware.engine.inference import AnsweringModel, can_allocate, free_bytes, in_halves
 
 _FIRST_SHARE = 0.5  # of the free memory, by an estimate from above
 _LARGEST_SHARE = 0.9
@@ -20,6 +21,9 @@ _GROWTH = 1.25
 _MOST = {"cpu": 32, "cuda": 512}
 
 T = TypeVar("T")
+R = TypeVar("R")
+Leaving = Callable[[], bool]
+"""Collective: whether the run is asked to leave, which no long evaluation may hold up."""
 BytesPerRow = Callable[[int], int]
 """An estimate of what a row takes, by its length in tokens."""
 
@@ -62,6 +66,39 @@ class BatchSize:
 
     def _fits(self, size: int) -> bool:
         return can_allocate(size, self._ranks.device)
+
+
+def in_rounds(
+    work: Callable[[Sequence[T]], list[R]],
+    rows: Sequence[T],
+    lengths: Sequence[int],
+    *,
+    model: AnsweringModel,
+    batch: BatchSize,
+    leaving: Leaving,
+) -> list[R] | None:
+    """What `work` finds for each row, in their order, on every rank; each row is one rank's. Collective.
+
+    Args:
+        lengths: of the rows, in tokens.
+
+    Returns:
+        None where the run leaves before the end.
+    """
+    ranks = model.ranks
+    shortest = rows[lengths.index(min(lengths))]
+    found: dict[int, R] = {}
+    with standard_attention(model.model):
+        for mine in rounds(lengths, batch, rank=ranks.rank, size=ranks.size):
+            if leaving():
+                return None
+            if not mine and not model.in_step:
+                continue
+            # A rank without rows does one that another rank does too, only to stay in step.
+            together = [rows[index] for index in mine] or [shortest]
+            done = in_halves(work, together, model=model, halved=batch.too_large)
+            found.update(zip(mine, done, strict=False))
+    return merged(ranks.gather(found), len(rows))
 
 
 def rounds(lengths: Sequence[int], batch: BatchSize, *, rank: int, size: int) -> Iterator[list[int]]:
