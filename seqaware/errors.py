@@ -51,3 +51,7 @@ class DataError(SeqawareError):
 
 class CheckpointError(SeqawareError):
     """A checkpoint is torn, foreign, or belongs to another run."""
+
+
+class StorageError(SeqawareError):
+    """A disk refuses what a run has to write: it is full, or may only be read."""

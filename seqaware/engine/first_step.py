@@ -8,6 +8,7 @@ Letters: N tokens, M ≤ 64 of them that are scored, H hidden size, V vocabulary
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,7 +55,8 @@ def compare_losses(engine: Engine, batch: Batch) -> LossComparison | None:
     """Score up to 64 tokens of a micro-batch by the fused and by the plain loss, on every rank; the worst of the ranks.
 
     Collective: every rank must call it, with a micro-batch of its own. None where the run's loss is the plain one, or
-    where no rank's micro-batch has a token with loss.
+    where no rank's micro-batch has a token with loss, or a plain loss that is finite: what is wrong then lies in the
+    data or the weights, and the step itself will say so.
     """
     if engine.wrapped.loss_kernel == "plain":
         return None
@@ -70,7 +72,7 @@ def compare_losses(engine: Engine, batch: Batch) -> LossComparison | None:
         engine.evaluate_step([batch])
     finally:
         hook.remove()
-    found = [each for each in engine.ranks.gather(seen[0]) if each.tokens]
+    found = [each for each in engine.ranks.gather(seen[0]) if each.tokens and math.isfinite(each.plain)]
     return max(found, key=_badness, default=None)
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from seqaware.errors import DataError
+from seqaware.errors import DataError, StorageError
 
 
 class MetricsFile:
@@ -38,24 +38,29 @@ class MetricsFile:
             self._write_waiting()
 
     def go_back(self, step: int) -> None:
-        """Drop the lines of later steps: the run has gone back to `step`."""
+        """Drop the lines of later steps: the run has gone back to `step`.
+
+        Raises:
+            OSError: the file cannot be written anew; it stays as it is.
+        """
         self._write_waiting()
-        self._file.close()
         _keep_until(self._path, step)
+        self._file.close()
         self._file = self._path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Write what waits, durably.
 
         Raises:
-            DataError: it cannot be written.
+            StorageError: it cannot be written.
         """
         try:
             with self._file:
                 self._write_waiting()
                 os.fsync(self._file.fileno())
         except OSError as error:
-            raise DataError(f"the last lines of {self._path} cannot be written", got=error) from error
+            do = "see to the disk's space and rights, and give the same command again"
+            raise StorageError(f"the last lines of {self._path} cannot be written", got=error, do=do) from error
 
     def _write_waiting(self) -> None:
         while self._waiting:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from seqaware.data.batch import Batch
 from seqaware.data.store import TokenStore
 from seqaware.engine.engine import Engine
 from seqaware.engine.inference import AnsweringModel
+from seqaware.engine.ranks import Ranks
+from seqaware.engine.together import not_written, together
 from seqaware.training.batches import RowFormat, rank_batches
 from seqaware.training.evaluate import held_out_loss
 from seqaware.training.evaluation.measure import answer_questions, write_answers_file
 from seqaware.training.evaluation.questions import Question
 from seqaware.training.evaluation.rounds import Leaving
-from seqaware.training.evaluation.scores import scores
+from seqaware.training.evaluation.scores import Answer, scores
 from seqaware.training.prepare import Prepared
 
 _DOCUMENTS_AT_ONCE = 512
@@ -74,8 +76,8 @@ class HeldOut:
         )
         if given is None:
             return None
-        if answers is not None and self.engine.ranks.is_first:
-            write_answers_file(given, answers)
+        if answers is not None:
+            _write_together(self.engine.ranks, given, answers)
         return {**line, **scores(given, self.config.metric)}
 
     def _batches(self) -> Iterator[list[Batch]]:
@@ -83,3 +85,7 @@ class HeldOut:
         for first in range(0, len(self.store), _DOCUMENTS_AT_ONCE):
             ids = np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(self.store)), dtype=np.int64)
             yield rank_batches(self.store, ids, rows=self.rows, rank=ranks.rank, size=ranks.size)
+
+
+def _write_together(ranks: Ranks, given: Sequence[Answer], path: Path) -> None:
+    together(ranks, lambda: write_answers_file(given, path), on_first_only=True, error=not_written(str(path)))

@@ -29,12 +29,10 @@ class Course:
 
     Attributes:
         done: the last step that is over. passed_over: steps that updated nothing, because their numbers went wrong.
-        saved: the last step that a checkpoint holds.
     """
 
     done: int
     passed_over: list[int] = field(default_factory=list)
-    saved: int = 0
 
 
 @dataclass(frozen=True)

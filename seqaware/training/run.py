@@ -10,14 +10,15 @@ from pathlib import Path
 from seqaware.config.schema import Config
 from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.checkpoints import Checkpoints
-from seqaware.engine.checkpoint.manifest import read_state
+from seqaware.engine.checkpoint.manifest import RunState, read_state
 from seqaware.engine.checkpoint.retention import Retention, set_aside_later
 from seqaware.engine.engine import Engine
 from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
 from seqaware.engine.randomness import begin_randomness
 from seqaware.engine.ranks import Ranks, beyond_hangs, connect, environment
-from seqaware.errors import CheckpointError, DataError
+from seqaware.engine.together import not_written, together
+from seqaware.errors import CheckpointError, StorageError
 from seqaware.plan.offload import swap_folders
 from seqaware.plan.plan import Plan
 from seqaware.report.progress import RowCounter
@@ -116,11 +117,8 @@ def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ran
     engine.phase = phase
     _probe(engine, plan, say=say)
     state = None if checkpoint is None else read_state(checkpoint)
-    course = Course(0) if state is None else Course(state.step, list(state.passed_over), saved=state.step)
-    attempt = claim(folder, plan, address=ranks.address, resumed=state) if ranks.is_first else None
-    if checkpoint is None and ranks.is_first:
-        set_aside_later(folder.checkpoints, course.done)  # else loading it does
-    process.heartbeat.settle(folder.path, ranks.agree(attempt))
+    course = Course(0) if state is None else Course(state.step, list(state.passed_over))
+    process.heartbeat.settle(folder.path, _begin_attempt(folder, plan, state, ranks=ranks))
     output = plan.config.output
     keep = Retention(output.keep_last, output.keep_every, output.keep_best)
     checkpoints = Checkpoints(engine, folder.checkpoints, keep=keep, asynchronous=output.async_save)
@@ -135,6 +133,19 @@ def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ran
         checkpoints.close()
     if ranks.address.local_rank == 0:
         remove_swap_files(plan)
+
+
+def _begin_attempt(folder: RunFolder, plan: Plan, state: RunState | None, *, ranks: Ranks) -> int:
+    """Claim the folder; the number of this attempt. Collective."""
+
+    def begin() -> int:
+        number = claim(folder, plan, address=ranks.address, resumed=state)
+        if state is None:
+            set_aside_later(folder.checkpoints, 0)  # else loading the checkpoint does
+        return number
+
+    number: int = ranks.agree(together(ranks, begin, on_first_only=True, error=not_written(str(folder.path))))
+    return number
 
 
 def _standing(request: RunRequest, prepared: Prepared, process: Process, *, stack: ExitStack) -> ResumePoints | None:
@@ -189,13 +200,23 @@ def _train(session: Session) -> None:
         session.train()
         session.finish()
     except BaseException:
-        with suppress(DataError):  # on a full disk the metrics fail as well, and why the run ends is to be told
+        with suppress(StorageError):  # on a full disk the metrics fail as well, and why the run ends is to be told
             session.reporter.close()
         raise
-    session.reporter.close()
-    if session.ranks.is_first:
-        lines = summary_lines(session.plan, session.folder, seconds=time.monotonic() - started)
-        finish(session.folder, session.plan, card=model_card(session.plan, lines))
-        for line in lines:
-            session.process.say(line)
-    session.ranks.barrier()
+    for line in _end(session, seconds=time.monotonic() - started):
+        session.process.say(line)
+
+
+def _end(session: Session, *, seconds: float) -> list[str]:
+    """Note that the run is complete; what there is to say of it. Collective."""
+    plan, folder = session.plan, session.folder
+
+    def note() -> list[str]:
+        session.reporter.close()
+        if not session.ranks.is_first:
+            return []
+        lines = summary_lines(plan, folder, seconds=seconds)
+        finish(folder, plan, card=model_card(plan, lines))
+        return lines
+
+    return together(session.ranks, note, on_first_only=False, error=not_written(str(folder.path))) or []

@@ -15,6 +15,7 @@ from seqaware.engine.engine import Engine, StepResult
 from seqaware.engine.first_step import check_losses
 from seqaware.engine.pace import pace_of_ranks
 from seqaware.engine.ranks import Votes, environment
+from seqaware.engine.together import not_written, together
 from seqaware.errors import CheckpointError
 from seqaware.report.alerts import Alerts, Limits
 from seqaware.report.metrics import MetricsFile, read_metrics
@@ -76,7 +77,10 @@ class Session:
         self.held_out = HeldOut.of(prepared, engine, rows=rows)
         self.votes = Votes(self.ranks)
         self.spikes = SpikeWatch(plan.config.faults)
-        self.reporter = _reporter(self)
+        self._metrics_error = not_written(str(folder.metrics))
+        reporter = together(self.ranks, lambda: _reporter(self), on_first_only=False, error=self._metrics_error)
+        assert reporter is not None, "every rank has made one"
+        self.reporter = reporter
         self.interrupts = _interrupts(self)
 
     def train(self) -> None:
@@ -86,6 +90,7 @@ class Session:
             Left: the run was asked to leave; its checkpoint is complete.
             DivergenceError: the losses went wrong more often than the config allows.
             CheckpointError: the last checkpoint could not be written.
+            StorageError: the run's folder cannot be written.
         """
         due = Due(
             save=self.save,
@@ -205,8 +210,9 @@ class Session:
             self._save(course.done, must=False)
             self.checkpoints.wait()
             self.hear_of_saving()
-        saved = f"step {course.saved}, the last good one that is saved, is in {self.folder.checkpoints}"
-        raise not_finite(step, result, documents, kept=saved if course.saved else "nothing is saved yet")
+        whole = self.checkpoints.complete
+        saved = f"step {whole}, the last good one that is saved, is in {self.folder.checkpoints}"
+        raise not_finite(step, result, documents, kept=saved if whole else "nothing is saved yet")
 
     def go_back(self, spike: SpikeError) -> None:
         """Load the checkpoint before a spike, and pass over its step from now on.
@@ -233,9 +239,9 @@ class Session:
         self.checkpoints.load(checkpoint)
         step = step_of(checkpoint)
         course.passed_over.append(spike.step)
-        course.done = course.saved = step
+        course.done = step
         self.spikes.forget_after(step)
-        self.reporter.go_back(step)
+        together(self.ranks, lambda: self.reporter.go_back(step), on_first_only=False, error=self._metrics_error)
         self.reporter.event(
             {"kind": "rewind", "step": step, "spike": spike.step, "loss": spike.loss, "median": spike.usual}
         )
@@ -255,7 +261,6 @@ class Session:
                 raise
             self._not_saved(step, str(error))
             return
-        course.saved = step
         self.interrupts.saved()
         self.hear_of_saving()
 

@@ -1,15 +1,23 @@
 """Several runs in one launch, each disturbed at a moment of its own; a line of JSON a rank and run says how it ended.
 
 Started by a launcher with a JSON file: a list of {"config", "deepspeed", "set": [overrides], "disturb": {…} or null}.
-disturb: {"step": n, "rank": r, "signal": name} or {"step": n, "touch": file} — done as step n begins.
+disturb: {"step": n, "phase": name, …} is done once, as step n turns to that (default: "batches"), on rank 0 but for a
+signal; what it did to a file system is undone at "undo" (a step; default: when the run is over).
+
+    "signal": name, "rank": r     "touch": file     "remove": [files and folders]
+    "fill": folder                nothing can be written any more on its file system
+    "lock": folder                it may only be read from now on; what is open may still be written
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +33,50 @@ class Disturbance(Heartbeat):
 
     def __init__(self, rank: int, what: dict[str, Any] | None) -> None:
         self.rank = rank
-        self.what = what
+        self.what = what or {"step": None}
+        self.begun = self.undone = False
 
     def phase(self, name: str, step: int | None = None) -> None:
         what = self.what
-        if what is None or step != what["step"] or name != what.get("phase", "batches"):
-            return
-        self.what = None
-        if "touch" in what and self.rank == 0:
+        if not self.begun and step == what["step"] and name == what.get("phase", "batches"):
+            self.begun = True
+            if self.rank == what.get("rank", 0):
+                self._disturb()
+        if step is not None and step == what.get("undo") and name == "batches":
+            self.undo()
+
+    def _disturb(self) -> None:
+        what = self.what
+        if "touch" in what:
             Path(what["touch"]).touch()
-        if "signal" in what and self.rank == what["rank"]:
+        if "signal" in what:
             os.kill(os.getpid(), signal.Signals[what["signal"]])
+        for path in map(Path, what.get("remove", [])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if "fill" in what:
+            _fill(Path(what["fill"], "filler"))
+        if "lock" in what:
+            subprocess.run(["mount", "--bind", "-o", "ro", what["lock"], what["lock"]], check=True)
+
+    def undo(self) -> None:
+        """Give back the room, and the right to write."""
+        if self.undone or not self.begun or self.rank != 0:
+            return
+        self.undone = True
+        if "fill" in self.what:
+            Path(self.what["fill"], "filler").unlink()
+        if "lock" in self.what:
+            subprocess.run(["umount", self.what["lock"]], check=True)
+
+
+def _fill(path: Path) -> None:
+    with path.open("wb", buffering=0) as file:
+        for size in (1 << 20, 1 << 12, 1):
+            try:
+                while file.write(bytes(size)) == size:
+                    pass
+            except OSError as error:
+                assert error.errno == errno.ENOSPC, error
 
 
 def main() -> None:
@@ -50,6 +91,7 @@ def main() -> None:
     for request in json.loads(path.read_text()):
         config = load_config(Path(request["config"]), request["set"])
         said: list[str] = []
+        disturbance = Disturbance(address.rank, request["disturb"])
         with Signals() as signals:
             ending = {"how": "trained", "text": ""}
             try:
@@ -58,12 +100,13 @@ def main() -> None:
                     address=address,
                     say=said.append,
                     signals=signals,
-                    heartbeat=Disturbance(address.rank, request["disturb"]),
+                    heartbeat=disturbance,
                 )
             except Left as left:
                 ending = {"how": "left", "text": left.reason}
             except SeqawareError as error:
                 ending = {"how": type(error).__name__, "text": str(error)}
+        disturbance.undo()
         endings.append({**ending, "said": said})
         path.with_name(f"endings-{address.rank}.json").write_text(json.dumps(endings))
     disconnect()

@@ -6,79 +6,24 @@ All scenarios share one launch: each is a run of its own in `interrupted_runs.py
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
 from tests import launch, tiny
+from tests.e2e.disturbed import STEPS, Launch, Told
 
-STEPS = 6
 POISON = "rows.jsonl:8"
 
 
-@dataclass(frozen=True)
-class Told:
-    """What the ranks told of one run."""
-
-    folder: Path
-    endings: tuple[dict[str, Any], dict[str, Any]]
-
-    @property
-    def hows(self) -> list[str]:
-        return [ending["how"] for ending in self.endings]
-
-    def lines(self, kind: str) -> list[dict[str, Any]]:
-        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if line["kind"] == kind]
-
-    @property
-    def losses(self) -> dict[int, tuple[float, float]]:
-        return {line["step"]: (line["loss"], line["grad_norm"]) for line in self.lines("step")}
-
-    def checkpoints(self) -> list[int]:
-        return sorted(int(path.name[5:]) for path in (self.folder / "checkpoints").glob("step-*[0-9]"))
-
-
-class Launch:
-    """Collects runs, starts them all at once."""
-
-    def __init__(self, workshop: tiny.Workshop) -> None:
-        self.workshop = workshop
-        self.requests: list[dict[str, Any]] = []
-        self.names: dict[str, tuple[Path, int]] = {}
-
-    def add(self, name: str, folder: str, disturb: dict[str, Any] | None = None, **changes: Any) -> None:
-        schedule = {"num_epochs": 9, "max_steps": STEPS, "global_batch_size": 5, "scheduler_type": "constant"}
-        run = self.workshop.folder / folder
-        settings = {"training__schedule": schedule, "output__dir": str(run), **changes}
-        path = self.workshop.write(name, self.workshop.config(**settings))
-        zero3 = str(launch.DS_CONFIGS / "zero3.json")
-        if disturb and "touch" in disturb:
-            disturb = {**disturb, "touch": str(run / disturb["touch"])}
-        self.names[name] = (run, len(self.requests))
-        self.requests.append({"config": str(path), "deepspeed": zero3, "set": [], "disturb": disturb})
-
-    def start(self) -> dict[str, Told]:
-        path = self.workshop.folder / "requests.json"
-        path.write_text(json.dumps(self.requests))
-        done = launch.deepspeed("tests/e2e/interrupted_runs.py", str(path), ranks=2)
-        assert done.returncode == 0, done.stderr[-6000:]
-        endings = [json.loads((self.workshop.folder / f"endings-{rank}.json").read_text()) for rank in (0, 1)]
-        return {
-            name: Told(folder, (endings[0][place], endings[1][place])) for name, (folder, place) in self.names.items()
-        }
-
-
 def _poisoned_rows(workshop: tiny.Workshop) -> Path:
-    """The rows, one of them with a weight whose sum is beyond float32, and the same with a merely large one."""
+    """The rows, one of them with a weight whose sum is beyond float32 (`first`: in step 1), or merely large."""
     rows = [json.loads(line) for line in workshop.rows.read_text().splitlines()]
-    for name, weight in (("poison", 3e38), ("jump", 500.0)):
+    for name, bad, weight in (("poison", 7, 3e38), ("first", 12, 3e38), ("jump", 7, 500.0)):
         folder = workshop.folder / "rows" / name
         folder.mkdir(parents=True)
-        lines = [json.dumps({**row, "weight": weight if place == 7 else 1.0}) for place, row in enumerate(rows)]
+        lines = [json.dumps({**row, "weight": weight if place == bad else 1.0}) for place, row in enumerate(rows)]
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return workshop.folder / "rows"
 
@@ -105,12 +50,13 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     runs.add("after the evaluation", "evaluating", evaluation=held_out, training__schedule=one_row)
     poison = {"dataset__name": str(rows / "poison" / "rows.jsonl")}
     runs.add("not finite: stop", "stop", **poison)
+    runs.add("not finite at once", "once", dataset__name=str(rows / "first" / "rows.jsonl"))
     runs.add("not finite: skip", "skip", **poison, faults__nonfinite="skip")
     runs.add("not finite too often", "often", **poison, faults={"nonfinite": "skip", "max_skipped_steps": 1})
     spike = {"dataset__name": str(rows / "jump" / "rows.jsonl"), "output__save_every": 1}
     runs.add("spike", "spike", **spike, faults={"spike_factor": 5, "spike_window": 1})
     runs.add("no spike", "no_spike", **spike)
-    return runs.start()
+    return runs.start(launch.deepspeed)
 
 
 def test_a_signal_to_one_rank_is_heard_by_all_and_the_rerun_is_the_whole_run(told: dict[str, Told]) -> None:
@@ -169,6 +115,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_document(told: di
     assert f"step {bad} is not finite" in text
     # Nothing is lost: the last good step is saved, though no checkpoint was due.
     assert run.checkpoints() == ([bad - 1] if bad > 1 else [])
+
+
+def test_a_first_step_that_is_not_finite_is_the_datas_fault_and_not_the_kernels(told: dict[str, Told]) -> None:
+    run = told["not finite at once"]
+    assert run.hows == ["DivergenceError", "DivergenceError"]
+    assert all("step 1 is not finite" in ending["text"] for ending in run.endings)
+    assert all("rows.jsonl:13" in ending["text"] and "nothing is saved" in ending["text"] for ending in run.endings)
 
 
 def test_steps_that_are_not_finite_can_be_passed_over_and_are_counted(told: dict[str, Told]) -> None:

@@ -14,11 +14,12 @@ from seqaware.engine.checkpoint.background import BackgroundWrite
 from seqaware.engine.checkpoint.load import load_checkpoint
 from seqaware.engine.checkpoint.manifest import PARTIAL, RunState, checkpoint_name, read_state
 from seqaware.engine.checkpoint.retention import Evaluations, Retention, forget_old, set_aside_later, sweep
-from seqaware.engine.checkpoint.save import call_latest, complete, describe, make_empty, together
+from seqaware.engine.checkpoint.save import call_latest, complete, describe, make_empty
 from seqaware.engine.checkpoint.storage import save_through
-from seqaware.engine.checkpoint.writing import FAILURES, Share, Vote
+from seqaware.engine.checkpoint.writing import Share, Vote
 from seqaware.engine.engine import Engine
 from seqaware.engine.randomness import random_state
+from seqaware.engine.together import FAILURES, not_written, together
 from seqaware.errors import CheckpointError
 
 _PATIENCE_SECONDS = 10.0
@@ -65,6 +66,9 @@ class Checkpoints:
 
     Args:
         folder: `checkpoints` of the run's folder, which all ranks share and which must exist itself.
+
+    Attributes:
+        complete: the last step that is known to lie whole in `folder`, or None.
     """
 
     def __init__(self, engine: Engine, folder: Path, *, keep: Retention, asynchronous: bool = False) -> None:
@@ -75,7 +79,7 @@ class Checkpoints:
         self._asynchronous = asynchronous
         self._evaluations = Evaluations(folder)
         self._writing: _Writing | None = None
-        self._complete: int | None = None
+        self.complete: int | None = None
         self._outcomes: list[Outcome] = []
         self._warnings: list[str] = [self._evaluations.problem] if self._evaluations.problem else []
 
@@ -90,7 +94,7 @@ class Checkpoints:
         """
         started = time.monotonic()
         self._settle()
-        if self._complete == state.step:
+        if self.complete == state.step:
             return
         partial = self._folder / f"{checkpoint_name(state.step)}{PARTIAL}"
         together(self._ranks, lambda: make_empty(partial), on_first_only=True, error=self._error(state.step))
@@ -150,8 +154,9 @@ class Checkpoints:
         self._settle()
         load_checkpoint(self._engine, checkpoint)
         step = read_state(checkpoint).step
-        together(self._ranks, lambda: self._go_back(step), on_first_only=True)
-        self._complete = step if checkpoint.parent.resolve() == self._folder.resolve() else None
+        error = not_written(str(self._folder))
+        together(self._ranks, lambda: self._go_back(step), on_first_only=True, error=error)
+        self.complete = step if checkpoint.parent.resolve() == self._folder.resolve() else None
 
     def note_evaluation(self, step: int, loss: float) -> None:
         """Remember the held-out loss after a step, for `Retention.keep_best`. Not collective: rank 0 alone acts."""
@@ -192,18 +197,19 @@ class Checkpoints:
         assert outcome is not None, "rank 0 has judged"
         self._writing = None
         if outcome.problem is None:
-            self._complete = outcome.step
+            self.complete = outcome.step
         if not writing.told:
             self._outcomes.append(outcome)
         return outcome
 
     def _raise(self, outcome: Outcome | None) -> None:
         if outcome is not None and outcome.problem is not None:
-            self._outcomes.remove(outcome)
+            if outcome in self._outcomes:  # else `poll` has told it already
+                self._outcomes.remove(outcome)
             raise self._error(outcome.step)(outcome.problem)
 
     def _error(self, step: int) -> Callable[[str], CheckpointError]:
-        newest = "its beginning" if self._complete is None else f"step {self._complete}"
+        newest = "its beginning" if self.complete is None else f"step {self.complete}"
         return lambda problem: CheckpointError(
             f"the checkpoint of step {step} could not be written",
             got=problem,

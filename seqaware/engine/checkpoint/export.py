@@ -8,11 +8,12 @@ from functools import partial as partial_call
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seqaware.config.schema import LoraConfig
-from seqaware.engine.checkpoint.save import together
 from seqaware.engine.engine import Engine
+from seqaware.engine.together import not_written, together
 
 
 def export_model(
@@ -35,15 +36,24 @@ def export_model(
     def write() -> None:
         put_in_place(folder, tokenizer, lambda partial: write_weights(partial, weights))
 
-    together(engine.ranks, write, on_first_only=True)
+    together(engine.ranks, write, on_first_only=True, error=not_written(f"the trained model in {folder}"))
 
 
 def put_in_place(folder: Path, tokenizer: PreTrainedTokenizerBase, write_weights: Callable[[Path], None]) -> None:
-    """A model's folder with its tokenizer: written aside, then in the place of one that was there."""
+    """A model's folder with its tokenizer: written aside, then in the place of one that was there.
+
+    Raises:
+        OSError: the disk refuses it; what there is of it is cleared away.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write_weights(partial)
-    tokenizer.save_pretrained(partial)
+    try:
+        write_weights(partial)
+        tokenizer.save_pretrained(partial)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(partial, ignore_errors=True)  # it may be what has filled the disk
+        # safetensors has an error of its own for what a disk says.
+        raise OSError(f"{partial}: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from seqaware.engine.checkpoint.manifest import read_manifest
 from seqaware.engine.checkpoint.reading import read_tensors
 from seqaware.engine.checkpoint.reshard import fill, settle
-from seqaware.engine.checkpoint.save import together
 from seqaware.engine.checkpoint.shards import UNIVERSAL
 from seqaware.engine.checkpoint.storage import load_through, own_files
 from seqaware.engine.engine import Engine
 from seqaware.engine.randomness import restore_random_state
+from seqaware.engine.together import together
 from seqaware.errors import CheckpointError
 
 

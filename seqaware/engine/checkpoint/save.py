@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,42 +12,10 @@ from seqaware.data.inside import inside
 from seqaware.data.store_writer import sync_to_disk
 from seqaware.engine.checkpoint.manifest import LATEST, MANIFEST, FileRecord, RunState, sealed, write_durably
 from seqaware.engine.checkpoint.retention import sweep
-from seqaware.engine.checkpoint.writing import FAILURES, Vote, vote_path
+from seqaware.engine.checkpoint.writing import Vote, vote_path
 from seqaware.engine.engine import Engine
-from seqaware.engine.ranks import Ranks
 from seqaware.engine.versions import versions
 from seqaware.errors import CheckpointError
-
-
-def together(
-    ranks: Ranks,
-    action: Callable[[], None],
-    *,
-    on_first_only: bool,
-    error: Callable[[str], CheckpointError] | None = None,
-) -> None:
-    """Do something that may fail on one rank, and let all ranks know: none is left waiting for it.
-
-    Args:
-        error: makes the error of the first problem.
-
-    Raises:
-        CheckpointError: on every rank.
-    """
-    problem = None
-    if ranks.is_first or not on_first_only:
-        try:
-            action()
-        except (*FAILURES, CheckpointError) as failure:
-            problem = f"rank {ranks.rank}: {failure}"
-    problems = [text for text in ranks.gather(problem) if text]
-    if problems:
-        raise (error or _not_written)(problems[0])
-
-
-def _not_written(problem: str) -> CheckpointError:
-    do = "see to the disk's space and rights, and rerun"
-    return CheckpointError("the model's state could not be written", got=problem, do=do)
 
 
 def make_empty(partial: Path) -> None:

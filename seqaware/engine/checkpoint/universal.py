@@ -22,7 +22,8 @@ from seqaware.data.store_writer import sync_to_disk
 from seqaware.engine.checkpoint.manifest import PARTIAL, read_manifest, read_whole
 from seqaware.engine.checkpoint.save import complete
 from seqaware.engine.checkpoint.shards import FP32, UNIVERSAL, Shards
-from seqaware.engine.checkpoint.writing import FAILURES, Share
+from seqaware.engine.checkpoint.writing import Share
+from seqaware.engine.together import FAILURES
 from seqaware.errors import CheckpointError, ConfigError
 
 LATEST_UNIVERSAL = "latest_universal"

@@ -23,9 +23,7 @@ import torch
 
 from seqaware.data.store_writer import sync_to_disk
 from seqaware.engine.checkpoint.manifest import FileRecord
-
-# What a disk, a vanished folder or memory may do to a rank that writes; anything else is our own mistake.
-FAILURES = (OSError, RuntimeError, MemoryError)
+from seqaware.engine.together import FAILURES
 
 
 @dataclass(frozen=True)

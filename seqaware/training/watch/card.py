@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,3 +72,9 @@ def read_card(path: Path) -> Card | None:
         return Card(**values)
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not yet written, or by another version
+
+
+def code_of(cards: Iterable[Card]) -> int | None:
+    """Exit code of the lowest rank that has failed by an error of its own; None where none has."""
+    failed = [card for card in cards if card.message is not None and card.code]
+    return min(failed, key=lambda card: card.rank).code if failed else None

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from seqaware.report.progress import duration
 from seqaware.training.watch import words
+from seqaware.training.watch.card import code_of
 from seqaware.training.watch.dial import NO_STEP, Place
 from seqaware.training.watch.hang import Standing, awaited, look_at_main_thread
 from seqaware.training.watch.host import Life, children, memory_kills
@@ -112,8 +113,7 @@ class Monitor(threading.Thread):
             self._leave(self._code())
 
     def _code(self) -> int:
-        codes = [peer.card.code for peer in self._peers.all() if peer.card.message is not None and peer.card.code]
-        return codes[0] if codes else FAILURE
+        return code_of([self._own.card, *(peer.card for peer in self._peers.all())]) or FAILURE
 
     def _tell_of_the_dead(self, dead: list[Peer]) -> None:
         own = self._own
@@ -123,7 +123,7 @@ class Monitor(threading.Thread):
             kills = memory_kills() - self._memory_kills
             text = words.of_the_dead(dead, memory_kills=kills, shared=own.shared)
             own.tell(text)
-        self._leave(FAILURE)
+        self._leave(self._code())
 
     def _await_turn(self, before: list[int], extra: float = 0.0) -> bool:
         """Give the ranks before this one the time to speak, and `extra` seconds; True once one has."""

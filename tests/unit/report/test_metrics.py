@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from seqaware.errors import DataError
+from seqaware.errors import DataError, StorageError
 from seqaware.report.metrics import MetricsFile, read_metrics
 
 
@@ -44,6 +44,6 @@ def test_lines_that_a_full_disk_refuses_come_later_or_are_missed_by_name(tmp_pat
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]
     metrics._file = full
     metrics.write({"step": 3})
-    with pytest.raises(DataError, match=r"last lines of .* cannot be written.*No space left"):
+    with pytest.raises(StorageError, match=r"last lines of .* cannot be written.*No space left"):
         metrics.close()
     disk.close()

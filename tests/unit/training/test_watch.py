@@ -16,7 +16,7 @@ import pytest
 from seqaware.engine.address import RankAddress
 from seqaware.errors import ConfigError
 from seqaware.training.watch import words
-from seqaware.training.watch.card import Card, Stuck, read_card
+from seqaware.training.watch.card import Card, Stuck, code_of, read_card
 from seqaware.training.watch.dial import NO_STEP, Dial, Place, read_place
 from seqaware.training.watch.hang import Standing, awaited, look_at_main_thread
 from seqaware.training.watch.heartbeat import Heartbeat
@@ -165,6 +165,17 @@ def test_a_card_comes_back_as_it_was_written(tmp_path: Path) -> None:
     for torn in ("", "{", '{"rank": 1}', "[]"):
         path.write_text(torn)
         assert read_card(path) is None
+
+
+def test_a_launch_ends_with_the_code_of_the_lowest_rank_that_failed_by_itself() -> None:
+    killed, running = _card(0), _card(1)
+    person, crash = (
+        _card(2, status="failed", code=2, message="is full"),
+        _card(3, status="ended", code=1, message="bug"),
+    )
+    assert code_of([crash, running, person, killed]) == 2
+    assert code_of([crash, running, killed]) == 1
+    assert code_of([running, killed, _card(4, status="ended", code=1)]) is None
 
 
 def test_only_the_first_claims(tmp_path: Path) -> None:

@@ -1,0 +1,76 @@
+"""Runs that share one launch of two ranks, each disturbed in a way of its own, and what the ranks told of them.
+
+The ranks run `interrupted_runs.py`, on ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+from tests import launch, tiny
+
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Told:
+    """What the ranks told of one run."""
+
+    folder: Path
+    endings: tuple[dict[str, Any], dict[str, Any]]
+
+    @property
+    def hows(self) -> list[str]:
+        return [ending["how"] for ending in self.endings]
+
+    def lines(self, kind: str) -> list[dict[str, Any]]:
+        lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["kind"] == kind]
+
+    @property
+    def losses(self) -> dict[int, tuple[float, float]]:
+        return {line["step"]: (line["loss"], line["grad_norm"]) for line in self.lines("step")}
+
+    def checkpoints(self) -> list[int]:
+        return sorted(int(path.name[5:]) for path in (self.folder / "checkpoints").glob("step-*[0-9]"))
+
+
+class Launch:
+    """Collects runs, starts them all at once."""
+
+    def __init__(self, workshop: tiny.Workshop) -> None:
+        self.workshop = workshop
+        self.requests: list[dict[str, Any]] = []
+        self.names: dict[str, tuple[Path, int]] = {}
+
+    def add(self, name: str, folder: str, disturb: dict[str, Any] | None = None, **changes: Any) -> None:
+        """A run in `folder`; `changes` as for `Workshop.config`."""
+        schedule = {"num_epochs": 9, "max_steps": STEPS, "global_batch_size": 5, "scheduler_type": "constant"}
+        run = self.workshop.folder / folder
+        settings = {"training__schedule": schedule, "output__dir": str(run), **changes}
+        path = self.workshop.write(name, self.workshop.config(**settings))
+        zero3 = str(launch.DS_CONFIGS / "zero3.json")
+        if disturb and "touch" in disturb:
+            disturb = {**disturb, "touch": str(run / disturb["touch"])}
+        self.names[name] = (run, len(self.requests))
+        self.requests.append({"config": str(path), "deepspeed": zero3, "set": [], "disturb": disturb})
+
+    def start(self, by: Callable[..., CompletedProcess[str]]) -> dict[str, Told]:
+        """By name, what was told of each run.
+
+        Args:
+            by: `launch.deepspeed`, say.
+        """
+        path = self.workshop.folder / "requests.json"
+        path.write_text(json.dumps(self.requests))
+        done = by("tests/e2e/interrupted_runs.py", str(path), ranks=2)
+        assert done.returncode == 0, done.stderr[-6000:]
+        endings = [json.loads((self.workshop.folder / f"endings-{rank}.json").read_text()) for rank in (0, 1)]
+        return {
+            name: Told(folder, (endings[0][place], endings[1][place])) for name, (folder, place) in self.names.items()
+        }
