@@ -26,6 +26,7 @@ from torch import Tensor
 from seqaware.data.batch import Batch
 from seqaware.engine.attention import Documents
 from seqaware.engine.model import ModelInput, Targets, WeightedCausalLM
+from seqaware.engine.muon import import_muon
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
 from seqaware.engine.ranks import Ranks
 from seqaware.objective.sums import StepSums
@@ -226,6 +227,7 @@ class Engine:
 
 
 def _initialize(plan: Plan, model: WeightedCausalLM) -> Any:
+    import_muon()
     settings = dict(plan.deepspeed)
     optimizer_config = plan.config.training.optimizer
     if "optimizer" in settings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 from seqaware.engine.address import RankAddress
@@ -12,6 +13,8 @@ from seqaware.engine.lora import Adapters
 from seqaware.engine.model import DTYPES, LoadOptions, WeightedCausalLM, build_initial_model, load_model, local_or_hub
 from seqaware.engine.probe import Probe
 from seqaware.engine.ranks import Ranks, gpu_is_visible
+from seqaware.objective.products import wide_dtype
+from seqaware.objective.softmax_pass import choose_kernel
 from seqaware.plan.facts import World
 from seqaware.plan.plan import Plan
 from seqaware.training.batches import RowFormat
@@ -25,8 +28,6 @@ def world_of(address: RankAddress) -> World:
     cuda = gpu_is_visible()
     bf16 = True
     if cuda:
-        import torch
-
         bf16 = torch.cuda.is_bf16_supported()
     return World(address.size, address.local_size, address.nodes, "cuda" if cuda else "cpu", bf16)
 
@@ -70,7 +71,15 @@ def build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) -> 
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     choice = choose_backend(config.attention, device=ranks.device.type, dtype=options.dtype, head_dim=head_dim)
     say(f"attention   {choice.backend} ({choice.reason})")
+    say(f"loss        {_loss_words(config.loss_kernel, ranks.device, options.dtype)}")
     return Engine(plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend)
+
+
+def _loss_words(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
+    if kernel == "plain":
+        return "plain (as the config says: all logits at once, by the model's own head)"
+    choice = choose_kernel(device, wide_dtype(dtype))
+    return f"fused with its head, softmax by {choice.kernel} ({choice.reason})"
 
 
 def probe_of(engine: Engine, plan: Plan) -> Probe:

@@ -40,9 +40,15 @@ def _losses(workshop: tiny.Workshop, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def alone(workshop: tiny.Workshop) -> list[float]:
-    """The losses of one rank that nothing started."""
-    done = launch.python("launcher/train.py", str(_config(workshop, "alone")))
+    """The losses of one rank that nothing started; what it chose is said, and what it does without is not imported."""
+    zero = "--deepspeed", str(launch.DS_CONFIGS / "zero2.json")
+    done = launch.python("launcher/train.py", str(_config(workshop, "alone")), *zero, PYTHONPROFILEIMPORTTIME="1")
     assert done.returncode == 0, done.stderr[-4000:]
+    assert "\nattention   sdpa_per_document (" in done.stdout
+    assert "\nloss        fused with its head, softmax by torch (the Triton kernel is for GPUs)\n" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "deepspeed.runtime.zero.muon.original_muon" in imported
+    assert not {"mlflow.tracking", "torch._inductor.compile_fx", "datasets", "matplotlib", "peft"} & imported
     return _losses(workshop, "alone")
 
 

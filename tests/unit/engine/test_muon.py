@@ -1,0 +1,38 @@
+"""DeepSpeed's Muon is the same when its functions are compiled at their first call."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from seqaware.engine.muon import import_muon
+
+NAME = "deepspeed.runtime.zero.muon.original_muon"
+
+
+def test_functions_are_compiled_at_their_first_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+
+    def record(function: Callable[..., Any]) -> Callable[..., Any]:
+        compiled.append(function.__name__)
+        return function
+
+    compiler = importlib.import_module("deepspeed.runtime.compiler")
+    monkeypatch.setattr(compiler, "compile", lambda: record)
+    monkeypatch.delitem(sys.modules, NAME, raising=False)
+    import_muon()
+    muon = sys.modules.pop(NAME)
+    assert compiled == []
+    assert compiler.compile() is record
+    turned = [muon.zeropower_via_newtonschulz5(torch.eye(3), 5) for _ in range(2)]
+    assert compiled == ["zeropower_via_newtonschulz5"]
+    # An orthogonal matrix times a factor: the iteration's singular values lie between about 0.5 and 1.5.
+    product = turned[0].float() @ turned[0].float().T
+    torch.testing.assert_close(product, product.diagonal().mean() * torch.eye(3), atol=0.02, rtol=0)
+    assert 0.2 < float(product[0, 0]) < 2.5
+    assert torch.equal(*turned)
