@@ -23,7 +23,6 @@ from seqaware.report.template import PAGE
 
 _EVALUATION_FIGURES = ("evaluation", "exact_match", "position_end", "position_differences", "position_time", "weights")
 _PNG_DPI = 150
-_TROUBLE = ("skipped", "rewind", "save_failed")
 
 
 def write_report(paths: Sequence[Path], *, out: Path) -> Path:
@@ -127,7 +126,7 @@ def _of_each(runs: Sequence[RunRecord]) -> list[Section | None]:
 def _problems(runs: Sequence[RunRecord]) -> Section | None:
     rows = [[run.name, note] for run in runs for note in run.notes]
     for run in runs:
-        rows += [[run.name, _event(line)] for line in run.lines if line.get("kind") in _TROUBLE]
+        rows += [[run.name, _event(line)] for line in run.troubles]
     return Section("What went wrong, or could not be read", (), ["run", ""], rows, prose=True) if rows else None
 
 

@@ -58,6 +58,11 @@ class RunRecord:
         wanted = ("step", "unweighted_loss")
         return [line for line in self.lines if line.get("kind") == "evaluation" and _has(line, *wanted)]
 
+    @cached_property
+    def troubles(self) -> list[Line]:
+        """Steps passed over, ways back, checkpoints that could not be written."""
+        return [line for line in self.lines if line.get("kind") in ("skipped", "rewind", "save_failed")]
+
     @property
     def mathematics(self) -> Mapping[str, Any]:
         return self.manifest.get("mathematics") or self.plan.get("mathematics") or {}

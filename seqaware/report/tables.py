@@ -125,8 +125,7 @@ def plan_against_run(run: RunRecord) -> Section:
     if steps:
         peak = max(float(line["lr"]) for line in steps)
         rows.append(["highest learning rate", f"{(config.get('optimizer') or {}).get('lr', '?')}", f"{peak:g}"])
-    events = [line for line in run.lines if line.get("kind") not in ("step", "evaluation")]
-    rows.append(["steps passed over, saves that failed, …", "0", str(len(events))])
+    rows.append(["steps passed over, saves that failed, …", "0", str(len(run.troubles))])
     rows.append(["attempts", "1", str(len(run.manifest.get("attempts") or []))])
     note = "What is planned of the data is the share of it that the steps so far go over."
     return Section(f"The plan and what happened: {run.name}", [note], ["", "planned", "happened"], rows)

@@ -54,12 +54,12 @@ def frame(path: Path, *, width: int, now: float | None = None, plain: bool = Fal
         parts += [Text(), *_evaluation(run)]
     limits = limits_of(run.plan)
     parts += [Text(f"! {alert}", style="bold red") for alert in standing_alerts(run.lines, limits)]
-    parts += [Text(f"! {_event(line)}", style="yellow") for line in run.lines if line.get("kind") in _EVENTS]
+    parts += [Text(f"! {_event(line)}", style="yellow") for line in run.troubles]
     parts += [Text(f"? {note}", style="yellow") for note in run.notes]
     return Group(*parts)
 
 
-_EVENTS = {
+_TROUBLES = {
     "skipped": "step {step} was passed over: its loss or gradient was not finite",
     "rewind": "the loss jumped; the run went back to step {step}",
     "save_failed": "the checkpoint of step {step} could not be written",
@@ -67,7 +67,7 @@ _EVENTS = {
 
 
 def _event(line: Line) -> str:
-    return _EVENTS[str(line["kind"])].format(step=line.get("step", "?"))
+    return _TROUBLES[str(line["kind"])].format(step=line.get("step", "?"))
 
 
 def _head(run: RunRecord, now: float | None) -> Text:

@@ -265,13 +265,16 @@ class Session:
         self.hear_of_saving()
 
     def hear_of_saving(self) -> None:
-        """Tell what went wrong with checkpoints that were written meanwhile. Asked after every step; costs nothing."""
+        """Tell how the checkpoints came out that were written meanwhile. Asked after every step; costs nothing."""
         for outcome in self.checkpoints.poll():
             for warning in outcome.warnings:
                 self.process.say(f"warning     {warning}")
             if outcome.problem is not None:
                 what = f"the checkpoint of step {outcome.step} could not be written"
                 self._not_saved(outcome.step, f"{what}; got {outcome.problem}")
+            else:
+                figures = {"seconds": round(outcome.seconds, 3), "stood_still": round(outcome.stood_still, 3)}
+                self.reporter.event({"kind": "checkpoint", "step": outcome.step, "bytes": outcome.bytes, **figures})
 
     def _finish_saving(self) -> None:
         self.checkpoints.finish()

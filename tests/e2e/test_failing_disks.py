@@ -63,6 +63,10 @@ def _runs(workshop: tiny.Workshop, *, small: Path, locked: Path) -> Launch:
     data = {"dataset__name": str(rows), "dataset__store_dir": str(stores)}
     runs.add("data vanishes", "vanished", {"step": 2, "remove": [str(rows), str(stores)]}, **data)
     runs.add("data is gone", "never", **data)
+    stores = workshop.folder / "own stores"
+    own = {"dataset__store_dir": str(stores)}
+    runs.add("store vanishes", "store", {"step": 2, "remove": [str(stores)], "signal": "SIGTERM"}, **own)
+    runs.add("store is made again", "store", **own)
     return runs
 
 
@@ -135,7 +139,10 @@ def test_a_model_that_cannot_be_written_is_written_by_the_rerun(
     run, again = told[name], told[then]
     assert run.hows == ["StorageError", "StorageError"]
     for ending in run.endings:
-        assert f"{run.folder / 'model'} could not be written" in ending["text"] and why in ending["text"]
+        assert (
+            f"the model's folder {run.folder / 'model'} could not be written" in ending["text"]
+            and why in ending["text"]
+        )
     assert any(f"after step {STEPS}" in line for line in again.endings[0]["said"])
     _is_the_whole_run(again, told["whole"])
 
@@ -147,3 +154,10 @@ def test_data_that_vanishes_under_a_run_is_missed_by_the_next_one(told: dict[str
     assert next_one.hows == ["DataError", "DataError"]
     assert all(f"{run.folder.parent / 'gone' / 'rows.jsonl'}" in ending["text"] for ending in next_one.endings)
     assert not next_one.folder.exists()
+
+
+def test_a_store_that_vanishes_is_made_again(told: dict[str, Told]) -> None:
+    assert told["store vanishes"].hows == ["left", "left"]
+    again = told["store is made again"]
+    assert any("after step 2" in line for line in again.endings[0]["said"])
+    _is_the_whole_run(again, told["whole"])

@@ -36,26 +36,25 @@ def export_model(
     def write() -> None:
         put_in_place(folder, tokenizer, lambda partial: write_weights(partial, weights))
 
-    together(engine.ranks, write, on_first_only=True, error=not_written(f"the trained model in {folder}"))
+    together(engine.ranks, write, on_first_only=True, error=not_written(f"the model's folder {folder}"))
 
 
 def put_in_place(folder: Path, tokenizer: PreTrainedTokenizerBase, write_weights: Callable[[Path], None]) -> None:
     """A model's folder with its tokenizer: written aside, then in the place of one that was there.
 
     Raises:
-        OSError: the disk refuses it; what there is of it is cleared away.
+        StorageError: the disk refuses it; what there is of it is cleared away.
     """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_weights(partial)
         tokenizer.save_pretrained(partial)
-    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:  # safetensors has one of its own for what a disk says
         shutil.rmtree(partial, ignore_errors=True)  # it may be what has filled the disk
-        # safetensors has an error of its own for what a disk says.
-        raise OSError(f"{partial}: {error}") from error
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+        raise not_written(f"the model's folder {folder}")(str(error)) from error
 
 
 def write_model(
