@@ -77,6 +77,7 @@ def _gamma(written: float | None) -> float:
 def _write(path: Path, asked: dict[str, Any]) -> None:
     from seqaware.config.load import load_config
     from seqaware.plan.hardware import device_named
+    from seqaware.plan.render import render_plan
     from seqaware.training.dry_run import plan_without_torch
     from seqaware.training.outlook import Gpus
     from seqaware.training.starter import Answers, starter
@@ -97,7 +98,7 @@ def _write(path: Path, asked: dict[str, Any]) -> None:
     except BaseException:
         path.unlink()  # what does not plan is of no use
         raise
-    typer.echo(plan.render(settings=False))
+    typer.echo(render_plan(plan, settings=False))
     name = shlex.quote(str(path))
     typer.echo(f"\nwritten     {path}")
     typer.echo(f"next        seqaware plan {name} --gpus {max(1, gpus.all)}; seqaware preview {name}")

@@ -69,10 +69,12 @@ def train(
 
 
 def _dry_run(path: Path | None, deepspeed: Path | None, overrides: list[str], ranks: int) -> None:
+    from seqaware.plan.render import render_plan
     from seqaware.training.dry_run import plan_without_torch
 
     config = load_config(path, overrides)
-    typer.echo(plan_without_torch(config, deepspeed_path=deepspeed, ranks=ranks, gpu=gpu_is_visible()).render())
+    plan = plan_without_torch(config, deepspeed_path=deepspeed, ranks=ranks, gpu=gpu_is_visible())
+    typer.echo(render_plan(plan))
 
 
 def _train(path: Path | None, overrides: list[str], *, address: RankAddress, **settings: Any) -> None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from seqaware.config.model import LoraConfig
 from seqaware.plan.decoder import Decoder, decoder_of
 from seqaware.plan.facts import World
 from seqaware.plan.gathering import Gathering, GatherSettings, gathering
-
-if TYPE_CHECKING:
-    from seqaware.plan.plan import Plan
+from seqaware.plan.plan import Plan
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FROZEN_BYTES = {"nf4": 0.5, "int8": 1.0}

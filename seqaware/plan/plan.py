@@ -20,7 +20,6 @@ from seqaware.plan.contradictions import (
 from seqaware.plan.deepspeed_config import build_deepspeed_config, read_deepspeed_json
 from seqaware.plan.facts import DataFacts, ModelFacts, World
 from seqaware.plan.offload import offload_device
-from seqaware.plan.render import render_plan
 
 DEFAULT_DEEPSPEED = REPOSITORY / "ds_configs" / "zero2.json"
 # Four implementations of one update: where the weights lie decides which is fast, not what is computed.
@@ -63,10 +62,6 @@ class Plan:
     def total_steps(self) -> int | None:
         """Optimizer steps of the run; None while the data is not known."""
         return self.batches.total_steps
-
-    def render(self, *, settings: bool = True) -> str:
-        """The plan as a person reads it; `--dry-run` prints it. settings: DeepSpeed's too, key by key."""
-        return render_plan(self, settings=settings)
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain JSON values."""

@@ -5,22 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from seqaware.plan.batches import WHEN_TOKENISED
 from seqaware.plan.layout import layout_of
 from seqaware.plan.memory import memory
+from seqaware.plan.plan import Plan
 from seqaware.plan.throughput import collectives
-
-if TYPE_CHECKING:
-    from seqaware.plan.plan import Plan
 
 _LABEL_WIDTH = 12
 _GIB = 2**30
 
 
-def render_plan(plan: Plan, *, settings: bool) -> str:
-    """Lines `label  text`, then DeepSpeed's settings if they are asked for, then notes."""
+def render_plan(plan: Plan, *, settings: bool = True) -> str:
+    """The plan as a person reads it, in lines `label  text`; `--dry-run` prints it.
+
+    Args:
+        settings: DeepSpeed's too, key by key.
+    """
     lines = [
         _line("model", _model(plan)),
         _line("precision", _precision(plan)),

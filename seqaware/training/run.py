@@ -21,6 +21,7 @@ from seqaware.engine.together import not_written, together
 from seqaware.errors import CheckpointError, StorageError
 from seqaware.plan.offload import swap_folders
 from seqaware.plan.plan import Plan
+from seqaware.plan.render import render_plan
 from seqaware.report.progress import RowCounter
 from seqaware.report.trackers import check_trackers
 from seqaware.training.assembly import build_engine, model_source, probe_of, world_of
@@ -111,7 +112,7 @@ def run(
 
 def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ranks: Ranks, process: Process) -> None:
     plan, say, phase = prepared.plan, process.say, process.heartbeat.phase
-    say(plan.render(settings=False))
+    say(render_plan(plan, settings=False))
     phase("loading the model")
     engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=say)
     engine.phase = phase

@@ -23,6 +23,7 @@ from seqaware.engine.ranks import connect
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.plan import Plan
+from seqaware.plan.render import render_plan
 from seqaware.report.progress import RowCounter
 from seqaware.training.assembly import build_engine, model_source, probe_of, row_format, world_of
 from seqaware.training.batches import StepBatches
@@ -69,7 +70,7 @@ def verify(request: VerifyRequest, *, address: RankAddress, say: Say) -> Certifi
     if address.rank == 0:
         check_claim(folder, plan, resume="auto")
     ranks = connect(address, timeout_minutes=_PATIENCE_MINUTES)
-    say(plan.render(settings=False))
+    say(render_plan(plan, settings=False))
     source = model_source(prepared, folder)
     engine = build_engine(prepared, source, ranks=ranks, say=say)
     reference = None

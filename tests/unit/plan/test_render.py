@@ -10,6 +10,7 @@ import pytest
 from seqaware.config.schema import Config
 from seqaware.plan.facts import DataFacts, ModelFacts, World
 from seqaware.plan.plan import make_plan
+from seqaware.plan.render import render_plan
 
 CPU = World(size=2, local_size=2, nodes=1, device="cpu", bf16=True)
 GPT2 = ModelFacts(50257, 1024, 768, 12, parameters=None, model_type="gpt2")
@@ -18,7 +19,7 @@ DATA = DataFacts(1000, 100_000, 60_000, 300, "0123456789abcdef0123", exact=True)
 
 def rendered(model: ModelFacts | None = GPT2, data: DataFacts | None = DATA, **sections: Any) -> dict[str, str]:
     config = Config.model_validate({"model": {"base_name": "gpt2"}, "dataset": {"name": "gsm8k"}, **sections})
-    text = make_plan(config, world=CPU, model=model, data=data).render()
+    text = render_plan(make_plan(config, world=CPU, model=model, data=data))
     return {line[:12].strip(): line[12:] for line in text.splitlines() if line[:12].strip()} | {"all": text}
 
 
