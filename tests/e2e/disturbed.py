@@ -64,7 +64,7 @@ class Launch:
         """By name, what was told of each run.
 
         Args:
-            by: `launch.deepspeed`, say.
+            by: `launch.forked`, say.
         """
         path = self.workshop.folder / "requests.json"
         path.write_text(json.dumps(self.requests))

@@ -214,7 +214,7 @@ def test_a_folder_with_another_run(workshop: tiny.Workshop, tmp_path: Path) -> N
     config = workshop.config(
         output__dir=str(tmp_path / "run"), training__schedule={"num_epochs": 1, "global_batch_size": 13}
     )
-    first = launch.python("launcher/train.py", str(workshop.write("first", config)))
+    first = launch.forked("launcher/train.py", str(workshop.write("first", config)), ranks=1)
     assert first.returncode == 0, first.stderr
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     config["training"]["sft"] = {"gamma": 0.5}

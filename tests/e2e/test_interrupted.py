@@ -56,7 +56,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     spike = {"dataset__name": str(rows / "jump" / "rows.jsonl"), "output__save_every": 1}
     runs.add("spike", "spike", **spike, faults={"spike_factor": 5, "spike_window": 1})
     runs.add("no spike", "no_spike", **spike)
-    return runs.start(launch.deepspeed)
+    return runs.start(launch.forked)
 
 
 def test_a_signal_to_one_rank_is_heard_by_all_and_the_rerun_is_the_whole_run(told: dict[str, Told]) -> None:

@@ -29,7 +29,7 @@ def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) 
 
     requests = tmp_path / "requests.json"
     requests.write_text(json.dumps([request("whole", 5), request("parts", 2), request("parts", 5)]))
-    done = launch.deepspeed("tests/e2e/many_runs.py", str(requests), ranks=ranks)
+    done = launch.forked("tests/e2e/many_runs.py", str(requests), ranks=ranks)
     assert done.returncode == 0, done.stderr[-6000:]
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -51,9 +51,9 @@ def test_a_rank_that_cannot_write_is_heard_by_all(tmp_path: Path) -> None:
     workshop = tiny.build(tmp_path)
     run = tmp_path / "run"
     path = str(workshop.write("full", workshop.config(output__dir=str(run), training__schedule__max_steps=1)))
-    prepared = launch.python("launcher/prepare.py", path)
+    prepared = launch.forked("launcher/prepare.py", path, ranks=1)
     assert prepared.returncode == 0, prepared.stderr
-    done = launch.deepspeed("tests/e2e/failing_save.py", path, ranks=2, timeout=120)
+    done = launch.forked("tests/e2e/failing_save.py", path, ranks=2, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
         assert f"rank {rank} heard: the checkpoint of step 1 could not be written; got rank 1 on " in done.stderr
@@ -67,21 +67,22 @@ def test_a_finished_run_is_left_alone_and_an_earlier_checkpoint_can_be_gone_back
     config = workshop.config(output__dir=str(run), output__save_every=1, training__schedule=schedule)
     config["output"]["keep_last"] = 4
     path = str(workshop.write("again", config))
-    first = launch.python("launcher/train.py", path)
+    first = launch.forked("launcher/train.py", path, ranks=1)
     assert first.returncode == 0, first.stderr[-4000:]
     before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
-    again = launch.python("launcher/train.py", path)
+    again = launch.forked("launcher/train.py", path, ranks=1)
     assert again.returncode == 0 and "complete: all 4 steps" in again.stdout
     assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
 
     steps = _steps(run)
-    back = launch.python("launcher/train.py", path, "--resume", str(run / "checkpoints" / "step-00000002"))
+    earlier = str(run / "checkpoints" / "step-00000002")
+    back = launch.forked("launcher/train.py", path, "--resume", earlier, ranks=1)
     assert back.returncode == 0, back.stderr[-4000:]
     assert "resumed     after step 2" in back.stdout
     assert _steps(run) == steps
     abandoned = [child.name[-8:] for child in sorted((run / "checkpoints").glob("abandoned-*"))]
     assert abandoned == ["00000003", "00000004"]
 
-    late = launch.python("launcher/train.py", path, "--set", "training.schedule.max_steps=3")
+    late = launch.forked("launcher/train.py", path, "--set", "training.schedule.max_steps=3", ranks=1)
     assert late.returncode == 2 and "later than the end" in late.stderr

@@ -78,7 +78,7 @@ class Stages:
     def start(self) -> dict[str, Told]:
         path = self.workshop.folder / "requests.json"
         path.write_text(json.dumps(self.requests))
-        done = launch.python("tests/e2e/staged_runs.py", str(path))
+        done = launch.forked("tests/e2e/staged_runs.py", str(path), ranks=1)
         assert done.returncode == 0, done.stderr[-6000:]
         endings = json.loads((self.workshop.folder / "endings-0.json").read_text())
         return {name: Told(run, **ending) for (name, run), ending in zip(self.names, endings, strict=True)}
@@ -103,7 +103,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     at |= {name: str(workshop.folder / name) for name in more}
     behind = {"async_save": True}
     killed = stages.config(at["killed"], output=behind)
-    assert launch.python("tests/e2e/killed_save.py", str(killed)).returncode == -signal.SIGKILL
+    assert launch.forked("tests/e2e/killed_save.py", str(killed), ranks=1).returncode == -signal.SIGKILL
 
     stages.add("whole", at["whole"], output=behind)
     damages = [["flip", at["damaged"], 2], ["truncate", at["damaged"], 3], ["lose", at["damaged"], 4]]

@@ -178,7 +178,7 @@ def of_the_batch(k: Any, length: Any) -> Any:
 def test_the_command_names_what_depends_on_the_batch(workshop: tiny.Workshop) -> None:
     scheme = {"weighting": "tests.e2e.test_verify:of_the_batch"}
     path = _config(workshop, "of-the-batch", {"training__sft": scheme})
-    done = launch.python("launcher/verify.py", str(path), "--steps", "1")
+    done = launch.forked("launcher/verify.py", str(path), "--steps", "1", ranks=1)
     assert done.returncode == 1, done.stderr[-4000:]
     assert "falls short" in done.stdout and "differs     first in the gradient of model.embed_tokens" in done.stdout
     short = {i["item"] for i in _certificate(workshop.folder / "of-the-batch")["items"] if i["verdict"] != "holds"}
@@ -199,12 +199,12 @@ def test_the_command_leaves_the_folder_to_the_run_and_comes_back_to_it(workshop:
     assert certificate["oracle"] == "float32 on cpu, rounding seen in float32"
     assert certificate["versions"]["torch"] and certificate["host"]["name"] and certificate["plan"]["zero_stage"] == 3
 
-    trained = launch.python("launcher/train.py", path)
+    trained = launch.forked("launcher/train.py", path, ranks=1)
     assert trained.returncode == 0, trained.stderr[-4000:]
     assert _certificate(folder) == certificate
     assert certificate["mathematics_hash"] == json.loads((folder / "plan.json").read_text())["mathematics_hash"]
     before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    again = launch.deepspeed(*verify, ranks=2)
+    again = launch.forked(*verify, ranks=2)
     assert again.returncode == 0, again.stderr[-4000:]
     after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
     assert {file.name for file in after if after[file] != before.get(file)} == {"certificate.json"}

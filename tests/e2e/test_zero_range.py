@@ -128,7 +128,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
     requests += [_request(workshop, name, _folder(workshop, name)) for name in RUN_HERE]
     path = workshop.folder / "requests.json"
     path.write_text(json.dumps(requests))
-    done = launch.deepspeed(
+    done = launch.forked(
         "tests/e2e/many_runs.py", str(path), ranks=2, timeout=360 + 30 * len(requests)
     )  # the operators are built first
     assert done.returncode == 0, done.stderr[-6000:]
@@ -193,7 +193,7 @@ def test_resume_is_never_having_stopped(workshop: tiny.Workshop, name: str) -> N
 def test_a_run_with_states_on_a_drive_is_not_resumed(workshop: tiny.Workshop) -> None:
     request = _request(workshop, STOPPED, _resumed_folder(workshop, STOPPED))
     sets = [part for each in request["set"] for part in ("--set", each)]
-    done = launch.python("launcher/train.py", request["config"], "--deepspeed", request["deepspeed"], *sets)
+    done = launch.forked("launcher/train.py", request["config"], "--deepspeed", request["deepspeed"], *sets, ranks=1)
     assert done.returncode == 2
     assert "a run that offloads to nvme cannot be resumed" in done.stderr
 
