@@ -13,6 +13,9 @@ RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); echo 
 # One core's threads each: ranks that all take every core stand in each other's way.
 OMP_NUM_THREADS ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / $(RANKS) )); echo $$((n > 0 ? n : 1)))
 export OMP_NUM_THREADS
+# Tests go on in lanes beside each other, a file of tests in one lane: a launch of two ranks waits, and imports, for much
+# of its time.
+LANES ?= $(shell n=$$(( $$(getconf _NPROCESSORS_ONLN) / 2 )); echo $$((n > 2 ? n : 2)))
 # Without a GPU, say so: DeepSpeed warns where it has to find out.
 ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 export DS_ACCELERATOR ?= cpu
@@ -34,8 +37,8 @@ train: install ## set up, then train the demo through the deepspeed launcher (RA
 	PATH="$$PWD/$(BIN):$$PATH" deepspeed --log_level error --num_gpus $(RANKS) --master_port "$$port" \
 		launcher/train.py train_configs/demo.yaml --deepspeed $(DEEPSPEED_CONFIG) $(TRAIN_ARGS)
 
-test: install ## set up, then run all tests (PYTEST_ARGS=)
-	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest $(PYTEST_ARGS)
+test: install ## set up, then run all tests (LANES=, PYTEST_ARGS=)
+	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-matrix: install ## layouts that cover every triple of choices, against the oracle; long
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -m matrix $(PYTEST_ARGS)

@@ -46,15 +46,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def deepspeed(script: str, *arguments: str, ranks: int, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+def deepspeed(
+    script: str, *arguments: str, ranks: int, port: int | None = None, timeout: int = 600
+) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS script arguments…`, from the repository's root."""
-    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(free_port()), script, *arguments]
+    command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port or free_port()), script, *arguments]
     return _run(command, timeout)
 
 
-def python(script: str, *arguments: str, timeout: int = 600, **extra: str) -> subprocess.CompletedProcess[str]:
-    """`python script arguments…`, from the repository's root."""
-    return _run([sys.executable, script, *arguments], timeout, **extra)
+def python(
+    script: str, *arguments: str, timeout: int = 600, cwd: Path = ROOT, **extra: str
+) -> subprocess.CompletedProcess[str]:
+    """`python script arguments…`, the script named from the repository's root."""
+    program = script if script.startswith("-") else str(ROOT / script)
+    return _run([sys.executable, program, *arguments], timeout, cwd=cwd, **extra)
 
 
 def torchrun(script: str, *arguments: str, ranks: int, timeout: int = 600) -> subprocess.CompletedProcess[str]:
@@ -123,7 +128,7 @@ def _first_failure(processes: Sequence[BaseProcess], deadline: float) -> int:
     return next((code for code in codes if code), -1 if None in codes else 0)
 
 
-def _run(command: list[str], timeout: int, **extra: str) -> subprocess.CompletedProcess[str]:
+def _run(command: list[str], timeout: int, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, cwd=ROOT, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
+        command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
     )

@@ -39,7 +39,7 @@ def test_every_choice_of_the_configuration_is_on_its_axis(axis: str, annotation:
     assert literals(annotation) == set(AXES[axis])
 
 
-@pytest.mark.parametrize("metric", literals(EvaluationConfig.model_fields["metric"].annotation))
+@pytest.mark.parametrize("metric", sorted(literals(EvaluationConfig.model_fields["metric"].annotation)))
 def test_an_evaluation_is_by_loss_or_by_answers(metric: str) -> None:
     made = choices(evaluation={"dataset": {"name": "rows.jsonl"}, "metric": metric})
     assert made["evaluation"] == ("loss" if metric == "none" else "answers")
