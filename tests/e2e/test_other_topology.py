@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from seqaware.engine.checkpoint.reading import read_tensors
+from seqaware.engine.checkpoint.shards import FP32, Shards
 from seqaware.engine.checkpoint.universal import convert
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training.export import export_checkpoint
@@ -33,6 +35,7 @@ SOURCES: dict[str, tuple[int, list[str]]] = {
     "zero1": (1, []),
     "zero3": (3, []),
     "bf16": (3, ["model.dtype=bfloat16"]),
+    "muon": (2, ["training.optimizer.type=muon"]),
     "lora": (2, ["lora.rank=4", "lora.target_modules=all-linear"]),
 }
 # (ranks, source, ZeRO stage now, more settings)
@@ -172,6 +175,32 @@ def test_what_cannot_be_exported_is_told(workshop: tiny.Workshop, tmp_path: Path
     with pytest.raises(CheckpointError, match="optim_states\\.pt has 0 bytes"):
         export_checkpoint(moved, tmp_path / "torn", run=workshop.folder / "zero3")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_an_optimizer_that_cannot_be_shared_out_anew_is_refused(workshop: tiny.Workshop, tmp_path: Path) -> None:
+    """Its weights can be read all the same: they were exported above."""
+    with pytest.raises(CheckpointError, match=r"optimizer's state cannot be cut.*Muon's momentum.*that wrote it"):
+        convert(_checkpoint(workshop, "muon", SAVED), tmp_path / "universal")
+    shards = Shards(_checkpoint(workshop, "muon", SAVED))
+    with pytest.raises(CheckpointError, match="Muon's momentum"):
+        shards.keys(next(iter(shards.shapes)))
+
+
+def test_a_state_of_another_size_than_the_weights_is_refused(workshop: tiny.Workshop, tmp_path: Path) -> None:
+    """As that of an 8-bit optimizer, which has a scale for every block of weights."""
+    checkpoint = tmp_path / "step-00000002"
+    shutil.copytree(_checkpoint(workshop, "zero1", SAVED), checkpoint)
+    for path in checkpoint.glob("*optim_states.pt"):
+        content = read_tensors(path)
+        for state in content["optimizer_state_dict"]["base_optimizer_state"]["state"].values():
+            state["absmax1"] = torch.ones(3)
+        torch.save(content, path.with_suffix(".new"))  # it is mapped: not written over
+        path.with_suffix(".new").replace(path)
+    shards = Shards(checkpoint)
+    name = next(iter(shards.shapes))
+    assert shards.read(name, FP32).numel() == shards.shapes[name].numel()
+    with pytest.raises(CheckpointError, match="absmax1 has 3 elements beside"):
+        shards.keys(name)
 
 
 def test_deepspeeds_own_loader_reads_a_universal_checkpoint(workshop: tiny.Workshop) -> None:

@@ -28,6 +28,7 @@ from seqaware.errors import CheckpointError
 
 FP32 = "fp32"
 UNIVERSAL = "zero"
+_MUON = "momentum_buffer"
 _OPTIMIZER = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
 _MODEL = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
 
@@ -57,7 +58,7 @@ class Shards:
         loss_scaler: DeepSpeed's, or None where there is none. groups: the optimizer's groups of hyperparameters.
 
     Raises:
-        CheckpointError: a file is missing, would run code, or holds what this cannot cut.
+        CheckpointError: a file is missing, would run code, or is not what DeepSpeed writes.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -69,6 +70,7 @@ class Shards:
         self.loss_scaler: Any = None
         self.groups: list[dict[str, Any]] = []
         self._parameters: dict[str, _Parameter] = {}
+        self._uncut: str | None = None
         if (checkpoint / UNIVERSAL).is_dir():
             self._open_universal()
         elif files := _optimizer_files(checkpoint):
@@ -101,7 +103,17 @@ class Shards:
             )
 
     def keys(self, name: str) -> list[str]:
-        """FP32 and the names of the optimizer's tensors for a parameter."""
+        """FP32 and the names of the optimizer's tensors for a parameter.
+
+        Raises:
+            CheckpointError: they cannot be cut for another topology. The weights can be read all the same.
+        """
+        if self._uncut is not None:
+            raise CheckpointError(
+                "this optimizer's state cannot be cut for another topology",
+                got=f"{self.checkpoint}: {self._uncut}",
+                do="resume on the ranks and the ZeRO stage that wrote it",
+            )
         return list(self._parameters[name].pieces[0].vectors)
 
     def scalars(self, name: str) -> dict[str, Any]:
@@ -165,7 +177,7 @@ class Shards:
         """ZeRO-1 and 2: a parameter goes on in the next rank's part where this one ends."""
         groups = content["single_partition_of_fp32_groups"]
         for index, (flat, mapping) in enumerate(zip(groups, content["param_slice_mappings"], strict=True)):
-            vectors, scalars = _split(flat, content["base_optimizer_state"], index, where=self.checkpoint)
+            vectors, scalars = self._split(flat, content["base_optimizer_state"], index)
             for name, address in mapping.items():
                 parameter = self._parameters[name]
                 start = parameter.pieces[-1].stop if parameter.pieces else 0
@@ -175,7 +187,7 @@ class Shards:
     def _add_parts_of_each(self, content: Mapping[str, Any], groups: list[list[str]], *, rank: int, ranks: int) -> None:
         """ZeRO-3: parts of equal size, the last ones filled up."""
         for index, (flat, names) in enumerate(zip(content["fp32_flat_groups"], groups, strict=True)):
-            vectors, scalars = _split(flat, content["optimizer_state_dict"], index, where=self.checkpoint)
+            vectors, scalars = self._split(flat, content["optimizer_state_dict"], index)
             offset = 0
             for name in names:
                 parameter = self._parameters[name]
@@ -200,8 +212,27 @@ class Shards:
             )
         for name, index in zip(names, indices, strict=True):
             flat = weights[name].reshape(-1)
-            vectors, scalars = _split(flat, optimizer, index, where=self.checkpoint)
+            vectors, scalars = self._split(flat, optimizer, index)
             self._parameters[name] = _Parameter(weights[name].shape, [_Piece(0, flat.numel(), 0, vectors)], scalars)
+
+    def _split(
+        self, flat: Tensor, optimizer: Mapping[str, Any], index: int
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The vectors beside `flat` in an optimizer's state, and its scalars."""
+        vectors, scalars = {FP32: flat}, {}
+        for key, value in optimizer["state"].get(index, {}).items():
+            if key == _MUON:
+                self._uncut = "of Muon's momentum each rank keeps whole matrices, in an order of its own"
+            elif not isinstance(value, Tensor) or value.numel() == 1 != flat.numel():
+                scalars[key] = value
+            elif value.numel() == flat.numel():
+                vectors[key] = value.reshape(-1)
+            else:
+                self._uncut = f"{key} has {value.numel():,} elements beside {flat.numel():,} weights"
+        groups = optimizer["param_groups"]
+        if "step" in groups[0]:  # some optimizers count for all
+            scalars.setdefault("step", groups[0]["step"])
+        return vectors, scalars
 
     def _open_universal(self) -> None:
         common = read_tensors(self.checkpoint / UNIVERSAL / "optimizer_state.pt")
@@ -219,28 +250,6 @@ def _optimizer_files(checkpoint: Path) -> list[Path]:
     """The ranks' files of optimizer states, by rank."""
     found = {int(match[1]): path for path in checkpoint.iterdir() if (match := _OPTIMIZER.fullmatch(path.name))}
     return [found[rank] for rank in sorted(found)]
-
-
-def _split(
-    flat: Tensor, optimizer: Mapping[str, Any], index: int, *, where: Path
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The vectors beside `flat` in an optimizer's state, and its scalars."""
-    vectors, scalars = {FP32: flat}, {}
-    for key, value in optimizer["state"].get(index, {}).items():
-        if not isinstance(value, Tensor) or value.numel() == 1 != flat.numel():
-            scalars[key] = value
-        elif value.numel() == flat.numel():
-            vectors[key] = value.reshape(-1)
-        else:
-            raise CheckpointError(
-                "this optimizer's state cannot be cut for another topology",
-                got=f"{where}: {key} has {value.numel():,} elements beside {flat.numel():,} weights",
-                do="resume on the ranks and the ZeRO stage that wrote it",
-            )
-    groups = optimizer["param_groups"]
-    if "step" in groups[0]:  # some optimizers count for all
-        scalars.setdefault("step", groups[0]["step"])
-    return vectors, scalars
 
 
 def _said(shape: torch.Size | None) -> str:
