@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from seqaware.errors import USER_ERROR, SeqawareError
 from seqaware.training.watch import words
+from seqaware.training.watch.card import code_of
 from seqaware.training.watch.monitor import FAILURE, Monitor
 from seqaware.training.watch.own_rank import OwnRank
 from seqaware.training.watch.peers import missed_now, silent_afar
@@ -81,17 +82,23 @@ def _is_victim(own: OwnRank, error: BaseException, message: str) -> bool:
 
 def _tell_of_a_loss(own: OwnRank, monitor: Monitor, message: str) -> int:
     if _wait(own.told, _UNTIL_FAILED_TELLS if missed_now(own) else _UNTIL_TOLD):
-        monitor.join(_UNTIL_ENDED)  # it ends this process, with the code that fits
-        return FAILURE
+        monitor.join(_UNTIL_ENDED)  # it ends this process, unless the machine is too busy
+        return _code_of_others(own)
     # Nobody of this host is to blame.
     far = own.address.nodes > 1 and own.shared is not None
     seconds = max(_SILENT_AT_LEAST, _SHARES_MISSED * own.share_seconds)
     silent = silent_afar(own, seconds) if far else []
     monitor.stop()
-    card = own.update(status="failed", code=FAILURE, message=message)
+    code = _code_of_others(own)
+    card = own.update(status="failed", code=code, message=message)
     text = words.of_the_lost(card, silent=silent, shared=own.shared)
     own.tell(text)
-    return FAILURE
+    return code
+
+
+def _code_of_others(own: OwnRank) -> int:
+    """The launcher may pass on the code of whichever rank ends first: a victim's is that of the rank to blame."""
+    return code_of(card for card in own.folder.cards() if card.rank != own.address.rank) or FAILURE
 
 
 def _let_rank_0_speak(own: OwnRank) -> None:

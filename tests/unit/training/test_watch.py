@@ -15,13 +15,14 @@ import pytest
 
 from seqaware.engine.address import RankAddress
 from seqaware.errors import ConfigError
-from seqaware.training.watch import words
+from seqaware.training.watch import failing, words
 from seqaware.training.watch.card import Card, Stuck, code_of, read_card
 from seqaware.training.watch.dial import NO_STEP, Dial, Place, read_place
 from seqaware.training.watch.hang import Standing, awaited, look_at_main_thread
 from seqaware.training.watch.heartbeat import Heartbeat
 from seqaware.training.watch.host import HostProcess, Life, ending
-from seqaware.training.watch.launch_folder import claim, open_launch_folder
+from seqaware.training.watch.launch_folder import TOLD, claim, open_launch_folder
+from seqaware.training.watch.monitor import Monitor
 from seqaware.training.watch.own_rank import OwnRank
 from seqaware.training.watch.peers import Peer, Peers, Stillness, missed_now
 from seqaware.training.watch.rank_log import RankLog, last_lines
@@ -108,6 +109,23 @@ def test_who_ends_while_it_is_looked_at_is_not_missed(tmp_path: Path, monkeypatc
     assert peer.life is Life.GONE and not peer.missed
     sibling.write(folder.card(1))
     assert missed_now(own) == []
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_victim_ends_with_the_code_of_who_failed_though_no_monitor_comes_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    """On a busy machine: the launcher would pass on this rank's code if it were the first to end."""
+    address = replace(_address(), rank=1)
+    folder = open_launch_folder(address, tmp_path)
+    replace(_card(0), size=2, status="failed", code=2, message="no such column").write(folder.card(0))
+    if told:
+        (folder.path / TOLD).touch()
+    for patience in ("_UNTIL_TOLD", "_UNTIL_FAILED_TELLS", "_UNTIL_ENDED"):
+        monkeypatch.setattr(failing, patience, 0.05)
+    monitor = Monitor(OwnRank(address, folder))
+    monkeypatch.setattr(monitor, "join", lambda timeout: None)
+    assert failing.fail(OwnRank(address, folder), monitor, RuntimeError("gloo: Connection closed by peer")) == 2
 
 
 def test_the_stack_of_the_main_thread_is_seen_from_another() -> None:
