@@ -1,10 +1,15 @@
-"""The order of the tests where they go on in several lanes (`make test`): those that take longest come first."""
+"""Tests in several lanes (`make test`): those that take longest come first, and none has a deadline."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Beside other tests an example may take any time; none of them is about speed.
+settings.register_profile("lanes", deadline=None)
+settings.load_profile("lanes")
 
 # A lane that comes to its last file when the others are done goes on alone. Unit tests, of seconds a file, fill up the
 # rest. test_zero_range compiles operators of DeepSpeed.
