@@ -24,7 +24,9 @@ class ModelDType(StrEnum):
 
 @app.command()
 def analyse(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, or a run's folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A hub id, or the folder of a model, an adapter, a checkpoint or a run.")
+    ],
     prompt: Annotated[str, typer.Option(help="What the model continues.")],
     samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Continuations to draw.")] = 64,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a continuation at most.")] = 32,

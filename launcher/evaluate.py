@@ -23,7 +23,9 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, or a run's folder.")],
+    model: Annotated[
+        str, typer.Argument(help="A hub id, or the folder of a model, an adapter, a checkpoint or a run.")
+    ],
     config: Annotated[Path, typer.Argument(help="YAML with evaluation and format; --set overrides.")],
     deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; stage 3 shards the model over the ranks.")] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
@@ -37,6 +39,8 @@ def evaluate(
     Examples:
 
         python launcher/evaluate.py runs/demo train_configs/demo.yaml
+
+        python launcher/evaluate.py runs/demo/checkpoints/step-00000340 train_configs/demo.yaml
 
         deepspeed launcher/evaluate.py runs/demo/model train_configs/demo.yaml --deepspeed ds_configs/zero3.json
 

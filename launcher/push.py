@@ -16,7 +16,9 @@ app = typer.Typer(add_completion=False)
 
 @app.command()
 def push(
-    source: Annotated[Path, typer.Argument(metavar="RUN_OR_MODEL", help="A run's folder, or a Hugging Face folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="RUN_OR_MODEL", help="The folder of a run, a checkpoint or a model.")
+    ],
     repository: Annotated[str, typer.Argument(metavar="REPO", help="owner/name on the hub.")],
     public: Annotated[bool, typer.Option("--public", help="Let everybody see it; else it is private.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and stop.")] = False,
@@ -43,7 +45,7 @@ def _push(source: Path, repository: str, *, public: bool, dry_run: bool) -> None
 
     check_repository(repository)
     token = "" if dry_run else token_in(environment())
-    parcel = pack(source, title=repository.partition("/")[2])
+    parcel = pack(source, title=repository.partition("/")[2], say=typer.echo)
     for line in parcel.lines():
         typer.echo(line)
     visibility = "public" if public else "private"

@@ -30,8 +30,8 @@ from seqaware.training.evaluation.generate import write_answers
 from seqaware.training.evaluation.questions import Question
 from seqaware.training.evaluation.rounds import BatchSize, rounds
 from seqaware.training.evaluation.sampling import Decoding, Trace
-from seqaware.training.evaluation.source import model_folder
 from seqaware.training.process import Say
+from seqaware.training.whole_model import whole_model
 
 _LISTED = 20
 
@@ -62,11 +62,12 @@ def analyse(request: AnalyseRequest, *, address: RankAddress, say: Say) -> dict[
     """Draw the samples and write what they show.
 
     Raises:
+        CheckpointError: the checkpoint is not whole.
         ConfigError: the model or its tokenizer cannot be read, the prompt is empty, or several ranks were started.
     """
     if address.size > 1:
         raise ConfigError("analyse looks at one model in one process", got=f"{address.size} ranks", do="start it alone")
-    config = ModelConfig(base_name=model_folder(request.model))
+    config = ModelConfig(base_name=whole_model(request.model, say=say))
     check_model_source(config)
     tokenizer = load_tokenizer(config)
     ids = tuple(tokenizer.encode(request.prompt))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
@@ -75,6 +75,33 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None
         weights = adapters.adapter_weights(keep=True)
         put_in_place(folder, tokenizer, lambda partial: adapters.write_adapter(partial, weights))
     return state.step
+
+
+def merge_adapter(adapter: Path, folder: Path) -> None:
+    """Write the model that a PEFT adapter and its base make together, as a Hugging Face folder in the base's dtype.
+
+    Raises:
+        ConfigError: the base model cannot be found, or the adapter is not one of it.
+    """
+    from peft import PeftConfig, PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        settings = PeftConfig.from_pretrained(str(adapter))
+        base, where = str(settings.base_model_name_or_path), {"revision": settings.revision}
+        dtype = AutoConfig.from_pretrained(base, **where).dtype or torch.float32
+        # In float32, as a run merges its own: the update is small beside the weights.
+        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **where)
+        merged = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload()
+        brings_own = (adapter / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(str(adapter) if brings_own else base)
+    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        do = "see base_model_name_or_path in its adapter_config.json"
+        raise ConfigError(
+            "the adapter and its base model make no model", got=f"{adapter}: {first_line}", do=do
+        ) from error
+    put_in_place(folder, tokenizer, lambda partial: merged.to(dtype).save_pretrained(partial))
 
 
 def _weights(shards: Shards, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

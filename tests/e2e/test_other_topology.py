@@ -21,6 +21,7 @@ from seqaware.engine.checkpoint.shards import FP32, Shards
 from seqaware.engine.checkpoint.universal import convert
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training.export import export_checkpoint
+from seqaware.training.whole_model import whole_model
 from tests import launch, tiny
 
 # float32 sums in another order; see test_same_training, where they are derived.
@@ -158,6 +159,42 @@ def test_an_exported_checkpoint_is_the_model_of_the_run(workshop: tiny.Workshop,
     del written["README.md"]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
     AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_checkpoint_is_evaluated_as_the_model_that_it_holds(workshop: tiny.Workshop) -> None:
+    """Two ranks that ask at once make one folder of it, which serves again while it is of that checkpoint."""
+    for source in ("zero3", "lora"):
+        checkpoint, run = _checkpoint(workshop, source, LAST), workshop.folder / source
+        asked = [f"evaluation.dataset.name={workshop.rows}", "evaluation.metric=exact_match", "evaluation.batch_size=4"]
+        settings = [part for each in [*asked, "evaluation.max_new_tokens=2"] for part in ("--set", each)]
+        arguments = (str(checkpoint), str(workshop.folder / "run.yaml"), *settings)
+        done = launch.forked("launcher/evaluate.py", *arguments, ranks=2)
+        assert done.returncode == 0, done.stderr[-4000:]
+        results = json.loads((run / "evaluations" / checkpoint.name / "results.json").read_text())
+        assert results["questions"] == tiny.count_rows(workshop.rows)
+        made = run / "exported" / checkpoint.name
+        assert f"model       {made} (0.00 GB), of {checkpoint}" in done.stdout
+        expected, found = (load_file(folder / "model.safetensors") for folder in (run / "model", made))
+        assert expected.keys() == found.keys() and all(found[name].equal(expected[name]) for name in expected), source
+        said: list[str] = []
+        assert whole_model(str(checkpoint), say=said.append) == str(made) and len(said) == 1
+        (made / ".made-of").write_text("another checkpoint")
+        assert whole_model(str(checkpoint), say=said.append) == str(made) and "making" in said[1]
+    adapter = workshop.folder / "lora" / "adapter"
+    export_checkpoint(_checkpoint(workshop, "lora", LAST), adapter, lora="adapter")
+    merged = load_file(Path(whole_model(str(adapter), say=print)) / "model.safetensors")
+    for name, weight in _model(workshop.folder / "lora").items():
+        # Both merge in float32: the product of A and B in another order, a rounding or two.
+        assert torch.allclose(merged[name].double(), weight, rtol=0, atol=4 * 2.0**-24 * float(weight.abs().max())), (
+            name
+        )
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "/none"}))
+    with pytest.raises(ConfigError, match="the adapter and its base model make no model"):
+        whole_model(str(adapter), say=print)
+    assert sorted(path.name for path in (workshop.folder / "lora" / "exported").iterdir() if path.name[0] != ".") == [
+        "adapter",
+        checkpoint.name,
+    ]
 
 
 def test_what_cannot_be_exported_is_told(workshop: tiny.Workshop, tmp_path: Path) -> None:

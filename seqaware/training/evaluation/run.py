@@ -28,6 +28,7 @@ from seqaware.training.evaluation.scores import scores
 from seqaware.training.evaluation.source import default_folder, with_model
 from seqaware.training.prepare import resolve_model_config
 from seqaware.training.process import Say
+from seqaware.training.whole_model import whole_model
 
 ANSWERS, RESULTS = "answers.jsonl", "results.json"
 _PATIENCE_MINUTES = 24 * 60.0
@@ -38,7 +39,8 @@ class EvaluateRequest:
     """What the command line asks for.
 
     Attributes:
-        model: a Hugging Face folder or hub id, or a run's folder. out: where results go; None: beside the model.
+        model: a hub id, or the folder of a model, an adapter, a checkpoint or a run.
+        out: where results go; None: beside the model.
     """
 
     config: Config
@@ -51,12 +53,13 @@ def evaluate(request: EvaluateRequest, *, address: RankAddress, say: Say) -> dic
     """Answer every held-out question once; returns the scores, on every rank. Every rank calls it.
 
     Raises:
-        ConfigError, DataError: the config asks for no answers, or the model or the rows cannot be used.
+        ConfigError, CheckpointError, DataError: the config asks for no answers, or model or rows cannot be used.
     """
-    config = with_model(request.config, request.model)
-    if config.evaluation.dataset is None or config.evaluation.metric == "none":
+    asked = request.config.evaluation
+    if asked.dataset is None or asked.metric == "none":
         do = "write evaluation.dataset and evaluation.metric (exact_match, squad, choice or choice_likelihood)"
         raise ConfigError("the config has no held-out rows, or no metric to judge answers by", do=do)
+    config = with_model(request.config, whole_model(request.model, say=say))
     check_model_source(config.model)
     tokenizer = load_tokenizer(config.model)
     facts = facts_from_dict(resolve_model_config(config.model, tokenizer).to_dict())

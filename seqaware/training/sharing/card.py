@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from seqaware.engine.checkpoint.manifest import step_of
 from seqaware.masking import masked
 from seqaware.report.metrics import read_metrics
 
@@ -25,11 +26,11 @@ l_1 … l_L of a sequence's supervised tokens, the sum over all of its suffixes 
 """
 
 
-def run_card(run: Path, *, title: str, sent: list[str]) -> str:
+def run_card(run: Path, *, title: str, sent: list[str], checkpoint: Path | None = None) -> str:
     """README.md, with its front matter, for the model of a run.
 
     Args:
-        sent: names of the files beside it.
+        sent: names of the files beside it. checkpoint: that the model is of, whole; default: it is the run's last.
     """
     config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
@@ -39,16 +40,18 @@ def run_card(run: Path, *, title: str, sent: list[str]) -> str:
         _FORMULA,
         _table(_objective(config, manifest)),
         "## Data and training\n",
-        _table(_training(config, manifest)),
+        _table(_training(config, manifest) | _steps(manifest, checkpoint)),
         "## Results\n",
-        "\n".join(_results(run)) or "This run was not evaluated on held-out rows.",
+        "\n".join(_results(run, checkpoint)) or "This model was not evaluated on held-out rows.",
         "\n## Certificate\n",
         _certificate(run),
         "\n## Files\n",
         "\n".join(f"- `{name}`" for name in sent),
     ]
     body = "\n".join(sections)
-    return masked(f"---\n{yaml.safe_dump(_front_matter(config), sort_keys=False, allow_unicode=True)}---\n{body}\n")
+    return masked(
+        f"---\n{yaml.safe_dump(_front_matter(config, checkpoint), sort_keys=False, allow_unicode=True)}---\n{body}\n"
+    )
 
 
 def bare_card(title: str) -> str:
@@ -57,9 +60,9 @@ def bare_card(title: str) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {title}\n\nNothing is known of how it was trained.\n"
 
 
-def _front_matter(config: Mapping[str, Any]) -> dict[str, Any]:
+def _front_matter(config: Mapping[str, Any], checkpoint: Path | None) -> dict[str, Any]:
     base, lora = config["model"].get("base_name"), config.get("lora")
-    adapter = lora is not None and lora.get("export") == "adapter"
+    adapter = lora is not None and lora.get("export") == "adapter" and checkpoint is None
     front: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "text-generation",
@@ -88,7 +91,6 @@ def _training(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
         "trained from": f"a {scratch}, from scratch" if scratch else _last_name(model["base_name"]),
         "data": ", ".join(f"{_last_name(part['name'])} ({part['split']})" for part in parts),
         "data fingerprint": manifest["data_fingerprint"],
-        "optimizer steps": manifest.get("finished_steps", "not finished"),
         "optimizer": f"{optimizer['type']}, learning rate {optimizer['lr']:g}",
         "precision": last["dtype"],
         "plan": f"{last['ranks']} ranks on {last['nodes']} nodes, ZeRO-{last['zero_stage']}",
@@ -97,21 +99,28 @@ def _training(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
     }
 
 
+def _steps(manifest: Mapping[str, Any], checkpoint: Path | None) -> dict[str, Any]:
+    whole = manifest.get("finished_steps", "not finished")
+    return {"optimizer steps": whole if checkpoint is None else f"{step_of(checkpoint)} (a checkpoint on the way)"}
+
+
 def _last_name(name: str) -> str:
     """A hub id as it is; of a path its last name, for the folders above tell of a machine."""
     return name if name.count("/") <= 1 and not name.startswith(("/", ".", "~")) else Path(name).name
 
 
-def _results(run: Path) -> Iterator[str]:
+def _results(run: Path, checkpoint: Path | None) -> Iterator[str]:
     metrics = run / "metrics.jsonl"
     lines = list(read_metrics(metrics)) if metrics.is_file() else []
     evaluations = [line for line in lines if line.get("kind") == "evaluation"]
-    if evaluations:
+    if checkpoint is not None:
+        evaluations = [line for line in evaluations if line["step"] <= step_of(checkpoint)]
+    if evaluations and (checkpoint is None or evaluations[-1]["step"] == step_of(checkpoint)):
         last = evaluations[-1]
         losses = [f"{each['unweighted_loss']:.4f}" for each in (evaluations[0], last) if "unweighted_loss" in each]
         yield f"- held-out loss, unweighted, before and after: {' → '.join(losses)} nats a token"
         yield from _shares(last)
-    for path in sorted(run.glob("evaluations/*/results.json")):
+    for path in sorted(run.glob(f"evaluations/{checkpoint.name if checkpoint else '*'}/results.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         dataset = found["evaluation"]["dataset"]
         yield f"- evaluated on {_last_name(dataset['name'] or 'a mixture')} ({dataset['split']}):"

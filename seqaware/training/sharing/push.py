@@ -15,12 +15,12 @@ from huggingface_hub.utils._validators import validate_repo_id
 
 from seqaware.errors import ConfigError, SeqawareError
 from seqaware.masking import holds_secret
-from seqaware.training.evaluation.source import is_model
 from seqaware.training.sharing.card import bare_card, run_card
+from seqaware.training.whole_model import is_checkpoint, is_model, whole_model
 
 TOKEN = "HF_TOKEN"
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
-_RUN_FILES = ("config.yaml", "plan.json", "manifest.json", "metrics.jsonl", "certificate.json", "evaluations/*/*.json")
+_RUN_FILES = ("config.yaml", "plan.json", "manifest.json", "metrics.jsonl", "certificate.json")
 _TEXTS = (".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja", "")
 
 
@@ -45,26 +45,34 @@ class Parcel:
         return [f"{size:>15,}  {name}" for name, size in sizes.items()]
 
 
-def pack(source: Path, *, title: str) -> Parcel:
-    """The model of a run with what tells about it, or a model folder by itself. Nothing else of the folder is sent.
+def pack(source: Path, *, title: str, say: Callable[[str], None]) -> Parcel:
+    """The model of a run or of a checkpoint with what tells about it, or a model folder by itself.
+
+    Nothing else of the folder is sent.
 
     Raises:
-        ConfigError: there is no model, or a file holds a password or a token.
+        ConfigError, CheckpointError: there is no model, or a file holds a password or a token.
     """
     if not source.is_dir():
         raise ConfigError("there is no such folder", got=source, do="name a run's folder or a model's")
-    run = source if is_model(source / "model") else source.parent
-    model = source / "model" if run == source else source
+    checkpoint = source.absolute() if is_checkpoint(source) and not is_model(source) else None
+    if checkpoint is not None:
+        run, model = checkpoint.parent.parent, Path(whole_model(str(checkpoint), say=say))
+    else:
+        run = source if is_model(source / "model") else source.parent
+        model = source / "model" if run == source else source
     if not is_model(model):
-        do = "name a finished run, or a Hugging Face folder"
+        do = "name a finished run, a checkpoint, or a Hugging Face folder"
         raise ConfigError("this folder holds no model that could be shared", got=source, do=do)
     files = {path.name: path for pattern in _MODEL_FILES for path in sorted(model.glob(pattern)) if path.is_file()}
     own = files.pop("README.md", None)
-    whole = (run / "manifest.json").is_file() and (run / "config.yaml").is_file() and model == run / "model"
-    if whole:
-        found = [path for pattern in _RUN_FILES for path in sorted(run.glob(pattern)) if path.is_file()]
+    is_record = (run / "manifest.json").is_file() and (run / "config.yaml").is_file()
+    if is_record and (checkpoint is not None or model == run / "model"):
+        evaluated = f"evaluations/{checkpoint.name if checkpoint else '*'}/*.json"
+        patterns = (*_RUN_FILES, evaluated)
+        found = [path for pattern in patterns for path in sorted(run.glob(pattern)) if path.is_file()]
         files |= {f"training/{path.relative_to(run).as_posix()}": path for path in found}
-        card = run_card(run, title=title, sent=list(files))
+        card = run_card(run, title=title, sent=list(files), checkpoint=checkpoint)
     else:
         card = own.read_text(encoding="utf-8") if own is not None else bare_card(title)
     _check_secrets(files, card)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from seqaware.config.schema import Config
-from seqaware.errors import ConfigError
+from seqaware.engine.checkpoint.manifest import FORMAT_VERSION, MANIFEST, sealed
+from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training.evaluation.source import default_folder, with_model
+from seqaware.training.whole_model import whole_model
 
 CONFIG = Config.model_validate(
     {
@@ -32,7 +35,7 @@ def test_a_run_means_its_model_and_keeps_its_results(tmp_path: Path) -> None:
     run = tmp_path / "run"
     inside = model(run / "model", "tokenizer.json")
     (run / "manifest.json").write_text("{}")
-    config = with_model(CONFIG, str(run))
+    config = with_model(CONFIG, whole_model(str(run), say=print))
     assert (config.model.base_name, config.model.from_scratch, config.model.tokenizer) == (str(inside), None, None)
     assert default_folder(str(run)) == default_folder(str(inside)) == run / "evaluations" / "model"
 
@@ -45,13 +48,32 @@ def test_nothing_that_only_training_needs_is_asked_of_the_ranks(tmp_path: Path) 
 
 
 def test_a_name_of_the_hub_stays_one(tmp_path: Path) -> None:
-    config = with_model(CONFIG, "someone/model")
+    config = with_model(CONFIG, whole_model("someone/model", say=print))
     assert config.model.base_name == "someone/model" and config.model.tokenizer is None
     with pytest.raises(ConfigError, match="this folder holds no model"):
-        with_model(CONFIG, str(tmp_path))
+        whole_model(str(tmp_path), say=print)
 
 
-def test_a_checkpoint_is_exported_first(tmp_path: Path) -> None:
-    (tmp_path / "seqaware.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"this is a checkpoint.*seqaware export .* FOLDER"):
-        with_model(CONFIG, str(tmp_path))
+def test_what_is_no_whole_checkpoint_is_told_by_name(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    torn = run / "checkpoints" / "step-00000003"
+    torn.mkdir(parents=True)
+    with pytest.raises(
+        CheckpointError, match=r"not a complete checkpoint.*step-00000003, where seqaware.json is missing"
+    ):
+        whole_model(str(torn), say=print)
+    manifest = sealed({"step": 3, "files": {}}) | {"version": FORMAT_VERSION + 1}
+    (torn / MANIFEST).write_text(json.dumps(manifest))
+    for name in (torn, run):  # of a run without a model it is the newest one that is meant
+        with pytest.raises(
+            CheckpointError, match=f"is of another version; got {FORMAT_VERSION + 1}, this program reads"
+        ):
+            whole_model(str(name), say=print)
+    (torn / MANIFEST).write_text(json.dumps(sealed({"step": 3, "files": {}})))
+    moved = torn.rename(tmp_path / "alone")
+    with pytest.raises(ConfigError, match=r"does not lie in its run's folder.*seqaware export"):
+        whole_model(str(moved), say=print)
+    assert not (tmp_path / "exported").exists()
+    (run / "manifest.json").write_text("{}")
+    with pytest.raises(ConfigError, match="neither a model nor a checkpoint"):
+        whole_model(str(run), say=print)
