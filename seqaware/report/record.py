@@ -23,6 +23,7 @@ Line = Mapping[str, Any]
 _SILENT_STEPS = 20.0
 _SILENT_SECONDS = 120.0
 _LONGEST_TEXT = 300
+_WHERE = "runs lie in output.dir, else in runs/"
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,8 @@ def read_run(path: Path) -> RunRecord:
     metrics = path / "metrics.jsonl"
     lines = tuple(_lines(metrics, notes))
     if not lines and not manifest and not plan:
-        raise DataError("the folder holds no run", got=path, do=_runs_inside(path) or "; ".join(notes) or None)
-    if not manifest:
+        raise DataError("the folder holds no run", got=path, do=_runs_inside(path) or "; ".join(notes) or _WHERE)
+    if not manifest and not (path / "manifest.json").exists():
         notes.append("manifest.json is missing: the run may have broken off while it began")
     version = manifest.get("seqaware")
     if version is not None and _numbers(str(version)) > _numbers(__version__):
@@ -189,4 +190,4 @@ def _runs_inside(path: Path) -> str | None:
 
 def _runs_beside(path: Path) -> str | None:
     beside = sorted(child.parent.name for child in path.parent.glob("*/manifest.json")) if path.parent.is_dir() else []
-    return f"runs in {path.parent} are {', '.join(beside[:8])}" if beside else "runs lie in output.dir, else in runs/"
+    return f"runs in {path.parent} are {', '.join(beside[:8])}" if beside else _WHERE

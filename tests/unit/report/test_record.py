@@ -42,6 +42,9 @@ def test_a_half_written_run_of_a_newer_version(tmp_path: Path) -> None:
     assert "newer than this" in notes and "plan.json cannot be read" in notes and "1 lines cannot be read" in notes
     assert run.done == 31 and math.isnan(run.steps[-1]["loss"]) and math.isinf(run.steps[-1]["unweighted_loss"])
     assert run.total_steps is None
+    (folder / "manifest.json").write_text('{"seqaware": "99')
+    assert "manifest.json cannot be read" in " ".join(read_run(folder).notes)
+    assert "manifest.json is missing" not in " ".join(read_run(folder).notes)
 
 
 def test_the_state_is_told_from_the_clock(tmp_path: Path) -> None:

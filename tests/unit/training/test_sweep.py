@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import yaml
 
-from seqaware.config.load import load_config
+from seqaware.config.load import REPOSITORY, load_config
 from seqaware.errors import ConfigError
 from seqaware.training.sweep import Sweep, gammas_of, run_sweep, seeds_of, submit
 
@@ -116,6 +117,43 @@ def test_the_same_sweep_as_an_array_and_its_report_behind_it(sweep: Sweep, tmp_p
     assert array.splitlines()[-3:] == ["c.yaml", "--set", "training.optimizer.lr=1e-3"]
     assert "--dependency=afterany:7" in report and "runs/s/gamma-* --out runs/s/report" in report
     assert "job 7: 4 runs into runs/s" in said[0]
+
+
+def test_the_array_trains_what_the_sweep_would_train_here(sweep: Sweep, tmp_path: Path) -> None:
+    """slurm/sweep.sbatch, run by bash as SLURM runs each task, hands on what run_sweep does."""
+    home = tmp_path / "home"
+    (home / "slurm").mkdir(parents=True)
+    script = (REPOSITORY / "slurm" / "sweep.sbatch").read_text()
+    (home / "slurm" / "sweep.sbatch").write_text(script)
+    (home / "slurm" / "env.sh").write_text("")
+    hands_over = 'train() { printf "%s\\0" "$@" >"handed.$SLURM_ARRAY_TASK_ID"; }\n'
+    nothing = "begin_attempt() { :; }\nconsult_doctor() { :; }\nrefuse() { exit 2; }\n"
+    (home / "slurm" / "attempt.sh").write_text(nothing + hands_over)
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    # The first submission is the array: every task of it, one after the other, in the environment that was handed over.
+    fake.write_text(
+        "#!/bin/bash\nshift; [[ $1 == --array=0-* ]] || { echo 8; exit; }\nlast=${1#--array=0-}; shift; shift\n"
+        "for ((t = 0; t <= last; t++)); do SLURM_ARRAY_TASK_ID=$t SLURM_ARRAY_TASK_MAX=$last "
+        'bash home/slurm/sweep.sbatch "$@" >&2 || exit; done\necho 7\n'
+    )
+    fake.chmod(0o755)
+    changed = Sweep(
+        **{
+            **vars(sweep),
+            "gammas": ("0", "0.90", "1e-1"),
+            "seeds": (7, 11),
+            "folder": Path("runs/with blank"),
+            "overrides": ("training.optimizer.lr=1e-3", "model.output_name=two words"),
+            "deepspeed": Path("zero3.json"),
+        }
+    )
+    with patch("seqaware.training.sweep.REPOSITORY", home):
+        submit(changed, {"PATH": f"{fake.parent}:/usr/bin:/bin"}, say=lambda text: None)
+    for task, combination in enumerate(changed.combinations()):
+        handed = (tmp_path / f"handed.{task}").read_text().split("\0")[:-1]
+        assert handed == changed.arguments(combination), combination.name
+    assert not (tmp_path / f"handed.{len(changed.combinations())}").exists()
 
 
 def test_where_there_is_no_slurm_that_is_said(sweep: Sweep, tmp_path: Path) -> None:
