@@ -166,7 +166,11 @@ def test_a_checkpoint_is_evaluated_as_the_model_that_it_holds(workshop: tiny.Wor
     for source in ("zero3", "lora"):
         checkpoint, run = _checkpoint(workshop, source, LAST), workshop.folder / source
         asked = [f"evaluation.dataset.name={workshop.rows}", "evaluation.metric=exact_match", "evaluation.batch_size=4"]
-        settings = [part for each in [*asked, "evaluation.max_new_tokens=2"] for part in ("--set", each)]
+        settings = [
+            part
+            for each in [*asked, r"evaluation.answer_pattern=(?P<answer>\w+)", "evaluation.max_new_tokens=2"]
+            for part in ("--set", each)
+        ]
         arguments = (str(checkpoint), str(workshop.folder / "run.yaml"), *settings)
         done = launch.forked("launcher/evaluate.py", *arguments, ranks=2)
         assert done.returncode == 0, done.stderr[-4000:]

@@ -110,6 +110,9 @@ def test_a_dry_run_and_a_missing_token_send_nothing(server: Hub, run: Path, tmp_
     assert "model.safetensors" in done.stdout and "nothing was sent" in done.stdout and "# tiny" in done.stdout
     done = push(server, tmp_path, str(tmp_path / "nowhere"), "someone/tiny", token=None)
     assert done.returncode == 2 and done.stderr.startswith("error: no token for the hub: HF_TOKEN is not set")
+    torn = run / "checkpoints" / "step-00000007"
+    done = push(server, tmp_path, str(torn), "someone/tiny", "--dry-run", token=None)
+    assert done.returncode == 2 and "not a complete checkpoint; got " in done.stderr, done.stderr
     assert server.requests == []
 
 

@@ -100,8 +100,10 @@ def _training(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
 
 
 def _steps(manifest: Mapping[str, Any], checkpoint: Path | None) -> dict[str, Any]:
-    whole = manifest.get("finished_steps", "not finished")
-    return {"optimizer steps": whole if checkpoint is None else f"{step_of(checkpoint)} (a checkpoint on the way)"}
+    steps = manifest.get("finished_steps", "not finished")
+    if checkpoint is not None and step_of(checkpoint) != steps:
+        steps = f"{step_of(checkpoint)} (a checkpoint on the way)"
+    return {"optimizer steps": steps}
 
 
 def _last_name(name: str) -> str:
