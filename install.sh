@@ -90,6 +90,11 @@ PY
     fi
 }
 
+# pip would do it one file after the other, a third of the whole time. Some packages carry a file that is broken on purpose.
+compile_packages() {
+    "$VENV/bin/python" -m compileall -qq -j 0 "$VENV"/lib/python3*/site-packages || true
+}
+
 check_tools
 if [[ ! -x $VENV/bin/python ]]; then
     python=$(find_python)
@@ -108,9 +113,10 @@ pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
 # torch first: DeepSpeed looks for it while it is being built. Nothing is compiled ahead of time.
 export DS_BUILD_OPS=0
 say "installing torch (pinned by constraints.txt)"
-"${pip[@]}" install --quiet -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
+"${pip[@]}" install --quiet --no-compile -c constraints.txt ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} torch
 say "installing seqaware and what it needs (pinned by constraints.txt)"
-"${pip[@]}" install --quiet -c constraints.txt -e ".[dev,gguf]"
+"${pip[@]}" install --quiet --no-compile -c constraints.txt -e ".[dev,gguf]"
+compile_packages
 build_operators
 state "$VENV/bin/python" >"$STAMP"
 say "done; now: source $VENV/bin/activate"
