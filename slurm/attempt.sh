@@ -83,7 +83,8 @@ end_attempt() {
             scontrol requeue "$(job_name)" || printf 'error: it could not be requeued; the same sbatch goes on\n' >&2
             ;;
         *)
-            printf '==== %s ended with %d; the job is not requeued\n' "$2" "$1" >&2
+            # SLURM itself requeues it where the reason is a node that died.
+            printf '==== %s ended with %d; the script does not requeue the job\n' "$2" "$1" >&2
             ;;
     esac
     exit "$1"

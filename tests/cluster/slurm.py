@@ -23,6 +23,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import launch
+
 CPUS_OF_A_NODE = 64
 GPUS_OF_A_NODE = 8
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "setpriv")
@@ -82,6 +84,19 @@ def need_slurm() -> None:
         pytest.fail(missing)
     if missing is not None:
         pytest.skip(missing)
+
+
+def documented(start: str) -> str:
+    """The one command of docs/slurm.md that starts so, without its comment."""
+    found = [command for command in documented_commands() if command.startswith(start)]
+    assert len(found) == 1, f"{start}: {found}"
+    return found[0]
+
+
+def documented_commands() -> list[str]:
+    """The commands in docs/slurm.md: the lines of its blocks."""
+    blocks = (launch.ROOT / "docs" / "slurm.md").read_text(encoding="utf-8").split("```")[1::2]
+    return [line.partition("  #")[0].rstrip() for block in blocks for line in block.splitlines() if line]
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Training on a real SLURM of several nodes: to the end, through signals, requeues and the death of a node, in a sweep.
+"""Training on a real SLURM of several nodes: to the end, through a signal, a requeue and a node's death, in a sweep.
 
 ZeRO-3 over gloo, a tiny model. What is typed here stands in docs/slurm.md.
 """
@@ -6,21 +6,24 @@ ZeRO-3 over gloo, a tiny model. What is typed here stands in docs/slurm.md.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests import launch, tiny
-from tests.cluster.slurm import Slurm, need_slurm, slurm
+from tests.cluster.slurm import Slurm, documented, documented_commands, need_slurm, slurm
 
-STEPS = 150
+STEPS = 120
 ZERO3 = launch.DS_CONFIGS / "zero3.json"
 # A rank on each of two nodes.
 _TWO_RANKS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
+_ONE_RANK = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 
 
 @dataclass
@@ -34,37 +37,49 @@ class Site:
     def folder(self) -> Path:
         return self.workshop.folder
 
-    def config(self, name: str, **changes: object) -> Path:
-        schedule = {"num_epochs": 10 * STEPS, "global_batch_size": 13, "scheduler_type": "linear", "max_steps": STEPS}
+    def config(self, name: str, **changes: Any) -> str:
+        schedule = {"num_epochs": STEPS, "global_batch_size": 13, "scheduler_type": "linear", "max_steps": STEPS}
         output = {"dir": name, "save_every": 10, "save_model": False}
         changes = {"model__output_name": name, "training__schedule": schedule, "output": output, **changes}
-        return self.workshop.write(name, self.workshop.config(**changes))
+        return str(self.workshop.write(name, self.workshop.config(**changes)))
 
-    def command(self, *words: str, text: str | None = None, **variables: str) -> str:
+    def sbatch(self, *words: str, text: str | None = None, **variables: str) -> str:
+        """`sbatch words…`; returns the job's number."""
         env = launch.environment(SEQAWARE_HOME=str(launch.ROOT), **variables)
-        return self.cluster.command(*words, text=text, cwd=self.folder, **env)
+        return self.cluster.command("sbatch", "--parsable", *words, text=text, cwd=self.folder, **env)
+
+    def type(self, start: str, job: str) -> None:
+        """Type the command of the documentation that starts so, for this job."""
+        self.cluster.command("bash", "-c", documented(start), JOB=job)
 
     def log(self, job: str) -> str:
         return Path(self.cluster.job(job)["StdOut"]).read_text()
 
-    def end(self, job: str, *, seconds: float = 120) -> str:
-        """Wait for a job's end; its state."""
-        return self.cluster.wait_for_end(job, seconds=seconds)["JobState"]
+    def trained(self, job: str, *, restarts: int = 0, seconds: float = 200) -> None:
+        """Wait until a job has come to a good end."""
+        facts = self.cluster.wait_for_end(job, seconds=seconds)
+        assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", str(restarts)), self.log(job)
 
-    def wait_for_step(self, name: str, step: int) -> None:
+    def wait_for_step(self, name: str, step: int, *, attempts: int) -> None:
+        """Wait until the run's so many-th attempt has reported a step."""
+
         def is_reported() -> bool:
-            return (self.folder / name / "metrics.jsonl").exists() and self.steps(name)[-1:] >= [(step,)]
+            metrics = self.folder / name / "metrics.jsonl"
+            return metrics.exists() and len(self.attempts(name)) == attempts and self.steps(name)[-1:] >= [(step,)]
 
-        self.cluster.wait_for(f"step {step} of {name}", is_reported, seconds=90)
+        self.cluster.wait_for(f"step {step} of {name}", is_reported, seconds=120)
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """metrics.jsonl, as far as its lines are whole."""
+        text = (self.folder / name / "metrics.jsonl").read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def steps(self, name: str) -> list[tuple[int, float, float]]:
         """Number, loss and gradient norm of every step that is written so far."""
-        text = (self.folder / name / "metrics.jsonl").read_text()
-        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"]
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in self.lines(name) if line["kind"] == "step"]
 
-    def attempts(self, name: str) -> list[dict[str, object]]:
-        attempts: list[dict[str, object]] = json.loads((self.folder / name / "manifest.json").read_text())["attempts"]
+    def attempts(self, name: str) -> list[dict[str, Any]]:
+        attempts: list[dict[str, Any]] = json.loads((self.folder / name / "manifest.json").read_text())["attempts"]
         return attempts
 
 
@@ -89,66 +104,95 @@ def whole(site: Site) -> list[tuple[int, float, float]]:
         text=True,
         check=True,
     )
-    job = site.command("sbatch", "--parsable", "--cpus-per-task=1", text=printed.stdout)
-    assert site.end(job) == "COMPLETED", site.log(job)
+    job = site.sbatch("--cpus-per-task=1", text=printed.stdout)
+    site.trained(job)
     assert site.cluster.job(job)["JobName"] == "whole"
     log = site.log(job)
     assert "ranks       2 on 2 node(s)" in log
     assert log.index("0 errors, ") < log.index("ranks       2 on 2 node(s)")
-    assert [(a["topology"]["launcher"], a["topology"]["nodes"]) for a in site.attempts("whole")] == [("srun", 2)]
+    (attempt,) = site.attempts("whole")
+    assert (attempt["topology"]["launcher"], attempt["topology"]["nodes"]) == ("srun", 2)
     return site.steps("whole")
 
 
-def _submit(site: Site, name: str) -> str:
-    """`sbatch slurm/train.sbatch CONFIG --deepspeed …` on two nodes; the job's number."""
-    script = str(launch.ROOT / "slurm" / "train.sbatch")
-    arguments = [str(site.config(name)), "--deepspeed", str(ZERO3)]
-    return site.command("sbatch", "--parsable", *_TWO_RANKS, script, *arguments)
-
-
-def _check_two_attempts(site: Site, name: str, job: str, whole: list[tuple[int, float, float]]) -> None:
-    assert site.end(job, seconds=150) == "COMPLETED", site.log(job)
-    assert site.cluster.job(job)["Restarts"] == "1"
-    assert len(site.attempts(name)) == 2
-    # Bitwise: the same steps, losses and norms as those of the run that nobody disturbed.
-    assert site.steps(name) == whole
-
-
-def test_a_signal_saves_requeues_and_resumes(site: Site, whole: list[tuple[int, float, float]]) -> None:
-    """As `--signal=B:USR2@…` does before the time limit: SLURM signals the batch script."""
-    job = _submit(site, "signalled")
-    site.wait_for_step("signalled", 15)
-    site.command("scancel", "--batch", "--signal=USR2", job)
-    _check_two_attempts(site, "signalled", job, whole)
-    lines = [json.loads(line) for line in (site.folder / "signalled" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["reason"] for line in lines if line["kind"] == "left"] == ["SIGUSR2"]
-
-
-def test_a_job_that_a_person_requeues_goes_on(site: Site, whole: list[tuple[int, float, float]]) -> None:
-    job = _submit(site, "requeued")
-    site.wait_for_step("requeued", 15)
-    site.command("scontrol", "requeue", job)
-    _check_two_attempts(site, "requeued", job, whole)
-
-
-def test_a_node_that_dies_is_replaced_and_the_run_goes_on(site: Site, whole: list[tuple[int, float, float]]) -> None:
-    job = _submit(site, "bereft")
-    site.wait_for_step("bereft", 15)
-    node = site.command("scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"]).split()[-1]
+def test_whatever_ends_an_attempt_the_run_is_the_same(site: Site, whole: list[tuple[int, float, float]]) -> None:
+    """A signal, as before the time limit; then a requeue by hand; then a node dies. Four attempts, one run."""
+    job = site.sbatch(*_TWO_RANKS, f"{launch.ROOT}/slurm/train.sbatch", site.config("tried"), "--deepspeed", str(ZERO3))
+    site.wait_for_step("tried", 15, attempts=1)
+    site.type("scancel --batch --signal=USR2", job)
+    site.wait_for_step("tried", 45, attempts=2)
+    site.type("scontrol requeue", job)
+    site.wait_for_step("tried", 75, attempts=3)
+    node = site.cluster.command("scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"]).split()[-1]
     site.cluster.cut_power(node)
     try:
-        _check_two_attempts(site, "bereft", job, whole)
+        site.trained(job, restarts=3)
     finally:
         site.cluster.switch_on(node)
+    # Bitwise.
+    assert site.steps("tried") == whole
+    assert len(site.attempts("tried")) == 4
+    left = [line for line in site.lines("tried") if line["kind"] == "left"]
+    assert left[0]["reason"] == "SIGUSR2"
+    log = site.log(job)
+    resumed = [
+        int(line.split("after step ")[1].split(",")[0]) for line in log.splitlines() if line.startswith("0: resumed")
+    ]
+    assert resumed[0] == left[0]["step"] >= 15
+    # No later than the last that was saved in any case, every tenth step.
+    assert [step >= least for step, least in zip(resumed, (15, 40, 70), strict=True)] == [True] * 3
+    assert [log.count(f"attempt {number}, on ") for number in (1, 2, 3, 4, 5)] == [1, 1, 1, 1, 0]
 
 
 def test_a_sweep_trains_every_combination(site: Site) -> None:
     path = site.config("swept", training__schedule={"num_epochs": 9, "max_steps": 2, "global_batch_size": 13})
-    script = str(launch.ROOT / "slurm" / "sweep.sbatch")
-    form = ["--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1", "--array=0-1"]
-    job = site.command("sbatch", "--parsable", *form, script, str(path), GAMMAS="0 0.9", SEEDS="1")
-    for task in ("0", "1"):
-        assert site.end(f"{job}_{task}") == "COMPLETED", site.log(f"{job}_{task}")
-    runs = sorted(manifest.parent for manifest in site.folder.glob("**/swept*/**/manifest.json"))
-    objectives = [json.loads((run / "manifest.json").read_text())["objective"]["gamma"] for run in runs]
-    assert sorted(objectives) == [0.0, 0.9]
+    lists = {"GAMMAS": "0 0.9", "SEEDS": "1 2", "SWEEP_DIR": "swept"}
+    array = site.sbatch(*_ONE_RANK, "--array=0-3", f"{launch.ROOT}/slurm/sweep.sbatch", path, **lists)
+    losses = {}
+    for task, (gamma, seed) in enumerate([("0", "1"), ("0", "2"), ("0.9", "1"), ("0.9", "2")]):
+        site.trained(f"{array}_{task}")
+        name = f"swept/gamma-{gamma}-seed-{seed}"
+        manifest = json.loads((site.folder / name / "manifest.json").read_text())
+        assert manifest["objective"]["gamma"] == float(gamma)
+        assert manifest["mathematics"]["seed"] == int(seed)
+        assert [step for step, *_ in site.steps(name)] == [1, 2]
+        losses[gamma, seed] = site.steps(name)[-1][1]
+    # Every step holds all rows, so that a seed changes nothing but the last bits; γ does.
+    assert losses["0", "1"] == pytest.approx(losses["0", "2"], rel=1e-5)
+    assert losses["0", "1"] != pytest.approx(losses["0.9", "1"], rel=1e-1)
+
+
+def test_parts_of_a_corpus_make_the_store_that_one_process_makes(site: Site) -> None:
+    stores = site.folder / "parts"
+    path = site.config("parts", dataset__store_dir=str(stores))
+    array = site.sbatch("--array=1-2", "--cpus-per-task=1", f"{launch.ROOT}/slurm/prepare.sbatch", path)
+    for part in (1, 2):
+        site.trained(f"{array}_{part}")
+    merge = site.log(f"{array}_1").partition("Submitted batch job ")[2].split()[0]
+    site.trained(f"{merge}_0")
+    merged = _files(stores)
+    shutil.rmtree(stores)
+    alone = launch.python("launcher/prepare.py", path)
+    assert alone.returncode == 0, alone.stderr
+    assert _files(stores) == merged != {}
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*.*") if file.is_file()}
+
+
+def test_what_the_documentation_submits_is_accepted(site: Site, tmp_path: Path) -> None:
+    """As it stands there; SLURM only says when such a job would start, or why it never could."""
+    wrapper = tmp_path / "sbatch"
+    wrapper.write_text(f'#!/bin/bash\nexec {shutil.which("sbatch")} --test-only "$@"\n')
+    wrapper.chmod(0o755)
+    config = str(launch.ROOT / "train_configs" / "demo.yaml")
+    env = launch.environment(**site.cluster.variables)
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    commands = [command.replace("my.yaml", config) for command in documented_commands() if "sbatch" in command]
+    assert len(commands) == 6
+    for command in commands:
+        line = ["bash", "-o", "pipefail", "-c", command]
+        done = subprocess.run(line, cwd=launch.ROOT, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, (command, done.stderr)
+        assert "to start at" in done.stderr, (command, done.stderr)

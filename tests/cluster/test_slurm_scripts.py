@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests import launch
-from tests.cluster.slurm import Slurm, need_slurm, slurm
+from tests.cluster.slurm import Slurm, documented, need_slurm, slurm
 
 # Says which command it was told to run, as which rank, then does what the test has put into the environment.
 _STAND_IN = """#!/bin/bash
@@ -67,6 +67,10 @@ class Site:
         script = str(launch.ROOT / "slurm" / "train.sbatch")
         arguments = ("--set", "a.b=c d", "--resume", "never", "--deepspeed=x.json")
         return self.submit(*_TWO_RANKS, *options, script, "a.yaml", *arguments, **variables)
+
+    def type(self, start: str, job: str) -> None:
+        """Type the command of the documentation that starts so, for this job."""
+        self.cluster.command("bash", "-c", documented(start), JOB=job)
 
     def end(self, job: str) -> tuple[str, str, str]:
         """State, exit code and restarts of a job at its end."""
@@ -159,11 +163,11 @@ def test_people_are_heard(site: Site) -> None:
     to_script, to_ranks, refused, cancelled = (site.train(COMMAND=_LISTEN) for _ in range(4))
     for job in (to_script, to_ranks, refused, cancelled):
         site.wait_until_listening(job)
-    site.cluster.command("scancel", "--signal=USR2", "--batch", to_script)
+    site.type("scancel --batch", to_script)
     site.cluster.command("scancel", "--signal=USR2", to_ranks)
-    site.cluster.command("scontrol", "update", f"JobId={refused}", "Requeue=0")
-    site.cluster.command("scancel", "--signal=USR2", refused)
-    site.cluster.command("scancel", cancelled)
+    site.type("scontrol update", refused)
+    site.type("scancel --batch", refused)
+    site.type("scancel $JOB", cancelled)
     assert site.end(to_script) == ("COMPLETED", "0:0", "1")
     assert site.end(to_ranks) == ("COMPLETED", "0:0", "1")
     assert site.end(refused) == ("FAILED", "85:0", "0")
