@@ -30,7 +30,8 @@ class RankAddress:
         launcher: which of LAUNCHERS started the process; "variables": something else that sets torch's variables.
         master_address, master_port: where rank 0's store listens.
         job: the batch system's number for the job, if there is one.
-        job_ends: when the batch system will end the job, in seconds since 1970; None where it has not said.
+        job_began, job_ends: since when the job runs and when the batch system will end it, in seconds since 1970 by the
+            batch system's clock; None where it has not said.
     """
 
     rank: int
@@ -41,6 +42,7 @@ class RankAddress:
     launcher: str
     master_address: str
     master_port: int
+    job_began: float | None = None
     job_ends: float | None = None
     job: str | None = None
 
@@ -112,8 +114,13 @@ def _from_slurm(env: Mapping[str, str]) -> RankAddress:
         launcher="srun",
         master_address=env.get("MASTER_ADDR", hosts[0]),
         master_port=int(env.get("MASTER_PORT", port)),
-        job_ends=float(env["SLURM_JOB_END_TIME"]) if "SLURM_JOB_END_TIME" in env else None,
+        job_began=_seconds(env, "SLURM_JOB_START_TIME"),
+        job_ends=_seconds(env, "SLURM_JOB_END_TIME"),
     )
+
+
+def _seconds(env: Mapping[str, str], name: str) -> float | None:
+    return float(env[name]) if name in env else None
 
 
 def expand_hostlist(hostlist: str) -> list[str]:

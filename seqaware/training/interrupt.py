@@ -16,6 +16,7 @@ from types import FrameType, TracebackType
 from typing import Self
 
 from seqaware.config.output import FaultsConfig
+from seqaware.engine.address import RankAddress
 
 LEFT = 85
 """Exit code of a run that saved and left because it was asked to; the same command goes on."""
@@ -24,6 +25,8 @@ LEFT = 85
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 _SECONDS_BETWEEN_LOOKS = 1.0
 _LARGEST_SHARE_OF_LIMIT = 0.25
+# A clock that is behind by no more does no harm: a run leaves minutes before its limit.
+_SLACK_SECONDS = 60.0
 
 
 class Asked(IntFlag):
@@ -184,16 +187,34 @@ class Interrupts:
             self._stop.unlink(missing_ok=True)
 
 
-def seconds_until_leaving(faults: FaultsConfig, *, job_ends: float | None, now: float) -> float | None:
-    """How long the run may train before it saves and leaves; None without any limit.
+def clock_ahead_of_job(address: RankAddress, *, now: float) -> float:
+    """Seconds by which this host's clock is ahead of the batch system's, at least; less than 0: behind; 0: it agrees.
+
+    The job runs now, so that a time before its begin or after its end is a clock that is wrong.
 
     Args:
-        job_ends, now: seconds since 1970, of this host's clock.
+        now: seconds since 1970, of this host's clock.
+    """
+    if address.job_ends is not None and now > address.job_ends:
+        return now - address.job_ends
+    if address.job_began is not None and now < address.job_began - _SLACK_SECONDS:
+        return now - address.job_began
+    return 0.0
+
+
+def seconds_until_leaving(faults: FaultsConfig, address: RankAddress, *, now: float) -> float | None:
+    """How long the run may train before it saves and leaves; None without any limit.
+
+    The end of a job counts only where the clock agrees with the batch system's. Else a run on a host whose clock is
+    ahead would leave after its first step, and again whenever it is started; the batch system's signal is left to it.
+
+    Args:
+        now: seconds since 1970, of this host's clock.
     """
     limits = [] if faults.time_limit_minutes is None else [faults.time_limit_minutes * 60.0]
-    if job_ends is not None:
-        limits.append(job_ends - now)
+    if address.job_ends is not None and not clock_ahead_of_job(address, now=now):
+        limits.append(address.job_ends - now)
     if not limits:
         return None
     limit = min(limits)
-    return max(0.0, limit - min(faults.leave_minutes * 60.0, limit * _LARGEST_SHARE_OF_LIMIT))
+    return limit - min(faults.leave_minutes * 60.0, limit * _LARGEST_SHARE_OF_LIMIT)

@@ -30,7 +30,7 @@ from seqaware.training.batches import StepBatches
 from seqaware.training.divergence import DivergenceError, SpikeError, SpikeWatch, documents_to_blame, not_finite
 from seqaware.training.folder import RunFolder
 from seqaware.training.held_out import HeldOut
-from seqaware.training.interrupt import Asked, Interrupts, Left, Minutes, seconds_until_leaving
+from seqaware.training.interrupt import Asked, Interrupts, Left, Minutes, clock_ahead_of_job, seconds_until_leaving
 from seqaware.training.loop import Course, Due, TrainingLoop
 from seqaware.training.prepare import Prepared
 from seqaware.training.process import Process, Say
@@ -331,11 +331,14 @@ def _metrics_file(session: Session, *, say: Say) -> MetricsFile:
 
 def _interrupts(session: Session) -> Interrupts:
     process, config = session.process, session.plan.config
-    left = seconds_until_leaving(config.faults, job_ends=process.address.job_ends, now=time.time())
+    now = time.time()
+    if ahead := clock_ahead_of_job(process.address, now=now):
+        off = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the batch system's"
+        process.say(f"warning     this host's clock is {off}: its signal alone tells that the time limit is near")
     return Interrupts(
         process.signals,
         session.folder.path,
         first=session.ranks.is_first,
-        seconds_left=left,
+        seconds_left=seconds_until_leaving(config.faults, process.address, now=now),
         minutes=Minutes(save=config.output.save_every_minutes, evaluate=config.evaluation.every_minutes),
     )

@@ -59,6 +59,8 @@ SRUN = {
     "SLURM_STEP_NUM_NODES": "2",
     "SLURM_STEP_NODELIST": "gpu[07-08]",
     "SLURM_JOB_ID": "4711",
+    "SLURM_JOB_START_TIME": "1764000000",
+    "SLURM_JOB_END_TIME": "1764003600",
 }
 
 
@@ -67,6 +69,7 @@ def test_srun() -> None:
     assert (address.rank, address.size, address.local_rank, address.nodes) == (3, 4, 1, 2)
     assert address.master_address == "gpu07"
     assert address.launcher == "srun"
+    assert (address.job_began, address.job_ends) == (1764000000.0, 1764003600.0)
 
 
 def test_srun_tasks_derive_the_same_port() -> None:

@@ -10,7 +10,16 @@ from typing import Any
 import pytest
 
 from seqaware.config.output import FaultsConfig
-from seqaware.training.interrupt import Asked, Interrupts, Left, Minutes, Signals, seconds_until_leaving
+from seqaware.engine.address import RankAddress
+from seqaware.training.interrupt import (
+    Asked,
+    Interrupts,
+    Left,
+    Minutes,
+    Signals,
+    clock_ahead_of_job,
+    seconds_until_leaving,
+)
 
 
 class Clock:
@@ -134,6 +143,10 @@ def test_the_time_limit(tmp_path: Path) -> None:
     assert interrupts.asked() == Asked.LEAVE and interrupts.reason == "the time limit is near"
 
 
+def _in_job(began: float | None, ends: float | None) -> RankAddress:
+    return RankAddress(0, 1, 0, 1, 1, "srun", "n1", 20000, job_began=began, job_ends=ends)
+
+
 @pytest.mark.parametrize(
     ("written", "job_ends", "seconds"),
     [
@@ -144,8 +157,35 @@ def test_the_time_limit(tmp_path: Path) -> None:
         ({}, 1000.0 + 3600.0, 55 * 60.0),
         ({"time_limit_minutes": 30}, 1000.0 + 3600.0, 25 * 60.0),  # whichever comes first
         ({"time_limit_minutes": 90}, 1000.0 + 3600.0, 55 * 60.0),
-        ({}, 900.0, 0.0),  # clocks that differ: over already
     ],
 )
 def test_how_long_a_run_may_train(written: dict[str, Any], job_ends: float | None, seconds: float | None) -> None:
-    assert seconds_until_leaving(FaultsConfig(**written), job_ends=job_ends, now=1000.0) == seconds
+    assert seconds_until_leaving(FaultsConfig(**written), _in_job(900.0, job_ends), now=1000.0) == seconds
+
+
+@pytest.mark.parametrize(
+    ("now", "ahead", "seconds"),
+    [
+        (400.0, -600.0, None),
+        (990.0, 0.0, 3310.0),  # seconds do no harm
+        (1300.0, 0.0, 3000.0),
+        (4600.0, 0.0, 0.0),
+        (9000.0, 4400.0, None),
+    ],
+)
+def test_a_clock_that_cannot_be_right_does_not_tell_when_a_job_ends(
+    now: float, ahead: float, seconds: float | None
+) -> None:
+    """Else the run would leave after its first step, in every attempt anew."""
+    job = _in_job(1000.0, 4600.0)
+    assert clock_ahead_of_job(job, now=now) == ahead
+    assert seconds_until_leaving(FaultsConfig(), job, now=now) == seconds
+
+
+def test_a_limit_of_ones_own_needs_no_such_clock() -> None:
+    job = _in_job(1000.0, 4600.0)
+    assert seconds_until_leaving(FaultsConfig(time_limit_minutes=8), job, now=9000.0) == 6 * 60.0
+
+
+def test_a_clock_out_of_any_job_is_right() -> None:
+    assert clock_ahead_of_job(_in_job(None, None), now=1000.0) == 0.0
