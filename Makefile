@@ -21,7 +21,7 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install train test test-matrix test-soak check format
+.PHONY: help install packages train test test-matrix test-soak check format
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,8 +37,11 @@ train: install ## set up, then train the demo through the deepspeed launcher (RA
 	PATH="$$PWD/$(BIN):$$PATH" deepspeed --log_level error --num_gpus $(RANKS) --master_port "$$port" \
 		launcher/train.py train_configs/demo.yaml --deepspeed $(DEEPSPEED_CONFIG) $(TRAIN_ARGS)
 
-test: install ## set up, then run all tests (LANES=, PYTEST_ARGS=)
+test: packages install ## set up, then run all tests, as root with a SLURM and hosts of their own (LANES=, PYTEST_ARGS=)
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+packages:
+	@tests/packages.sh
 
 test-matrix: install ## layouts that cover every triple of choices, against the oracle; long
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -m matrix $(PYTEST_ARGS)

@@ -1,5 +1,8 @@
 """Hosts on one machine: namespaces with a network, processes, a name, mounts and /dev/shm of their own; sshd is PID 1.
 
+Each has been up for another time, so that clocks that count from there (time.monotonic) differ between them as between
+real hosts; `Cluster.start` can set the time of day wrong for one command.
+
 `with hosts("h1", "h2") as cluster:` makes them, joined by a switch that no other network is joined to. They know each
 other from their own /etc/hosts and reach each other by ssh without a password; there is no DNS. Files are those of this
 machine, as on a cluster with a shared file system. Nothing is left behind: every namespace lives as long as its first
@@ -21,6 +24,8 @@ from pathlib import Path
 
 PROGRAMS = ("ip", "nsenter", "setpriv", "ssh-keygen", "sshd", "unshare")
 _PATIENCE_SECONDS = 20.0
+_APART = ("unshare", "--net", "--uts", "--ipc", "--pid", "--time", "--mount", "--fork")
+_DAY = 86_400
 # Administrators' programs, which a login of a plain user does not look for.
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -70,7 +75,7 @@ def what_is_missing(*programs: str) -> str | None:
     if os.geteuid() != 0:
         return "namespaces with networks of their own need root"
     trial = subprocess.run(
-        ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "mount", "-t", "tmpfs", "tmpfs", "/run"],
+        [*_APART, "mount", "-t", "tmpfs", "tmpfs", "/run"],
         capture_output=True,
         text=True,
         check=False,
@@ -103,7 +108,7 @@ class Cluster:
         Killing what is returned kills the command too, but not the command's own children; no other signal is
         passed on (see `processes`).
         """
-        enter = ["nsenter", "-t", str(self[name].pid), "-n", "-u", "-i", "-p", "-m", f"--wd={cwd}", "--"]
+        enter = ["nsenter", "-t", str(self[name].pid), "-n", "-u", "-i", "-p", "-T", "-m", f"--wd={cwd}", "--"]
         return subprocess.Popen(
             [*enter, "setpriv", "--pdeathsig", "KILL", "--", *command],
             env=dict(env),
@@ -138,7 +143,7 @@ def hosts(*names: str) -> Iterator[Cluster]:
         _ip(switch.pid, "link add lan type bridge", "link set lan up")
         members = []
         for number, name in enumerate(names, start=1):
-            first = stack.enter_context(_booted(name, folder))
+            first = stack.enter_context(_booted(name, folder, days_ago=number))
             _plug_in(switch.pid, first, name=name, number=number)
             members.append(Host(name, _address(number), first))
         for name in names:
@@ -185,11 +190,12 @@ def _first_process(command: Sequence[str], log: Path) -> Iterator[subprocess.Pop
 
 
 @contextmanager
-def _booted(name: str, folder: Path) -> Iterator[int]:
+def _booted(name: str, folder: Path, *, days_ago: int) -> Iterator[int]:
     """A host without a network; yields its PID 1."""
     sshd = shutil.which("sshd", path=_PATH)
     assert sshd is not None
-    apart = ["unshare", "--net", "--uts", "--ipc", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc"]
+    up = [word for clock in ("--monotonic", "--boottime") for word in (clock, str(days_ago * _DAY))]
+    apart = [*_APART, *up, "--kill-child", "--mount-proc"]
     boot = ["sh", "-eu", "-c", _BOOT, "boot", name, str(folder), sshd]
     with _first_process([*apart, *boot], folder / f"{name}.log") as parent:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")

@@ -9,6 +9,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests import launch, tiny
+from tests.cluster.clocks import AHEAD, BEHIND, wrong_clock
 from tests.cluster.slurm import Slurm, documented, documented_commands, need_slurm, slurm
 
 STEPS = 120
@@ -83,6 +85,27 @@ class Site:
         return attempts
 
 
+# The first node's clock is ahead of the job's end, the second's behind its begin. What libfaketime leaves in /dev/shm
+# ends with the rank, and the two share no memory there, as hosts do not.
+_WRONG_CLOCKS = """#!/bin/bash
+if [[ $SLURM_NODEID == 0 ]]; then clock=({ahead}); else clock=({behind}); fi
+exec unshare --mount sh -euc 'mount -t tmpfs tmpfs /dev/shm; exec env "$@"' sh "${{clock[@]}}" {python} "$@"
+"""
+
+
+def _with_wrong_clocks(folder: Path) -> dict[str, str]:
+    """Variables for sbatch: an environment whose Python reads a wrong time of day on every node, and a job's times."""
+    ahead, behind = (" ".join(f"{name}={value}" for name, value in wrong_clock(off).items()) for off in (AHEAD, BEHIND))
+    program = folder / "wrong-clocks" / "bin" / "python"
+    program.parent.mkdir(parents=True)
+    program.write_text(_WRONG_CLOCKS.format(ahead=ahead, behind=behind, python=sys.executable))
+    program.chmod(0o755)
+    now = int(time.time())
+    # As newer SLURMs set them.
+    times = {"SLURM_JOB_START_TIME": str(now), "SLURM_JOB_END_TIME": str(now + 1800)}
+    return {"SEQAWARE_VENV": str(program.parent.parent), **times}
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     need_slurm()
@@ -116,8 +139,13 @@ def whole(site: Site) -> list[tuple[int, float, float]]:
 
 
 def test_whatever_ends_an_attempt_the_run_is_the_same(site: Site, whole: list[tuple[int, float, float]]) -> None:
-    """A signal, as before the time limit; then a requeue by hand; then a node dies. Four attempts, one run."""
-    job = site.sbatch(*_TWO_RANKS, f"{launch.ROOT}/slurm/train.sbatch", site.config("tried"), "--deepspeed", str(ZERO3))
+    """A signal, as before the time limit; then a requeue by hand; then a node dies. Four attempts, one run.
+
+    On hosts whose clocks differ by hours, and which save by the clock too.
+    """
+    output = {"dir": "tried", "save_every": 10, "save_every_minutes": 0.05, "save_model": False}
+    command = [f"{launch.ROOT}/slurm/train.sbatch", site.config("tried", output=output), "--deepspeed", str(ZERO3)]
+    job = site.sbatch(*_TWO_RANKS, *command, **_with_wrong_clocks(site.folder))
     site.wait_for_step("tried", 15, attempts=1)
     site.type("scancel --batch --signal=USR2", job)
     site.wait_for_step("tried", 45, attempts=2)
@@ -134,14 +162,24 @@ def test_whatever_ends_an_attempt_the_run_is_the_same(site: Site, whole: list[tu
     assert len(site.attempts("tried")) == 4
     left = [line for line in site.lines("tried") if line["kind"] == "left"]
     assert left[0]["reason"] == "SIGUSR2"
-    log = site.log(job)
-    resumed = [
-        int(line.split("after step ")[1].split(",")[0]) for line in log.splitlines() if line.startswith("0: resumed")
-    ]
+    log = site.log(job).splitlines()
+    resumed = [int(line.split("after step ")[1].split(",")[0]) for line in log if line.startswith("0: resumed")]
     assert resumed[0] == left[0]["step"] >= 15
     # No later than the last that was saved in any case, every tenth step.
     assert [step >= least for step, least in zip(resumed, (15, 40, 70), strict=True)] == [True] * 3
-    assert [log.count(f"attempt {number}, on ") for number in (1, 2, 3, 4, 5)] == [1, 1, 1, 1, 0]
+    assert [sum(f"attempt {number}, on " in line for line in log) for number in (1, 2, 3, 4, 5)] == [1, 1, 1, 1, 0]
+    _check_logs_of_attempts(site, "tried")
+    # The host behind rank 0 believes that the job is over, and does not leave for it.
+    off = [line for line in log if "this host's clock is " in line]
+    assert [line.partition("clock is ")[2].split()[2] for line in off] == ["ahead"] * 4, off
+
+
+def _check_logs_of_attempts(site: Site, name: str) -> None:
+    """Each attempt has a folder, with a log of each rank."""
+    logs = sorted(
+        path.relative_to(site.folder / name / "logs").as_posix() for path in site.folder.glob(f"{name}/logs/*/*")
+    )
+    assert logs == [f"attempt-{number:03}/rank-{rank:04}.log" for number in (1, 2, 3, 4) for rank in (0, 1)]
 
 
 def test_a_sweep_trains_every_combination(site: Site) -> None:
