@@ -12,11 +12,6 @@ from pathlib import Path
 AHEAD, BEHIND = "+7200", "-7200"
 
 
-def is_missing() -> str | None:
-    """Why no clock can be wrong on this machine; None where one can."""
-    return None if _libraries() else "not installed: libfaketime (Debian: faketime)"
-
-
 def wrong_clock(offset: str) -> dict[str, str]:
     """Variables for a process whose clock is off; if it is killed, a few bytes of it stay in its /dev/shm.
 
@@ -24,11 +19,7 @@ def wrong_clock(offset: str) -> dict[str, str]:
         offset: seconds, with a sign.
     """
     return {
-        "LD_PRELOAD": str(_libraries()[0]),
+        "LD_PRELOAD": str(next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))),
         "FAKETIME": offset,
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
     }
-
-
-def _libraries() -> list[Path]:
-    return sorted(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"))

@@ -1,7 +1,7 @@
 """Hosts on one machine: namespaces with a network, processes, a name, mounts and /dev/shm of their own; sshd is PID 1.
 
 Each has been up for another time, so that clocks that count from there (time.monotonic) differ between them as between
-real hosts; `Cluster.start` can set the time of day wrong for one command.
+real hosts.
 
 `with hosts("h1", "h2") as cluster:` makes them, joined by a switch that no other network is joined to. They know each
 other from their own /etc/hosts and reach each other by ssh without a password; there is no DNS. Files are those of this
@@ -71,7 +71,7 @@ def what_is_missing(*programs: str) -> str | None:
     """Why hosts, or `programs` beside them, cannot be had on this machine; None where they can."""
     absent = [name for name in (*PROGRAMS, *programs) if shutil.which(name, path=_PATH) is None]
     if absent:
-        return f"not installed: {', '.join(absent)} (Debian: iproute2, openssh-server, pdsh, util-linux)"
+        return f"not installed: {', '.join(absent)} (Debian: faketime, iproute2, openssh-server, pdsh, util-linux)"
     if os.geteuid() != 0:
         return "namespaces with networks of their own need root"
     trial = subprocess.run(

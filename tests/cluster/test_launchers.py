@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from tests import launch
+from tests.cluster.clocks import BEHIND, wrong_clock
 from tests.cluster.hosts import Cluster
 from tests.cluster.mpi import MPICH, OPEN_MPI, Mpi
 
@@ -224,19 +225,25 @@ def test_a_rank_that_is_killed_under_pdsh(site: Site, alone: list[float]) -> Non
     assert launcher.returncode > 0, said[-4000:]
 
 
-def _torchrun(site: Site, training: Sequence[str], *meeting: str) -> list[subprocess.Popen[str]]:
-    """torchrun on both hosts, which learn from `meeting` where; {rank} in it stands for the host's number."""
+def _torchrun(site: Site, training: Sequence[str], *meeting: str, **on_h2: str) -> list[subprocess.Popen[str]]:
+    """torchrun on both hosts, which learn from `meeting` where; {rank} in it stands for the host's number.
+
+    Args:
+        on_h2: variables for the second.
+    """
     common = ["torchrun", "--nnodes", "2", "--nproc-per-node", "1"]
     return [
-        site.start(host, [*common, *(word.format(rank=rank) for word in meeting), *training])
-        for rank, host in enumerate(site.cluster.names)
+        site.start(
+            host, [*common, *(word.format(rank=rank) for word in meeting), *training], site.environment() | extra
+        )
+        for (rank, host), extra in zip(enumerate(site.cluster.names), ({}, on_h2), strict=True)
     ]
 
 
 def test_a_rank_that_is_killed_under_torchrun(site: Site, alone: list[float]) -> None:
-    """Static rendezvous, no restarts."""
+    """Static rendezvous, no restarts, and the hosts disagree about the time of day by hours."""
     meeting = ("--node-rank", "{rank}", "--master-addr", "h1", "--master-port", "29500")
-    launchers = _torchrun(site, site.training("static", steps=ENDLESS), *meeting)
+    launchers = _torchrun(site, site.training("static", steps=ENDLESS), *meeting, **wrong_clock(BEHIND))
     _kill_rank(site, "static", "h2", launchers=launchers)
     said = _all_is_over(site, *launchers)
     assert all(launcher.returncode > 0 for launcher in launchers), said[-4000:]

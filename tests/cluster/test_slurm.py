@@ -184,23 +184,24 @@ def _check_logs_of_attempts(site: Site, name: str) -> None:
 
 def test_a_sweep_trains_every_combination(site: Site) -> None:
     path = site.config("swept", training__schedule={"num_epochs": 9, "max_steps": 2, "global_batch_size": 13})
-    lists = {"GAMMAS": "0 0.9", "SEEDS": "1 2", "SWEEP_DIR": "swept"}
-    array = site.sbatch(*_ONE_RANK, "--array=0-3", f"{launch.ROOT}/slurm/sweep.sbatch", path, **lists)
-    losses = {}
-    for task, (gamma, seed) in enumerate([("0", "1"), ("0", "2"), ("0.9", "1"), ("0.9", "2")]):
+    lists = {"GAMMAS": "0 0.9", "SEEDS": "2", "SWEEP_DIR": "swept"}
+    array = site.sbatch(*_ONE_RANK, "--array=0-1", f"{launch.ROOT}/slurm/sweep.sbatch", path, **lists)
+    losses = []
+    for task, gamma in enumerate(("0", "0.9")):
         site.trained(f"{array}_{task}")
-        name = f"swept/gamma-{gamma}-seed-{seed}"
+        name = f"swept/gamma-{gamma}-seed-2"
         manifest = json.loads((site.folder / name / "manifest.json").read_text())
         assert manifest["objective"]["gamma"] == float(gamma)
-        assert manifest["mathematics"]["seed"] == int(seed)
+        assert manifest["mathematics"]["seed"] == 2
         assert [step for step, *_ in site.steps(name)] == [1, 2]
-        losses[gamma, seed] = site.steps(name)[-1][1]
-    # Every step holds all rows, so that a seed changes nothing but the last bits; γ does.
-    assert losses["0", "1"] == pytest.approx(losses["0", "2"], rel=1e-5)
-    assert losses["0", "1"] != pytest.approx(losses["0.9", "1"], rel=1e-1)
+        losses.append(site.steps(name)[-1][1])
+    assert losses[0] != pytest.approx(losses[1], rel=1e-1)
 
 
-def test_parts_of_a_corpus_make_the_store_that_one_process_makes(site: Site) -> None:
+def test_parts_of_a_corpus_make_the_store_that_one_process_makes(
+    site: Site, whole: list[tuple[int, float, float]]
+) -> None:
+    del whole  # has tokenised the same rows
     stores = site.folder / "parts"
     path = site.config("parts", dataset__store_dir=str(stores))
     array = site.sbatch("--array=1-2", "--cpus-per-task=1", f"{launch.ROOT}/slurm/prepare.sbatch", path)
@@ -208,11 +209,7 @@ def test_parts_of_a_corpus_make_the_store_that_one_process_makes(site: Site) -> 
         site.trained(f"{array}_{part}")
     merge = site.log(f"{array}_1").partition("Submitted batch job ")[2].split()[0]
     site.trained(f"{merge}_0")
-    merged = _files(stores)
-    shutil.rmtree(stores)
-    alone = launch.python("launcher/prepare.py", path)
-    assert alone.returncode == 0, alone.stderr
-    assert _files(stores) == merged != {}
+    assert _files(stores) == _files(site.folder / "stores") != {}
 
 
 def _files(folder: Path) -> dict[str, bytes]:
