@@ -49,7 +49,7 @@ def doctor(
     from rich.console import Console
 
     from seqaware.training.doctor.doctor import DoctorRequest, diagnose
-    from seqaware.training.doctor.findings import some_hang
+    from seqaware.training.doctor.findings import Level, some_hang
     from seqaware.training.doctor.table import show
 
     request = DoctorRequest(config, overrides or [], deepspeed, hostfile, ranks, found)
@@ -58,7 +58,8 @@ def doctor(
         show(diagnosis.findings, hosts=diagnosis.hosts, console=Console(highlight=False))
     elif not diagnosis.met:
         for finding in diagnosis.findings:
-            typer.echo(f"error: {finding.found}; {finding.do}", err=True)
+            if finding.level is Level.ERROR:
+                typer.echo("; ".join(filter(None, (f"error: {finding.found}", finding.do))), err=True)
     code = 0 if diagnosis.holds else USER_ERROR
     if some_hang():  # what hangs must not keep the doctor from leaving
         sys.stdout.flush()

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# The Debian packages that the tests start: a SLURM, hosts with sshd and pdsh, a clock that is off; libaio is DeepSpeed's.
+# The Debian packages that the tests start: a SLURM, hosts with sshd and pdsh; libaio is DeepSpeed's.
 # Where they cannot be had this says why and ends well: the tests that need them say it again and are skipped, or fail
 # where CI is set.
 set -euo pipefail
 
 declare -A package_of=(
     [slurmctld]=slurm-wlm [munged]=munge [pdsh]=pdsh [sshd]=openssh-server [ssh]=openssh-client [ip]=iproute2
-    [unshare]=util-linux [numactl]=numactl [faketime]=faketime
+    [unshare]=util-linux [numactl]=numactl
 )
 PATH=$PATH:/usr/sbin:/sbin
 missing=()

@@ -71,7 +71,7 @@ def what_is_missing(*programs: str) -> str | None:
     """Why hosts, or `programs` beside them, cannot be had on this machine; None where they can."""
     absent = [name for name in (*PROGRAMS, *programs) if shutil.which(name, path=_PATH) is None]
     if absent:
-        return f"not installed: {', '.join(absent)} (Debian: faketime, iproute2, openssh-server, pdsh, util-linux)"
+        return f"not installed: {', '.join(absent)} (Debian: iproute2, openssh-server, pdsh, util-linux)"
     if os.geteuid() != 0:
         return "namespaces with networks of their own need root"
     trial = subprocess.run(

@@ -27,7 +27,7 @@ from tests import launch
 
 CPUS_OF_A_NODE = 64
 GPUS_OF_A_NODE = 8
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "setpriv", "faketime")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "setpriv")
 _PATIENCE_SECONDS = 30.0
 # Administrators' programs, which a login of a plain user does not look for.
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -73,7 +73,7 @@ def what_is_missing() -> str | None:
     """Why there can be no private SLURM on this machine; None where there can."""
     absent = [name for name in PROGRAMS if shutil.which(name, path=_PATH) is None]
     if absent:
-        return f"not installed: {', '.join(absent)} (Debian: faketime, munge, slurm-wlm, util-linux)"
+        return f"not installed: {', '.join(absent)} (Debian: munge, slurm-wlm, util-linux)"
     return None if os.geteuid() == 0 else "a SLURM that starts jobs needs root"
 
 

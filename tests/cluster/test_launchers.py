@@ -243,7 +243,8 @@ def _torchrun(site: Site, training: Sequence[str], *meeting: str, **on_h2: str) 
 def test_a_rank_that_is_killed_under_torchrun(site: Site, alone: list[float]) -> None:
     """Static rendezvous, no restarts, and the hosts disagree about the time of day by hours."""
     meeting = ("--node-rank", "{rank}", "--master-addr", "h1", "--master-port", "29500")
-    launchers = _torchrun(site, site.training("static", steps=ENDLESS), *meeting, **wrong_clock(BEHIND))
+    on_h2 = wrong_clock(site.folder / "clocks", off=BEHIND)
+    launchers = _torchrun(site, site.training("static", steps=ENDLESS), *meeting, **on_h2)
     _kill_rank(site, "static", "h2", launchers=launchers)
     said = _all_is_over(site, *launchers)
     assert all(launcher.returncode > 0 for launcher in launchers), said[-4000:]

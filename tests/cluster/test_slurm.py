@@ -85,23 +85,23 @@ class Site:
         return attempts
 
 
-# The first node's clock is ahead of the job's end, the second's behind its begin. What libfaketime leaves in /dev/shm
-# ends with the rank, and the two share no memory there, as hosts do not.
-_WRONG_CLOCKS = """#!/bin/bash
-if [[ $SLURM_NODEID == 0 ]]; then clock=({ahead}); else clock=({behind}); fi
-exec unshare --mount sh -euc 'mount -t tmpfs tmpfs /dev/shm; exec env "$@"' sh "${{clock[@]}}" {python} "$@"
-"""
-
-
 def _with_wrong_clocks(folder: Path) -> dict[str, str]:
-    """Variables for sbatch: an environment whose Python reads a wrong time of day on every node, and a job's times."""
-    ahead, behind = (" ".join(f"{name}={value}" for name, value in wrong_clock(off).items()) for off in (AHEAD, BEHIND))
-    program = folder / "wrong-clocks" / "bin" / "python"
-    program.parent.mkdir(parents=True)
-    program.write_text(_WRONG_CLOCKS.format(ahead=ahead, behind=behind, python=sys.executable))
+    """Variables for sbatch: a job's times, as newer SLURMs set them, and a Python for which they cannot be true.
+
+    On the first node it is later than the job's end, on the second earlier than its begin.
+    """
+    path = wrong_clock(folder / "clocks", off=0)["PYTHONPATH"]
+    program = folder / "clocks" / "bin" / "python"
+    program.parent.mkdir()
+    program.write_text(
+        f"""#!/bin/bash
+        export PYTHONPATH={path}
+        if [[ $SLURM_NODEID == 0 ]]; then export SECONDS_OFF={AHEAD}; else export SECONDS_OFF={BEHIND}; fi
+        exec {sys.executable} "$@"
+        """
+    )
     program.chmod(0o755)
     now = int(time.time())
-    # As newer SLURMs set them.
     times = {"SLURM_JOB_START_TIME": str(now), "SLURM_JOB_END_TIME": str(now + 1800)}
     return {"SEQAWARE_VENV": str(program.parent.parent), **times}
 
