@@ -206,6 +206,9 @@ def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ra
         _name_interface(address)
     import deepspeed
 
+    from seqaware.engine.build_lock import free_locks_of_the_dead
+
+    free_locks_of_the_dead()
     # DeepSpeed prints that it built its shared-memory op; nobody asked.
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(

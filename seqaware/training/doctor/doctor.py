@@ -18,7 +18,6 @@ from packaging.requirements import Requirement
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
 from seqaware.engine.address import RankAddress
-from seqaware.engine.doctor_operators import extensions_folder
 from seqaware.engine.ranks import gpu_is_visible
 from seqaware.errors import SeqawareError
 from seqaware.plan.facts import World
@@ -188,8 +187,6 @@ def _checks(patient: _Patient, address: RankAddress) -> Iterator[Check]:
     )
     yield Check("variables", partial(environment.variables, env, host))
     yield Check("limits", partial(environment.limits, infiniband=Path("/sys/class/infiniband").is_dir()))
-    locks = partial(environment.build_locks, extensions_folder(env.get("TORCH_EXTENSIONS_DIR")))
-    yield Check("operators", locks)
     yield Check("host name", partial(network.host_name, hosts=world.nodes))
     if address.size == 1:
         port, chosen = _port(patient.request)

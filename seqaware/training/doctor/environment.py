@@ -6,7 +6,6 @@ import re
 import resource
 import shutil
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +49,6 @@ _ALLOCATOR_KEYS = {
 }
 _MOST_FILES = 4096
 _SHARED_MEMORY_BYTES = 2**30
-_OLD_LOCK_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -219,13 +217,3 @@ def limits(*, infiniband: bool) -> Iterator[Finding]:
     if free < _SHARED_MEMORY_BYTES:
         found = f"{free / 2**20:,.0f} MiB free in /dev/shm; ranks of one host talk through it"
         yield warning("shared memory", found, "give the container more: --shm-size 16g, or --ipc host")
-
-
-def build_locks(folder: Path) -> Iterator[Finding]:
-    """A build of DeepSpeed's operators that was killed leaves a lock, and every later process waits for it."""
-    now = time.time()
-    for lock in folder.glob("*/lock") if folder.is_dir() else ():
-        age = now - lock.stat().st_mtime
-        if age > _OLD_LOCK_SECONDS:
-            found = f"{lock} is {age / 3600:.1f} hours old: what builds or loads this operator waits for it"
-            yield error("operators", found, f"if nothing builds it now: rm {lock}")

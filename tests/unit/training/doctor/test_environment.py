@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import time
-from pathlib import Path
-
 import pytest
 
 from seqaware.training.doctor import environment
-from seqaware.training.doctor.environment import HostFacts, build_locks, limits, matching_interfaces, variables
+from seqaware.training.doctor.environment import HostFacts, limits, matching_interfaces, variables
 from seqaware.training.doctor.findings import Level
 
 HOST = HostFacts(ranks=4, cores=32, gpus=8, interfaces=("lo", "eth0", "eth1", "ib0"))
@@ -113,17 +109,6 @@ def test_secrets_are_set_or_not_set() -> None:
 )
 def test_lists_of_interfaces(written: str, exact: bool, chosen: list[str]) -> None:
     assert matching_interfaces(written, HOST.interfaces, exact=exact) == chosen
-
-
-def test_a_lock_that_a_killed_build_left(tmp_path: Path) -> None:
-    for name, age in (("cpu_adam", 7200), ("aio", 5)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "lock").touch()
-        os.utime(tmp_path / name / "lock", (time.time() - age,) * 2)
-    told = list(build_locks(tmp_path))
-    assert [each.level for each in told] == [Level.ERROR]
-    assert f"rm {tmp_path}/cpu_adam/lock" in told[0].do
-    assert list(build_locks(tmp_path / "nowhere")) == []
 
 
 def test_limits_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
