@@ -1,8 +1,8 @@
 """A private SLURM on this machine, thrown away after use: munged, slurmctld and several slurmd from Debian's packages.
 
 `with slurm(nodes=3) as cluster:` starts one. All its files lie in one temporary folder, its ports are its own, and its
-nodes are addresses of the loopback network (127.0.0.1, 127.0.0.2, …), so that their names need no resolver. Jobs are not
-counted from 1, because ranks meet at a port that follows from their job's number, and two clusters may be up. Nodes claim
+nodes are addresses of the loopback network (127.0.0.1, 127.0.0.2, …), so that their names need no resolver. Jobs are
+not counted from 1: ranks meet at a port that follows from their job's number, and two clusters may be up. Nodes claim
 more CPUs and GPUs than this machine has. Some of SLURM's patience is cut short: how long a silent node is waited for,
 the time between SIGTERM and SIGKILL, and the life of a job's credential, which a job that was requeued has to wait for.
 Nothing is left behind: the daemons end with the block, and every process of a job with them.
