@@ -15,7 +15,7 @@ from torch.utils import cpp_extension
 from torch.utils.file_baton import FileBaton
 
 
-class KernelLock(FileBaton):  # type: ignore[misc]
+class KernelLock(FileBaton):
     """torch's lock on a file, but that a file which nobody holds is free."""
 
     def try_acquire(self) -> bool:
@@ -30,7 +30,7 @@ class KernelLock(FileBaton):  # type: ignore[misc]
             except OSError:  # gone since, or another user's
                 return False
         if self._holds(file, otherwise=made):
-            self.fd = file
+            self.fd = file  # type: ignore[assignment]  # torch does not say that it may be one
             return True
         os.close(file)
         return False
@@ -61,4 +61,4 @@ class KernelLock(FileBaton):  # type: ignore[misc]
 
 def free_locks_of_the_dead() -> None:
     """Let torch use this lock in this process."""
-    cpp_extension.FileBaton = KernelLock
+    cpp_extension.FileBaton = KernelLock  # type: ignore[attr-defined]
