@@ -41,7 +41,9 @@ PATIENCE_SECONDS = 240
 # Within seconds: gloo hears at once that the connection is closed; launchers look once a second, and torchrun and
 # DeepSpeed give their other ranks up to 30 seconds to go.
 END_SECONDS = 60
-VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "PATH")
+# Whoever keeps compiled operators elsewhere means it for all ranks.
+_ELSEWHERE = ("TORCH_EXTENSIONS_DIR",) if "TORCH_EXTENSIONS_DIR" in os.environ else ()
+VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "PATH", *_ELSEWHERE)
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Site:
         exports = self.folder / f"deepspeed_env-{len(extra)}"
         env = launch.environment(DS_ENV_FILE=str(exports), **extra)
         # It hands on variables that begin with PYTHON by itself.
-        handed_on = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HUB_OFFLINE", *extra)
+        handed_on = ("OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HUB_OFFLINE", *_ELSEWHERE, *extra)
         exports.write_text("".join(f"{name}={env[name]}\n" for name in handed_on))
         return env
 
