@@ -169,15 +169,15 @@ def test_whatever_ends_an_attempt_the_run_is_the_same(site: Site, whole: list[tu
     assert [step >= least for step, least in zip(resumed, (15, 40, 70), strict=True)] == [True] * 3
     assert [sum(f"attempt {number}, on " in line for line in log) for number in (1, 2, 3, 4, 5)] == [1, 1, 1, 1, 0]
     _check_logs_of_attempts(site, "tried")
-    # The host behind rank 0 believes that the job is over, and does not leave for it.
-    off = [line for line in log if "this host's clock is " in line]
-    assert [line.partition("clock is ")[2].split()[2] for line in off] == ["ahead"] * 4, off
+    # Rank 0's host believes that the job is over, and says so; it does not leave for it.
+    off = [line.partition("clock is ")[2] for line in log if line.startswith("0: warning     this host's clock is ")]
+    assert [words.split()[2] for words in off] == ["ahead"] * 4, off
 
 
 def _check_logs_of_attempts(site: Site, name: str) -> None:
     """Each attempt has a folder, with a log of each rank."""
     logs = sorted(
-        path.relative_to(site.folder / name / "logs").as_posix() for path in site.folder.glob(f"{name}/logs/*/*")
+        path.relative_to(site.folder / name / "logs").as_posix() for path in site.folder.glob(f"{name}/logs/*/*.log")
     )
     assert logs == [f"attempt-{number:03}/rank-{rank:04}.log" for number in (1, 2, 3, 4) for rank in (0, 1)]
 
