@@ -53,6 +53,8 @@ def test_three_ranks_under_zero3_answer_as_one_does(workshop: tiny.Workshop, eva
     one, three = workshop.folder / "one", workshop.folder / "three"
     command = ["launcher/evaluate.py", str(workshop.model), config, "--out"]
     # Two rounds for five rows: in the second, one rank has none.
+    # What a config asks of training, that three ranks share each sequence, moves no answer.
+    zero3 += ["--set", "parallel.sequence=3"]
     shared = answers(launch.forked(*command, str(three), *zero3, ranks=3), three)
     done = launch.forked(*command, str(one), "--set", "evaluation.batch_size=null", ranks=1)
     alone = answers(done, one)
