@@ -73,20 +73,32 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         DataError: a line before the last is not a JSON object.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, text in enumerate(lines, start=1):
-        try:
-            yield json.loads(text)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                return
-            raise DataError(f"{path}:{number} is not a JSON object", got=text[:80]) from error
+        line = _line(text)
+        if line is not None:
+            yield line
+        elif number < len(lines):
+            do = "delete this line: nothing but the report needs it"
+            raise DataError(f"{path}:{number} is not a JSON object", got=text[:80], do=do)
+
+
+def _line(text: str) -> dict[str, Any] | None:
+    try:
+        line = json.loads(text)
+    except ValueError:
+        return None
+    return line if isinstance(line, dict) else None
 
 
 def _keep_until(path: Path, step: int) -> None:
-    kept = [line for line in read_metrics(path) if line.get("step", 0) <= step]
+    # A run that begins anew tells everything anew, also what comes before its first step.
+    kept = [line for line in read_metrics(path) if line.get("step", 0) <= step] if step else []
     partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in kept))
+        file.flush()
+        os.fsync(file.fileno())
     partial.replace(path)
 
 

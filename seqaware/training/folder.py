@@ -35,6 +35,7 @@ _BEFORE_THE_CLAIM = (
     "initial.partial",
     "certificate.json",
     "certificate.json.partial",
+    "manifest.json.partial",
     LOCK,
 )
 _BYTES_PER_PARAMETER_MODEL = 4
@@ -96,7 +97,7 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str, anyway: Collectio
         raise ConfigError("output.dir already holds a run", got=path, do="choose another output.dir, or --resume auto")
     if not folder.metrics.exists() and not survey(folder.checkpoints).whole:
         return  # claimed by a run that stopped before its first step: nothing is lost
-    others = changes(json.loads(folder.manifest.read_text())["mathematics"], plan.mathematics())
+    others = changes(_read_manifest(folder)["mathematics"], plan.mathematics())
     refused = {name: change for name, change in others.items() if name not in anyway}
     if refused:
         raise ConfigError(
@@ -162,7 +163,7 @@ def _most_checkpoints(plan: Plan) -> int:
 
 def is_finished(folder: RunFolder, plan: Plan) -> bool:
     """Whether the run's last step, export and evaluation are all done, as `finish` has noted."""
-    manifest = json.loads(folder.manifest.read_text()) if folder.manifest.is_file() else {}
+    manifest = _read_manifest(folder)
     return bool(manifest.get("finished_steps") == plan.total_steps)
 
 
@@ -170,7 +171,7 @@ def finish(folder: RunFolder, plan: Plan, *, card: str) -> None:
     """Note that the run is complete, and put the card beside the model. Rank 0 alone calls it."""
     if plan.config.output.save_model:
         write_durably(folder.model / "README.md", card)
-    manifest = json.loads(folder.manifest.read_text())
+    manifest = _read_manifest(folder)
     manifest["finished_steps"] = plan.total_steps
     write_durably(folder.manifest, json.dumps(manifest, indent=1))
 
@@ -182,11 +183,7 @@ def claim(folder: RunFolder, plan: Plan, *, address: RankAddress, resumed: RunSt
         resumed: the state it goes on from. Where the run was another one before, the attempt tells what has changed.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
-    # Nulls are written too: leaving one out would bring back a default. The DeepSpeed file is the one that is used.
-    config = {**plan.config.model_dump(mode="json"), "deepspeed": str(plan.deepspeed_path)}
-    write_durably(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
-    write_durably(folder.path / "plan.json", json.dumps(plan.to_json(), indent=1))
-    before = json.loads(folder.manifest.read_text()) if folder.manifest.is_file() else {}
+    before = _read_manifest(folder)
     attempt: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "topology": {
@@ -217,10 +214,41 @@ def claim(folder: RunFolder, plan: Plan, *, address: RankAddress, resumed: RunSt
         "goes_on_from": sorted(allowed - {plan.mathematics_hash()}),
         "attempts": attempts,
     }
+    # First: it is the claim. Ended after it, the run's rerun knows the folder for its own.
     write_durably(folder.manifest, json.dumps(manifest, indent=1))
+    # Nulls are written too: leaving one out would bring back a default. The DeepSpeed file is the one that is used.
+    config = {**plan.config.model_dump(mode="json"), "deepspeed": str(plan.deepspeed_path)}
+    write_durably(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+    write_durably(folder.path / "plan.json", json.dumps(plan.to_json(), indent=1))
     return len(attempts)
 
 
 def allowed_before(folder: RunFolder) -> set[str]:
     """Plan hashes that this run has gone on from, with a person's leave: checkpoints that bear them are its own."""
-    return set(json.loads(folder.manifest.read_text()).get("goes_on_from", [])) if folder.manifest.is_file() else set()
+    return set(_read_manifest(folder).get("goes_on_from", []))
+
+
+def _read_manifest(folder: RunFolder) -> dict[str, Any]:
+    """manifest.json; empty where there is none yet.
+
+    Raises:
+        ConfigError: it cannot be read, or is not what a run has written.
+    """
+    try:
+        manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, str(error)) from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("mathematics"), dict):
+        raise _damaged(folder, "no mathematics in it")
+    return manifest
+
+
+def _damaged(folder: RunFolder, problem: str) -> ConfigError:
+    whole = survey(folder.checkpoints).whole
+    return ConfigError(
+        "the run's manifest.json is damaged, so it cannot be told which run this is",
+        got=f"{folder.manifest}: {problem}",
+        do="choose another output.dir" + (f", and go on there with --resume {whole[0]}" if whole else ""),
+    )

@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from seqaware.engine.address import RankAddress
@@ -28,15 +28,20 @@ def alone_in(folder: Path, address: RankAddress, *, say: Say) -> Iterator[None]:
     """Keep other runs out of `folder`, which is made if it is not there.
 
     Raises:
-        ConfigError: another run is at work in it. Nothing was changed.
+        ConfigError: another run is at work in it, or it cannot be locked. Nothing was changed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not truncated on opening: until the lock is ours, the text is another run's.
-    file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not truncated on opening: until the lock is ours, the text is another run's.
+        file = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        do = f"mend the rights of {LOCK} in it, or choose another output.dir"
+        raise ConfigError("output.dir cannot be locked", got=f"{folder} ({error.strerror})", do=do) from error
     try:
         _take(file, folder, say)
-        os.truncate(file, 0)
-        os.pwrite(file, _who(address).encode(), 0)
+        with suppress(OSError):  # a full disk: the lock holds without a name on it
+            os.truncate(file, 0)
+            os.pwrite(file, _who(address).encode(), 0)
         yield
     finally:
         os.close(file)

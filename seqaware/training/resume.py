@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from seqaware.engine.checkpoint.manifest import RunState, first_wrong_hash, read_state, step_of, survey
+from seqaware.engine.checkpoint.manifest import RunState, first_wrong_hash, read_state, step_of, survey, what_is_wrong
 from seqaware.engine.ranks import Ranks
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import MATHEMATICS, Plan
@@ -84,7 +84,7 @@ def first_whole(points: ResumePoints, ranks: Ranks, *, say: Say) -> Path | None:
     """The first candidate whose files are what was written, by their hashes. Collective: each rank reads its share.
 
     Raises:
-        CheckpointError: the one that was asked for is damaged.
+        CheckpointError: the one that was asked for is damaged, or other ranks do not see what rank 0 sees.
     """
     for damage in points.damaged:
         say(f"warning     passed over {damage}")
@@ -98,9 +98,22 @@ def first_whole(points: ResumePoints, ranks: Ranks, *, say: Say) -> Path | None:
                 "the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another, or --resume auto"
             )
         say(f"warning     passed over {checkpoint}: {problem}")
+    if points.candidates:
+        _refuse_other_folder(points.candidates[0], ranks)
     if points.damaged or points.candidates:
         say("warning     no checkpoint of this run is whole: it begins anew")
     return None
+
+
+def _refuse_other_folder(newest: Path, ranks: Ranks) -> None:
+    """Nothing begins anew because a host does not see the checkpoints that rank 0 has found. Collective."""
+    for rank, problem in enumerate(ranks.gather(what_is_wrong(newest))):
+        if problem is not None:
+            raise CheckpointError(
+                "a rank does not see the checkpoints that rank 0 sees",
+                got=f"{newest} on rank {rank}, where {problem}",
+                do="see to it that all hosts share output.dir, under the same path and with the same rights",
+            )
 
 
 def check_names(anyway: Iterable[str]) -> None:

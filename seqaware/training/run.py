@@ -119,7 +119,7 @@ def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ran
     _probe(engine, plan, say=say)
     state = None if checkpoint is None else read_state(checkpoint)
     course = Course(0) if state is None else Course(state.step, list(state.passed_over))
-    process.heartbeat.settle(folder.path, _begin_attempt(folder, plan, state, ranks=ranks))
+    _begin_attempt(folder, plan, state, ranks=ranks, heartbeat=process.heartbeat)
     output = plan.config.output
     keep = Retention(output.keep_last, output.keep_every, output.keep_best)
     checkpoints = Checkpoints(engine, folder.checkpoints, keep=keep, asynchronous=output.async_save)
@@ -136,8 +136,10 @@ def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ran
         remove_swap_files(plan)
 
 
-def _begin_attempt(folder: RunFolder, plan: Plan, state: RunState | None, *, ranks: Ranks) -> int:
-    """Claim the folder; the number of this attempt. Collective."""
+def _begin_attempt(
+    folder: RunFolder, plan: Plan, state: RunState | None, *, ranks: Ranks, heartbeat: Heartbeat
+) -> None:
+    """Claim the folder, and let every rank's log go on in it. Collective."""
 
     def begin() -> int:
         number = claim(folder, plan, address=ranks.address, resumed=state)
@@ -145,8 +147,10 @@ def _begin_attempt(folder: RunFolder, plan: Plan, state: RunState | None, *, ran
             set_aside_later(folder.checkpoints, 0)  # else loading the checkpoint does
         return number
 
-    number: int = ranks.agree(together(ranks, begin, on_first_only=True, error=not_written(str(folder.path))))
-    return number
+    error = not_written(str(folder.path))
+    number: int = ranks.agree(together(ranks, begin, on_first_only=True, error=error))
+    # Here a rank meets the folder first whose host does not share it, or may not write there.
+    together(ranks, lambda: heartbeat.settle(folder.path, number), on_first_only=False, error=error)
 
 
 def _standing(request: RunRequest, prepared: Prepared, process: Process, *, stack: ExitStack) -> ResumePoints | None:

@@ -126,7 +126,7 @@ class Session:
             self.process.heartbeat.phase("evaluating", 0)
             loss = self.held_out.loss(leaving=self.leaving)
             if loss is None:
-                raise Left(self._reason(), together=True)
+                raise self._left(0)
             self.reporter.event({"kind": "evaluation", "step": 0, **loss})
 
     def finish(self) -> None:
@@ -143,7 +143,7 @@ class Session:
         self.process.heartbeat.phase("evaluating", self.total)
         line = self.held_out.evaluate(self.total, answers=self.folder.answers, leaving=self.leaving)
         if line is None:
-            raise Left(self._reason(), together=True)
+            raise self._left(self.total)
         self.reporter.event(line)
         self.checkpoints.note_evaluation(self.total, line["loss"])
 
@@ -157,15 +157,18 @@ class Session:
         Raises:
             Left: always. CheckpointError: the checkpoint could not be written; the one before it stands.
         """
-        reason = self._reason()
         self._save(step, must=True)
         self._finish_saving()
+        raise self._left(step)
+
+    def _left(self, step: int) -> Left:
+        """All is saved that is to be: tell that the run leaves, and take back what has asked for it. Collective."""
+        reason = self._reason()
         self.interrupts.left()
         self.reporter.event({"kind": "left", "step": step, "reason": reason})
-        self.process.say(
-            f"left        after step {step} ({reason}); it is saved, and the same command goes on from there"
-        )
-        raise Left(reason, together=True)
+        where = f"after step {step} ({reason}); it is saved, and" if step else f"before the first step ({reason});"
+        self.process.say(f"left        {where} the same command goes on from there")
+        return Left(reason, together=True)
 
     def leaving(self) -> bool:
         """Whether a rank was asked to leave meanwhile: asked between the parts of a long evaluation."""

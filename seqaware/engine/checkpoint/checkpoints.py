@@ -156,7 +156,9 @@ class Checkpoints:
         step = read_state(checkpoint).step
         error = not_written(str(self._folder))
         together(self._ranks, lambda: self._go_back(step), on_first_only=True, error=error)
-        self.complete = step if checkpoint.parent.resolve() == self._folder.resolve() else None
+        # One that was set aside, or lies elsewhere, is not found by a rerun.
+        own = self._folder / checkpoint_name(step)
+        self.complete = step if checkpoint.resolve() == own.resolve() else None
 
     def note_evaluation(self, step: int, loss: float) -> None:
         """Remember the held-out loss after a step, for `Retention.keep_best`. Not collective: rank 0 alone acts."""

@@ -29,10 +29,9 @@ LATEST = "latest"
 FORMAT = "seqaware checkpoint"
 FORMAT_VERSION = 2
 PARTIAL = ".partial"
-# Folders on their way in or out: whatever a crash leaves of them holds nothing that is needed.
-PASSING = (PARTIAL, ".replaced", ".deleting")
 _NAME = re.compile(r"step-(\d{8,})")
 _SET_ASIDE = re.compile(r"abandoned-(\d{4,})-step-(\d{8,})")
+_PASSING = re.compile(r"(abandoned-\d{4,}-)?step-\d{8,}\.(partial|replaced|deleting)")
 
 
 @dataclass(frozen=True)
@@ -236,6 +235,11 @@ def _named(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
     """The children whose whole name the pattern describes, the highest step first."""
     children = folder.iterdir() if folder.is_dir() else ()
     return sorted((child for child in children if pattern.fullmatch(child.name)), key=step_of, reverse=True)
+
+
+def is_passing(name: str) -> bool:
+    """Whether it is a checkpoint on its way in or out: whatever a crash leaves of one holds nothing that is needed."""
+    return _PASSING.fullmatch(name) is not None
 
 
 def set_aside_number(path: Path) -> int:

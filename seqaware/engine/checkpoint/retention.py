@@ -14,7 +14,7 @@ from pathlib import Path
 
 from seqaware.engine.checkpoint.manifest import (
     LATEST,
-    PASSING,
+    is_passing,
     set_aside,
     set_aside_number,
     step_of,
@@ -129,7 +129,7 @@ def set_aside_later(folder: Path, step: int) -> None:
 def sweep(folder: Path) -> list[str]:
     """Delete the folders of checkpoints that were on their way in or out when a process ended."""
     children = list(folder.iterdir()) if folder.is_dir() else []
-    left = [child for child in children if child.suffix in PASSING and child.is_dir()]
+    left = [child for child in children if is_passing(child.name) and child.is_dir()]
     return [problem for path in left for problem in _remove(path)]
 
 
@@ -146,6 +146,9 @@ def _delete(path: Path) -> Iterator[str]:
 
 def _remove(path: Path) -> Iterator[str]:
     try:
-        shutil.rmtree(path)
+        if path.is_symlink():
+            path.unlink()  # what somebody has put elsewhere is theirs
+        else:
+            shutil.rmtree(path)
     except OSError as error:
         yield f"{path} could not be deleted: {error.strerror} ({error.filename})"

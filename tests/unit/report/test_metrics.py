@@ -47,3 +47,10 @@ def test_lines_that_a_full_disk_refuses_come_later_or_are_missed_by_name(tmp_pat
     with pytest.raises(StorageError, match=r"last lines of .* cannot be written.*No space left"):
         metrics.close()
     disk.close()
+
+
+def test_a_run_that_begins_anew_tells_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "evaluation", "step": 0}\n{"kind": "step", "step": 1}\n')
+    MetricsFile(path).close()
+    assert list(read_metrics(path)) == []

@@ -1,0 +1,58 @@
+"""The folder of checkpoints: what is deleted, what is left alone, and what a run knows to lie in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from seqaware.engine.checkpoint import checkpoints as written
+from seqaware.engine.checkpoint.checkpoints import Checkpoints
+from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, sealed
+from seqaware.engine.checkpoint.retention import Retention, forget_old
+
+ALONE = SimpleNamespace(rank=0, size=1, is_first=True, gather=lambda value: [value], agree=lambda value: value)
+
+
+def _checkpoint(folder: Path, step: int, name: str | None = None) -> Path:
+    state: dict[str, Any] = {"step": step, "epoch": 0, "passed_over": [], "data_fingerprint": "", "plan_hash": ""}
+    path = folder / (name or checkpoint_name(step))
+    path.mkdir(parents=True)
+    (path / MANIFEST).write_text(json.dumps(sealed({**state, "mathematics": {}, "files": {}})))
+    return path
+
+
+def test_a_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "checkpoints", tmp_path / "elsewhere"
+    _checkpoint(elsewhere, 1)
+    for step in (2, 3):
+        _checkpoint(folder, step)
+    (folder / checkpoint_name(1)).symlink_to(elsewhere / checkpoint_name(1))
+    assert forget_old(folder, Retention(2), {}) == []
+    assert sorted(child.name for child in folder.iterdir()) == [checkpoint_name(2), checkpoint_name(3)]
+    assert (elsewhere / checkpoint_name(1) / MANIFEST).is_file()
+
+
+def test_only_checkpoints_that_were_on_their_way_are_swept(tmp_path: Path) -> None:
+    passing = ["step-00000004.partial", "step-00000004.replaced", "abandoned-0001-step-00000002.deleting"]
+    others = ["universal-4.partial", "mine.deleting"]
+    for name in passing + others:
+        (tmp_path / name).mkdir()
+    assert forget_old(tmp_path, Retention(2), {}) == []
+    assert sorted(child.name for child in tmp_path.iterdir()) == sorted(others)
+
+
+@pytest.mark.parametrize("name", ["step-00000004", "abandoned-0001-step-00000004"])
+def test_only_a_checkpoint_under_its_own_name_is_known_to_be_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(written, "load_checkpoint", lambda engine, checkpoint: None)
+    checkpoint = _checkpoint(tmp_path, 4, name)
+    engine: Any = SimpleNamespace(ranks=ALONE)
+    checkpoints = Checkpoints(engine, tmp_path, keep=Retention(2))
+    checkpoints.load(checkpoint)
+    # Else the run would not save this step again, and its rerun would not find it.
+    assert checkpoints.complete == (4 if name == checkpoint_name(4) else None)

@@ -1,0 +1,92 @@
+"""A run's folder, claimed: whatever a crash has left of it, the same command goes on, or says what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqaware.engine.address import RankAddress
+from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, sealed
+from seqaware.errors import CheckpointError, ConfigError
+from seqaware.training import folder as claiming
+from seqaware.training.folder import RunFolder, allowed_before, check_claim, claim, is_finished
+from seqaware.training.lock import LOCK, alone_in
+from seqaware.training.resume import ResumePoints, first_whole
+from tests.unit.plan.test_plan import plan
+
+ALONE = RankAddress(0, 1, 0, 1, 1, "none", "127.0.0.1", 29500)
+
+
+class TwoRanks:
+    """Rank 0, beside a rank 1 that always says the same."""
+
+    rank, size, is_first = 0, 2, True
+
+    def __init__(self, other: Any) -> None:
+        self.other = other
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+def _checkpoint(run: Path, step: int) -> Path:
+    path = run / "checkpoints" / checkpoint_name(step)
+    path.mkdir(parents=True)
+    (path / MANIFEST).write_text(json.dumps(sealed({"step": step, "files": {}})))
+    return path
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_a_claim_that_is_broken_off_at_any_file_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: int
+) -> None:
+    run, files = RunFolder(tmp_path / "run"), []
+    write = claiming.write_durably
+
+    def killed(path: Path, text: str) -> None:
+        if len(files) == written:
+            path.with_name(path.name + ".partial").write_text(text[:100])
+            raise KeyboardInterrupt
+        files.append(path)
+        write(path, text)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(claiming, "write_durably", killed)
+        claim(run, plan(), address=ALONE)
+        raise KeyboardInterrupt
+    check_claim(run, plan(), resume="auto")
+    claim(run, plan(), address=ALONE)
+    assert json.loads(run.manifest.read_text())["attempts"] and (run.path / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("content", ["", '{"mathematics": {', "[]", "{}", "\x00\x00"])
+def test_a_damaged_manifest_is_an_error_that_says_how_to_go_on(tmp_path: Path, content: str) -> None:
+    run = RunFolder(tmp_path)
+    claim(run, plan(), address=ALONE)
+    checkpoint = _checkpoint(tmp_path, 3)
+    run.manifest.write_text(content)
+    with pytest.raises(ConfigError, match=rf"manifest.json is damaged.*another output.dir.*--resume {checkpoint}"):
+        check_claim(run, plan(), resume="auto")
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged"):
+        allowed_before(run)
+    with pytest.raises(ConfigError, match=r"manifest\.json is damaged"):
+        is_finished(run, plan())
+
+
+def test_a_lock_that_cannot_be_opened_is_an_error_in_words(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with (
+        pytest.raises(ConfigError, match=r"output\.dir cannot be locked.*Is a directory"),
+        alone_in(tmp_path, ALONE, say=print),
+    ):
+        pass
+
+
+def test_a_host_that_does_not_see_the_checkpoints_makes_no_run_begin_anew(tmp_path: Path) -> None:
+    points = ResumePoints((_checkpoint(tmp_path, 3),), (), asked=False)
+    assert first_whole(points, TwoRanks(None), say=print) == points.candidates[0]  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match=r"does not see.*on rank 1, where seqaware\.json is missing"):
+        first_whole(points, TwoRanks(f"{MANIFEST} is missing"), say=print)  # type: ignore[arg-type]
