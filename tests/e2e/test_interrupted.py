@@ -48,6 +48,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     in_evaluation = {"step": 2, "rank": 1, "signal": "SIGTERM", "phase": "evaluating"}
     runs.add("leave an evaluation", "evaluating", in_evaluation, evaluation=held_out, training__schedule=one_row)
     runs.add("after the evaluation", "evaluating", evaluation=held_out, training__schedule=one_row)
+    stop = {"step": 2, "touch": "STOP", "phase": "evaluating"}
+    runs.add("stop an evaluation", "stopped", stop, evaluation=held_out, training__schedule=one_row)
     poison = {"dataset__name": str(rows / "poison" / "rows.jsonl")}
     runs.add("not finite: stop", "stop", **poison)
     runs.add("not finite at once", "once", dataset__name=str(rows / "first" / "rows.jsonl"))
@@ -103,6 +105,9 @@ def test_an_evaluation_is_left_and_done_again(told: dict[str, Told]) -> None:
     assert again.hows == ["trained", "trained"]
     assert again.losses == told["one row"].losses
     assert again.lines("evaluation") == told["one row"].lines("evaluation")
+    stopped = told["stop an evaluation"]
+    assert stopped.hows == ["left", "left"] and stopped.checkpoints() == [2]
+    assert not (stopped.folder / "STOP").exists(), "the rerun would leave again, for ever"
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_document(told: dict[str, Told]) -> None:
