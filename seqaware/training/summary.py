@@ -22,7 +22,7 @@ def summary_lines(plan: Plan, folder: RunFolder, *, seconds: float) -> list[str]
     saved = str(folder.model) if plan.config.output.save_model else "not saved (output.save_model: false)"
     answers = f"; every answer: {folder.answers}" if folder.answers.exists() else ""
     return [
-        f"learnt      {_learnt(evaluations) if evaluations else _last_loss(steps[-1])}",
+        f"learnt      {_learnt(evaluations) if evaluations else _last_loss(steps)}",
         f"trained     {_trained(plan)} in {duration(seconds)}",
         f"model       {saved}",
         f"metrics     {folder.metrics}{answers}",
@@ -40,7 +40,10 @@ def _learnt(evaluations: Sequence[Mapping[str, Any]]) -> str:
     return f"{', '.join(told)} of {last['questions']} held-out rows; {text}" if told else text
 
 
-def _last_loss(step: Mapping[str, Any]) -> str:
+def _last_loss(steps: Sequence[Mapping[str, Any]]) -> str:
+    if not steps:  # it began at its end: with another run's last checkpoint, or without the metrics of its attempts
+        return "its metrics tell of no step; no held-out rows to judge by"
+    step = steps[-1]
     losses = f"loss {step['loss']:.4f}, unweighted {step['unweighted_loss']:.4f}"
     return f"last step: {losses}; no held-out rows to judge by"
 
