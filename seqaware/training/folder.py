@@ -26,7 +26,7 @@ from seqaware.engine.versions import git_revision, versions
 from seqaware.errors import ConfigError
 from seqaware.plan.plan import Plan, mathematics_hash
 from seqaware.training.lock import LOCK
-from seqaware.training.resume import changes, how_to_go_on, listed
+from seqaware.training.resume import Wish, changes, how_to_go_on, listed
 
 # What a run, or its verification, makes before the folder is claimed: with nothing else in it, the folder is free.
 _BEFORE_THE_CLAIM = (
@@ -176,11 +176,14 @@ def finish(folder: RunFolder, plan: Plan, *, card: str) -> None:
     write_durably(folder.manifest, json.dumps(manifest, indent=1))
 
 
-def claim(folder: RunFolder, plan: Plan, *, address: RankAddress, resumed: RunState | None = None) -> int:
+def claim(
+    folder: RunFolder, plan: Plan, *, address: RankAddress, resumed: RunState | None = None, asked: Wish | None = None
+) -> int:
     """Write config.yaml, plan.json and manifest.json. Rank 0 alone calls it. Returns the number of this attempt.
 
     Args:
         resumed: the state it goes on from. Where the run was another one before, the attempt tells what has changed.
+        asked: what the command says of it; for the next attempt to know.
     """
     folder.path.mkdir(parents=True, exist_ok=True)
     before = _read_manifest(folder)
@@ -194,6 +197,8 @@ def claim(folder: RunFolder, plan: Plan, *, address: RankAddress, resumed: RunSt
             "dtype": plan.dtype,
         },
     }
+    if asked is not None:
+        attempt["asked"] = asdict(asked)
     allowed = allowed_before(folder)
     if resumed is not None:
         attempt["from_step"] = resumed.step
@@ -221,6 +226,11 @@ def claim(folder: RunFolder, plan: Plan, *, address: RankAddress, resumed: RunSt
     write_durably(folder.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
     write_durably(folder.path / "plan.json", json.dumps(plan.to_json(), indent=1))
     return len(attempts)
+
+
+def attempts_before(folder: RunFolder) -> list[dict[str, Any]]:
+    """What the manifest tells of the attempts so far, the first one first."""
+    return list(_read_manifest(folder).get("attempts", []))
 
 
 def allowed_before(folder: RunFolder) -> set[str]:

@@ -17,6 +17,7 @@ from seqaware.engine.engine import Engine
 from seqaware.engine.inference import AnsweringModel
 from seqaware.engine.ranks import Ranks
 from seqaware.engine.together import not_written, together
+from seqaware.report.metrics import read_metrics
 from seqaware.training.batches import RowFormat, rank_batches
 from seqaware.training.evaluate import held_out_loss
 from seqaware.training.evaluation.measure import answer_questions, write_answers_file
@@ -55,6 +56,18 @@ class HeldOut:
         """
         return held_out_loss(self.engine, self._batches(), self.engine.normalize_by, leaving=leaving)
 
+    def owes(self, done: int, total: int, *, metrics: Path) -> bool:
+        """Whether the run was left in the evaluation that was due after step `done`, of `total`.
+
+        Args:
+            metrics: the run's metrics.jsonl, as rank 0 sees it.
+        """
+        ranks, every = self.engine.ranks, self.config.every_steps
+        if not every or not 0 < done < total or done % every:
+            return False
+        owed = ranks.is_first and not _was_evaluated(metrics, done)
+        return bool(ranks.agree(owed))
+
     def evaluate(self, step: int, *, answers: Path | None, leaving: Leaving) -> dict[str, Any] | None:
         """A line for `metrics.jsonl`: the loss, and what the answers are worth where the config asks.
 
@@ -85,6 +98,11 @@ class HeldOut:
         for first in range(0, len(self.store), _DOCUMENTS_AT_ONCE):
             ids = np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(self.store)), dtype=np.int64)
             yield rank_batches(self.store, ids, rows=self.rows, rank=ranks.rank, size=ranks.size)
+
+
+def _was_evaluated(metrics: Path, step: int) -> bool:
+    lines = read_metrics(metrics) if metrics.exists() else iter(())
+    return any(line["kind"] == "evaluation" and line["step"] == step for line in lines)
 
 
 def _write_together(ranks: Ranks, given: Sequence[Answer], path: Path) -> None:

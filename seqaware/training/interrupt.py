@@ -9,6 +9,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
@@ -170,11 +171,12 @@ class Interrupts:
         return asked
 
     def saved(self) -> None:
-        """A checkpoint was written: its file of request has done its duty, and the minutes count anew."""
+        """A checkpoint was written, or could not be: a file of request has done its duty, the minutes count anew."""
         self._saved = self._clock()
         self._seen, self._looked = Asked.NOTHING, float("-inf")
         if self._first:
-            self._save.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder that may only be read
+                self._save.unlink(missing_ok=True)
 
     def evaluated(self) -> None:
         """The held-out rows were looked at, for whichever reason: the minutes count anew."""

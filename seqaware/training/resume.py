@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+import os
+import socket
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from seqaware.engine.ranks import Ranks
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import MATHEMATICS, Plan
 from seqaware.training.process import Say
+from seqaware.training.watch.host import HostProcess
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,36 @@ class ResumePoints:
     candidates: tuple[Path, ...]
     damaged: tuple[str, ...]
     asked: bool
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What `--resume` says, and whose start it is.
+
+    Attributes:
+        resume: "auto", "never" or a checkpoint's folder.
+        launch: names who starts the same command again by itself, torchrun's agent or a SLURM job; None: nobody does.
+        start: another number each time that it does.
+    """
+
+    resume: str
+    launch: str | None = None
+    start: int = 0
+
+    @classmethod
+    def of(cls, resume: str, environment: Mapping[str, str]) -> Wish:
+        if "TORCHELASTIC_RUN_ID" in environment:
+            agent = HostProcess.of(os.getppid())
+            return cls(resume, f"torchrun {agent.pid} since {agent.started} on {socket.gethostname()}", os.getpid())
+        if job := environment.get("SLURM_JOB_ID"):
+            return cls(resume, f"SLURM job {job}", int(environment.get("SLURM_RESTART_COUNT") or 0))
+        return cls(resume)
+
+    def now(self, attempts: Sequence[Mapping[str, Any]]) -> str:
+        """What is to be done after these attempts of the run: who starts again by itself goes on, and not back."""
+        last: Mapping[str, Any] = attempts[-1].get("asked") or {} if attempts else {}
+        again = (last.get("resume"), last.get("launch")) == (self.resume, self.launch) and self.launch is not None
+        return "auto" if again and last.get("start") != self.start else self.resume
 
 
 def resume_points(

@@ -28,6 +28,7 @@ from seqaware.training.assembly import build_engine, model_source, probe_of, wor
 from seqaware.training.folder import (
     RunFolder,
     allowed_before,
+    attempts_before,
     check_claim,
     check_disk,
     claim,
@@ -39,7 +40,7 @@ from seqaware.training.lock import alone_in
 from seqaware.training.loop import Course
 from seqaware.training.prepare import Prepared, prepare
 from seqaware.training.process import Process, Say
-from seqaware.training.resume import ResumePoints, check_names, first_whole, resume_points
+from seqaware.training.resume import ResumePoints, Wish, check_names, first_whole, resume_points
 from seqaware.training.session import Session
 from seqaware.training.summary import model_card, summary_lines
 from seqaware.training.watch.heartbeat import Heartbeat
@@ -106,12 +107,13 @@ def run(
             say(f"complete: all {total} steps of this run are done; its model and results are in {folder.path}")
             return folder.path
         checkpoint = first_whole(points, ranks, say=say)
-        _work(prepared, folder, checkpoint, ranks=ranks, process=process)
+        _work(request, prepared, checkpoint, ranks=ranks, process=process)
     return folder.path
 
 
-def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ranks: Ranks, process: Process) -> None:
+def _work(request: RunRequest, prepared: Prepared, checkpoint: Path | None, *, ranks: Ranks, process: Process) -> None:
     plan, say, phase = prepared.plan, process.say, process.heartbeat.phase
+    folder = RunFolder(Path(plan.config.output_dir))
     say(render_plan(plan, settings=False))
     phase("loading the model")
     engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=say)
@@ -119,7 +121,8 @@ def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ran
     _probe(engine, plan, say=say)
     state = None if checkpoint is None else read_state(checkpoint)
     course = Course(0) if state is None else Course(state.step, list(state.passed_over))
-    _begin_attempt(folder, plan, state, ranks=ranks, heartbeat=process.heartbeat)
+    wish = Wish.of(request.resume, environment())
+    _begin_attempt(folder, plan, state, wish=wish, ranks=ranks, heartbeat=process.heartbeat)
     output = plan.config.output
     keep = Retention(output.keep_last, output.keep_every, output.keep_best)
     checkpoints = Checkpoints(engine, folder.checkpoints, keep=keep, asynchronous=output.async_save)
@@ -137,12 +140,12 @@ def _work(prepared: Prepared, folder: RunFolder, checkpoint: Path | None, *, ran
 
 
 def _begin_attempt(
-    folder: RunFolder, plan: Plan, state: RunState | None, *, ranks: Ranks, heartbeat: Heartbeat
+    folder: RunFolder, plan: Plan, state: RunState | None, *, wish: Wish, ranks: Ranks, heartbeat: Heartbeat
 ) -> None:
     """Claim the folder, and let every rank's log go on in it. Collective."""
 
     def begin() -> int:
-        number = claim(folder, plan, address=ranks.address, resumed=state)
+        number = claim(folder, plan, address=ranks.address, resumed=state, asked=wish)
         if state is None:
             set_aside_later(folder.checkpoints, 0)  # else loading the checkpoint does
         return number
@@ -161,20 +164,25 @@ def _standing(request: RunRequest, prepared: Prepared, process: Process, *, stac
     """
     plan = prepared.plan
     folder = RunFolder(Path(plan.config.output_dir))
-    if _points(request, plan, folder) is None:
+    wish = Wish.of(request.resume, environment())
+    if _points(request, wish, plan, folder) is None:
         return None
     check_disk(folder.path, plan, prepared.parameters, trained=prepared.trained_parameters)
     stack.enter_context(alone_in(folder.path, process.address, say=process.say))
     # Again: until just now another run may have been at work here.
-    return _points(request, plan, folder)
+    points = _points(request, wish, plan, folder)
+    if wish.now(attempts_before(folder)) != request.resume:
+        process.say(f"resume      started again by itself: the run goes on; --resume {request.resume} has been done")
+    return points
 
 
-def _points(request: RunRequest, plan: Plan, folder: RunFolder) -> ResumePoints | None:
+def _points(request: RunRequest, wish: Wish, plan: Plan, folder: RunFolder) -> ResumePoints | None:
     """Where the run may go on, or None where it is done. Changes nothing."""
     anyway = request.resume_anyway
-    check_claim(folder, plan, resume=request.resume, anyway=anyway)
+    resume = wish.now(attempts_before(folder))
+    check_claim(folder, plan, resume=resume, anyway=anyway)
     allowed = allowed_before(folder)
-    points = resume_points(folder.checkpoints, plan, resume=request.resume, anyway=anyway, allowed=allowed)
+    points = resume_points(folder.checkpoints, plan, resume=resume, anyway=anyway, allowed=allowed)
     if not points.candidates:
         return points
     newest = points.candidates[0]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from seqaware.data.batch import Batch
 from seqaware.engine.checkpoint.checkpoints import Checkpoints
@@ -122,12 +123,15 @@ class Session:
             self.spikes.remember(self.ranks.agree(_reported_steps(self.folder) if self.ranks.is_first else None))
         if self.course.done < self.total:
             check_losses(self.engine, self.batches.of_step(self.course.done + 1)[0])
-        if self.held_out is not None and self.course.done == 0:
+        held_out, done = self.held_out, self.course.done
+        if held_out is not None and done == 0:
             self.process.heartbeat.phase("evaluating", 0)
-            loss = self.held_out.loss(leaving=self.leaving)
+            loss = held_out.loss(leaving=self.leaving)
             if loss is None:
                 raise self._left(0)
             self.reporter.event({"kind": "evaluation", "step": 0, **loss})
+        elif held_out is not None and held_out.owes(done, self.total, metrics=self.folder.metrics):
+            self.evaluate(done)
 
     def finish(self) -> None:
         """After the last step: the model's folder, and the last look at the held-out rows.
@@ -151,7 +155,7 @@ class Session:
         """Write a checkpoint. One that cannot be written is told and tried again later, but for the last."""
         self._save(step, must=step == self.total)
 
-    def leave(self, step: int) -> None:
+    def leave(self, step: int) -> NoReturn:
         """Save and leave.
 
         Raises:
@@ -177,14 +181,15 @@ class Session:
         return self.votes.result() == Asked.LEAVE
 
     def evaluate(self, step: int) -> None:
-        """The held-out rows, unless the run is asked to leave meanwhile."""
+        """The held-out rows. A run that is asked to leave meanwhile leaves here, and the next one looks at them."""
         if self.held_out is None:
             return
         self.process.heartbeat.phase("evaluating", step)
         line = self.held_out.evaluate(step, answers=None, leaving=self.leaving)
-        if line is not None:
-            self.reporter.event(line)
-            self.checkpoints.note_evaluation(step, line["loss"])
+        if line is None:
+            self.leave(step)
+        self.reporter.event(line)
+        self.checkpoints.note_evaluation(step, line["loss"])
         self.interrupts.evaluated()
 
     def pace(self, step: int) -> None:
@@ -263,8 +268,7 @@ class Session:
             if must:
                 raise
             self._not_saved(step, str(error))
-            return
-        self.interrupts.saved()
+        self.interrupts.saved()  # or not: the next is due in due time, not after every step
         self.hear_of_saving()
 
     def hear_of_saving(self) -> None:
@@ -276,8 +280,7 @@ class Session:
                 what = f"the checkpoint of step {outcome.step} could not be written"
                 self._not_saved(outcome.step, f"{what}; got {outcome.problem}")
             else:
-                figures = {"seconds": round(outcome.seconds, 3), "stood_still": round(outcome.stood_still, 3)}
-                self.reporter.event({"kind": "checkpoint", "step": outcome.step, "bytes": outcome.bytes, **figures})
+                self.reporter.event({"kind": "checkpoint", **outcome.figures})
 
     def _finish_saving(self) -> None:
         self.checkpoints.finish()

@@ -50,6 +50,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     runs.add("after the evaluation", "evaluating", evaluation=held_out, training__schedule=one_row)
     stop = {"step": 2, "touch": "STOP", "phase": "evaluating"}
     runs.add("stop an evaluation", "stopped", stop, evaluation=held_out, training__schedule=one_row)
+    midway = {**held_out, "every_steps": 1}
+    runs.add("leave midway", "midway", {**in_evaluation, "step": 1}, evaluation=midway, training__schedule=one_row)
+    runs.add("after midway", "midway", evaluation=midway, training__schedule=one_row)
     poison = {"dataset__name": str(rows / "poison" / "rows.jsonl")}
     runs.add("not finite: stop", "stop", **poison)
     runs.add("not finite at once", "once", dataset__name=str(rows / "first" / "rows.jsonl"))
@@ -108,6 +111,14 @@ def test_an_evaluation_is_left_and_done_again(told: dict[str, Told]) -> None:
     stopped = told["stop an evaluation"]
     assert stopped.hows == ["left", "left"] and stopped.checkpoints() == [2]
     assert not (stopped.folder / "STOP").exists(), "the rerun would leave again, for ever"
+
+
+def test_an_evaluation_that_was_left_midway_is_caught_up_on(told: dict[str, Told]) -> None:
+    left, again = told["leave midway"], told["after midway"]
+    assert left.hows == ["left", "left"] and again.hows == ["trained", "trained"]
+    assert any("after step 1" in line for line in again.endings[0]["said"])
+    assert [line["step"] for line in again.lines("evaluation")] == [0, 1, 2]
+    assert again.losses == told["one row"].losses
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_document(told: dict[str, Told]) -> None:

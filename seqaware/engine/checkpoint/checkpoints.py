@@ -42,6 +42,12 @@ class Outcome:
     problem: str | None = None
     warnings: tuple[str, ...] = ()
 
+    @property
+    def figures(self) -> dict[str, float]:
+        """Step, bytes and seconds, rounded for a report."""
+        seconds = {"seconds": round(self.seconds, 3), "stood_still": round(self.stood_still, 3)}
+        return {"step": self.step, "bytes": self.bytes, **seconds}
+
 
 @dataclass
 class _Writing:

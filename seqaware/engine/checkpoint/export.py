@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from seqaware.config.schema import LoraConfig
+from seqaware.data.store_writer import sync_to_disk
 from seqaware.engine.engine import Engine
 from seqaware.engine.together import not_written, together
 
@@ -50,8 +51,11 @@ def put_in_place(folder: Path, tokenizer: PreTrainedTokenizerBase, write_weights
     try:
         write_weights(partial)
         tokenizer.save_pretrained(partial)
+        for path in (*partial.iterdir(), partial):
+            sync_to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
+        sync_to_disk(folder.parent)
     except (OSError, SafetensorError) as error:  # safetensors has one of its own for what a disk says
         shutil.rmtree(partial, ignore_errors=True)  # it may be what has filled the disk
         raise not_written(f"the model's folder {folder}")(str(error)) from error

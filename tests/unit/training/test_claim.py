@@ -12,9 +12,9 @@ from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, sealed
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training import folder as claiming
-from seqaware.training.folder import RunFolder, allowed_before, check_claim, claim, is_finished
+from seqaware.training.folder import RunFolder, allowed_before, attempts_before, check_claim, claim, is_finished
 from seqaware.training.lock import LOCK, alone_in
-from seqaware.training.resume import ResumePoints, first_whole
+from seqaware.training.resume import ResumePoints, Wish, first_whole
 from tests.unit.plan.test_plan import plan
 
 ALONE = RankAddress(0, 1, 0, 1, 1, "none", "127.0.0.1", 29500)
@@ -90,3 +90,32 @@ def test_a_host_that_does_not_see_the_checkpoints_makes_no_run_begin_anew(tmp_pa
     assert first_whole(points, TwoRanks(None), say=print) == points.candidates[0]  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"does not see.*on rank 1, where seqaware\.json is missing"):
         first_whole(points, TwoRanks(f"{MANIFEST} is missing"), say=print)  # type: ignore[arg-type]
+
+
+def test_who_starts_again_by_itself_goes_on_and_not_back(tmp_path: Path) -> None:
+    run, path = RunFolder(tmp_path / "run"), "elsewhere/step-00000002"
+    job = {"SLURM_JOB_ID": "7"}
+    first = Wish.of(path, job)
+    assert first.now(attempts_before(run)) == path
+    claim(run, plan(), address=ALONE, asked=first)
+    assert Wish.of(path, job).now(attempts_before(run)) == path, "a person's second srun in one allocation"
+    for count in ("1", "2"):  # requeued, and again
+        requeued = Wish.of(path, {**job, "SLURM_RESTART_COUNT": count})
+        assert requeued.now(attempts_before(run)) == "auto"
+        claim(run, plan(), address=ALONE, asked=requeued)
+    other = {"SLURM_JOB_ID": "8", "SLURM_RESTART_COUNT": "3"}
+    assert Wish.of(path, other).now(attempts_before(run)) == path
+    assert Wish.of("never", {**job, "SLURM_RESTART_COUNT": "3"}).now(attempts_before(run)) == "never"
+    assert Wish.of(path, {}).now(attempts_before(run)) == path
+
+
+def test_ranks_that_torchrun_starts_anew_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    elastic = {"TORCHELASTIC_RUN_ID": "none"}
+    before = Wish.of("never", elastic)
+    asked = [{"asked": {"resume": "never", "launch": before.launch, "start": before.start}}]
+    assert before.now(asked) == "never"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.getpid", lambda: before.start + 1)
+        assert Wish.of("never", elastic).now(asked) == "auto"
+        patch.setattr("os.getppid", lambda: 1)  # another agent: a person has given the command again
+        assert Wish.of("never", elastic).now(asked) == "never"
