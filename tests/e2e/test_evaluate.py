@@ -76,9 +76,9 @@ def test_what_cannot_be_evaluated_is_told(workshop: tiny.Workshop) -> None:
     empty = workshop.folder / "empty"
     empty.mkdir()
     refused = {
-        "holds no model; got": [str(empty), config_of(workshop, metric="choice")],
-        "no metric to judge answers by": [str(workshop.model), config_of(workshop)],
+        "holds no model; got": (empty, {"metric": "choice"}),
+        "no metric to judge answers by": (workshop.model, {}),
     }
-    for message, arguments in refused.items():
-        done = launch.forked("launcher/evaluate.py", *arguments, ranks=1)
+    for message, (model, evaluation) in refused.items():
+        done = launch.forked("launcher/evaluate.py", str(model), config_of(workshop, **evaluation), ranks=1)
         assert done.returncode == 2 and message in done.stderr, done.stderr

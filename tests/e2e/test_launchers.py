@@ -34,8 +34,8 @@ def _config(workshop: tiny.Workshop, name: str) -> Path:
 
 
 def _losses(workshop: tiny.Workshop, name: str) -> list[float]:
-    lines = (workshop.folder / name / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
+    lines = [json.loads(line) for line in (workshop.folder / name / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if line["kind"] == "step"]
 
 
 @pytest.fixture(scope="module")
