@@ -23,6 +23,7 @@ from seqaware.training.watch.launch_folder import LaunchFolder, open_launch_fold
 from seqaware.training.watch.monitor import Monitor
 from seqaware.training.watch.own_rank import OwnRank
 from seqaware.training.watch.peers import missed_now
+from seqaware.training.watch.word import keep_screen
 
 # These change several times a step: they go to the dial, not to the log.
 _QUICK = frozenset(("forward", "backward", "reduce", "optimizer step", "batches"))
@@ -135,6 +136,7 @@ def start_heartbeat(address: RankAddress, base: Path | None = None, *, host: str
     Raises:
         ConfigError: that folder cannot be used.
     """
+    keep_screen()
     heartbeat = WatchedHeartbeat(address, open_launch_folder(address, base), host=host)
     heartbeat.start()
     return heartbeat

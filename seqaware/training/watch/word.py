@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from seqaware.training.watch.launch_folder import LaunchFolder, claim
 
 LONGEST_WORD = 5.0
 """Seconds that showing a text may take."""
+
+
+_STANDARD_ERROR = 2
+_screen = _STANDARD_ERROR
+
+
+def keep_screen() -> None:
+    """Keep standard error as it is now, for `show`.
+
+    While DeepSpeed tries whether an operator compiles, it lays a temporary file under descriptor 2 of this process: a
+    word of another thread would go there, and be deleted with it.
+    """
+    global _screen
+    if _screen == _STANDARD_ERROR:
+        with suppress(OSError):  # a process that was started without one
+            _screen = os.dup(_STANDARD_ERROR)
 
 
 def tell_first(text: str, folder: LaunchFolder, shared: Path | None) -> bool:
@@ -25,12 +42,12 @@ def tell_first(text: str, folder: LaunchFolder, shared: Path | None) -> bool:
 
 
 def show(text: str) -> None:
-    """Put text on standard error in one piece, whatever else this process is writing."""
+    """Put text on standard error in one piece, whatever else this process is writing, or has made of it since."""
     content = f"\n{text}\n".encode(errors="replace")
     until = time.monotonic() + LONGEST_WORD
     while content and time.monotonic() < until:
         try:
-            content = content[os.write(2, content) :]
+            content = content[os.write(_screen, content) :]
         except BlockingIOError:
             time.sleep(0.01)  # somebody before us has made it a descriptor that does not wait for its reader
         except OSError:

@@ -327,6 +327,19 @@ def test_what_the_same_command_does_follows_from_the_newest_checkpoint(tmp_path:
     assert words.going_on(shared) == "The same command goes on after step 120, the newest that is saved."
 
 
+def test_a_word_reaches_the_screen_while_a_library_has_another_file_there(tmp_path: Path) -> None:
+    program = (
+        "import os, sys\n"
+        "from seqaware.training.watch.word import keep_screen, show\n"
+        "keep_screen()\n"
+        "os.dup2(os.open(sys.argv[1], os.O_WRONLY | os.O_CREAT), 2)\n"  # as DeepSpeed does for a trial of a compiler
+        "show('rank 0 was killed')\n"
+    )
+    taken = tmp_path / "stderr.txt"
+    done = subprocess.run([sys.executable, "-c", program, str(taken)], capture_output=True, text=True, check=True)
+    assert done.stderr == "\nrank 0 was killed\n" and not taken.read_text()
+
+
 def test_a_heartbeat_that_nobody_hears_does_nothing(tmp_path: Path) -> None:
     heartbeat = Heartbeat()
     heartbeat.phase("forward", 1)
