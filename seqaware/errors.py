@@ -55,3 +55,6 @@ class CheckpointError(SeqawareError):
 
 class StorageError(SeqawareError):
     """A disk refuses what a run has to write: it is full, or may only be read."""
+
+    def __init__(self, what: str, *, got: object | None = None, do: str | None = None) -> None:
+        super().__init__(what, got=got, do=do or "see to the disk's space and rights, and give the same command again")

@@ -47,5 +47,4 @@ def together(
 
 def not_written(what: str) -> Callable[[str], StorageError]:
     """Makes the error of something that could not be written."""
-    do = "see to the disk's space and rights, and give the same command again"
-    return lambda problem: StorageError(f"{what} could not be written", got=problem, do=do)
+    return lambda problem: StorageError(f"{what} could not be written", got=problem)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from seqaware.engine.checkpoint.manifest import write_durably
 from seqaware.errors import DataError, StorageError
 
 
@@ -59,8 +60,7 @@ class MetricsFile:
                 self._write_waiting()
                 os.fsync(self._file.fileno())
         except OSError as error:
-            do = "see to the disk's space and rights, and give the same command again"
-            raise StorageError(f"the last lines of {self._path} cannot be written", got=error, do=do) from error
+            raise StorageError(f"the last lines of {self._path} cannot be written", got=error) from error
 
     def _write_waiting(self) -> None:
         while self._waiting:
@@ -94,12 +94,7 @@ def _line(text: str) -> dict[str, Any] | None:
 def _keep_until(path: Path, step: int) -> None:
     # A run that begins anew tells everything anew, also what comes before its first step.
     kept = [line for line in read_metrics(path) if line.get("step", 0) <= step] if step else []
-    partial = path.with_suffix(".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def _finite(value: Any) -> Any:

@@ -25,6 +25,13 @@ _SILENT_SECONDS = 120.0
 _LONGEST_TEXT = 300
 _WHERE = "runs lie in output.dir, else in runs/"
 
+TROUBLES = {
+    "skipped": "step {step} was passed over: its loss or gradient was not finite",
+    "rewind": "the loss jumped; the run went back to step {step}",
+    "save_failed": "the checkpoint of step {step} could not be written",
+}
+"""Kinds of lines that tell of what went wrong, and what each says."""
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -61,8 +68,8 @@ class RunRecord:
 
     @cached_property
     def troubles(self) -> list[Line]:
-        """Steps passed over, ways back, checkpoints that could not be written."""
-        return [line for line in self.lines if line.get("kind") in ("skipped", "rewind", "save_failed")]
+        """The lines that tell of what went wrong."""
+        return [line for line in self.lines if line.get("kind") in TROUBLES]
 
     @property
     def mathematics(self) -> Mapping[str, Any]:

@@ -18,7 +18,7 @@ from seqaware.masking import masked
 from seqaware.report.alerts import limits_of, standing_alerts
 from seqaware.report.compare import bucket_name
 from seqaware.report.progress import duration
-from seqaware.report.record import Line, RunRecord, read_run
+from seqaware.report.record import TROUBLES, Line, RunRecord, read_run
 
 _BARS = "▁▂▃▄▅▆▇█"
 _RECENT = 50
@@ -59,15 +59,8 @@ def frame(path: Path, *, width: int, now: float | None = None, plain: bool = Fal
     return Group(*parts)
 
 
-_TROUBLES = {
-    "skipped": "step {step} was passed over: its loss or gradient was not finite",
-    "rewind": "the loss jumped; the run went back to step {step}",
-    "save_failed": "the checkpoint of step {step} could not be written",
-}
-
-
 def _event(line: Line) -> str:
-    return _TROUBLES[str(line["kind"])].format(step=line.get("step", "?"))
+    return TROUBLES[str(line["kind"])].format(step=line.get("step", "?"))
 
 
 def _head(run: RunRecord, now: float | None) -> Text:

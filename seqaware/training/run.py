@@ -61,6 +61,11 @@ class RunRequest:
     resume: str = "auto"
     resume_anyway: tuple[str, ...] = ()
 
+    @property
+    def wish(self) -> Wish:
+        """`resume`, and whose start this is."""
+        return Wish.of(self.resume, environment())
+
 
 def run(
     request: RunRequest,
@@ -121,8 +126,7 @@ def _work(request: RunRequest, prepared: Prepared, checkpoint: Path | None, *, r
     _probe(engine, plan, say=say)
     state = None if checkpoint is None else read_state(checkpoint)
     course = Course(0) if state is None else Course(state.step, list(state.passed_over))
-    wish = Wish.of(request.resume, environment())
-    _begin_attempt(folder, plan, state, wish=wish, ranks=ranks, heartbeat=process.heartbeat)
+    _begin_attempt(folder, plan, state, wish=request.wish, ranks=ranks, heartbeat=process.heartbeat)
     output = plan.config.output
     keep = Retention(output.keep_last, output.keep_every, output.keep_best)
     checkpoints = Checkpoints(engine, folder.checkpoints, keep=keep, asynchronous=output.async_save)
@@ -164,22 +168,21 @@ def _standing(request: RunRequest, prepared: Prepared, process: Process, *, stac
     """
     plan = prepared.plan
     folder = RunFolder(Path(plan.config.output_dir))
-    wish = Wish.of(request.resume, environment())
-    if _points(request, wish, plan, folder) is None:
+    if _points(request, plan, folder) is None:
         return None
     check_disk(folder.path, plan, prepared.parameters, trained=prepared.trained_parameters)
     stack.enter_context(alone_in(folder.path, process.address, say=process.say))
     # Again: until just now another run may have been at work here.
-    points = _points(request, wish, plan, folder)
-    if wish.now(attempts_before(folder)) != request.resume:
+    points = _points(request, plan, folder)
+    if request.wish.now(attempts_before(folder)) != request.resume:
         process.say(f"resume      started again by itself: the run goes on; --resume {request.resume} has been done")
     return points
 
 
-def _points(request: RunRequest, wish: Wish, plan: Plan, folder: RunFolder) -> ResumePoints | None:
+def _points(request: RunRequest, plan: Plan, folder: RunFolder) -> ResumePoints | None:
     """Where the run may go on, or None where it is done. Changes nothing."""
     anyway = request.resume_anyway
-    resume = wish.now(attempts_before(folder))
+    resume = request.wish.now(attempts_before(folder))
     check_claim(folder, plan, resume=resume, anyway=anyway)
     allowed = allowed_before(folder)
     points = resume_points(folder.checkpoints, plan, resume=resume, anyway=anyway, allowed=allowed)

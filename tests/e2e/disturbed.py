@@ -6,15 +6,15 @@ The ranks run `interrupted_runs.py`, on ZeRO-3.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import CompletedProcess
 from typing import Any
 
 from tests import launch, tiny
 
 STEPS = 6
+BEYOND = 3e38
+"""A weight with which a row's sum is beyond float32."""
 
 
 @dataclass(frozen=True)
@@ -60,17 +60,23 @@ class Launch:
         self.names[name] = (run, len(self.requests))
         self.requests.append({"config": str(path), "deepspeed": zero3, "set": [], "disturb": disturb})
 
-    def start(self, by: Callable[..., CompletedProcess[str]]) -> dict[str, Told]:
-        """By name, what was told of each run.
-
-        Args:
-            by: `launch.forked`, say.
-        """
+    def start(self) -> dict[str, Told]:
+        """By name, what was told of each run."""
         path = self.workshop.folder / "requests.json"
         path.write_text(json.dumps(self.requests))
-        done = by("tests/e2e/interrupted_runs.py", str(path), ranks=2)
+        done = launch.forked("tests/e2e/interrupted_runs.py", str(path), ranks=2)
         assert done.returncode == 0, done.stderr[-6000:]
         endings = [json.loads((self.workshop.folder / f"endings-{rank}.json").read_text()) for rank in (0, 1)]
         return {
             name: Told(folder, (endings[0][place], endings[1][place])) for name, (folder, place) in self.names.items()
         }
+
+
+def weighted_rows(workshop: tiny.Workshop, name: str, *, place: int, weight: float) -> Path:
+    """The workshop's rows as a file of its own, the one at `place` (from 0) with a weight."""
+    rows = [json.loads(line) for line in workshop.rows.read_text().splitlines()]
+    path = workshop.folder / "rows" / name / "rows.jsonl"
+    path.parent.mkdir(parents=True)
+    lines = [json.dumps({**row, "weight": weight if at == place else 1.0}) for at, row in enumerate(rows)]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -6,7 +6,6 @@ in words, and the run that comes through, or is started again, is the run that n
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -15,8 +14,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests import launch, tiny
-from tests.e2e.disturbed import STEPS, Launch, Told
+from tests import tiny
+from tests.e2e.disturbed import BEYOND, STEPS, Launch, Told, weighted_rows
 
 EVERY_STEP = {"output__save_every": 1, "output__keep_last": 2}
 NO_SPACE, READ_ONLY = "No space left on device", "Read-only file system"
@@ -32,7 +31,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Told]]:
     locked.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(small)], check=True)
     try:
-        yield _runs(workshop, small=small, locked=locked).start(launch.forked)
+        yield _runs(workshop, small=small, locked=locked).start()
     finally:
         subprocess.run(["umount", str(small)], check=True)
 
@@ -47,7 +46,8 @@ def _runs(workshop: tiny.Workshop, *, small: Path, locked: Path) -> Launch:
     for name, saving in (("full", EVERY_STEP), ("full, background", background)):
         runs.add(f"{name} to the end", f"small/{name}", {"step": 3, **full}, **saving)
         runs.add(f"{name}, then room", f"small/{name}", **saving)
-    poison = {"dataset__name": str(_poisoned(workshop))}
+    # The loss of a row that comes in the third step is beyond float32.
+    poison = {"dataset__name": str(weighted_rows(workshop, "poison", place=1, weight=BEYOND))}
     runs.add("full, then not finite", "small/poison", {"step": 2, **full}, **background, **poison)
     at_export = {"step": STEPS, "phase": "exporting"}
     runs.add("full at the export", "small/export", {**at_export, **full})
@@ -68,17 +68,6 @@ def _runs(workshop: tiny.Workshop, *, small: Path, locked: Path) -> Launch:
     runs.add("store vanishes", "store", {"step": 2, "remove": [str(stores)], "signal": "SIGTERM"}, **own)
     runs.add("store is made again", "store", **own)
     return runs
-
-
-def _poisoned(workshop: tiny.Workshop) -> Path:
-    """The rows; the loss of one that comes in the third step is beyond float32."""
-    rows = [json.loads(line) for line in workshop.rows.read_text().splitlines()]
-    path = workshop.folder / "poisoned" / "rows.jsonl"
-    path.parent.mkdir()
-    weights = [3e38 if place == 1 else 1.0 for place in range(len(rows))]
-    lines = [json.dumps({**row, "weight": weight}) for row, weight in zip(rows, weights, strict=True)]
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def _is_the_whole_run(run: Told, whole: Told) -> None:

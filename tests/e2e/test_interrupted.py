@@ -6,32 +6,23 @@ All scenarios share one launch: each is a run of its own in `interrupted_runs.py
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests import launch, tiny
-from tests.e2e.disturbed import STEPS, Launch, Told
+from tests import tiny
+from tests.e2e.disturbed import BEYOND, STEPS, Launch, Told, weighted_rows
 
 POISON = "rows.jsonl:8"
-
-
-def _poisoned_rows(workshop: tiny.Workshop) -> Path:
-    """The rows, one of them with a weight whose sum is beyond float32 (`first`: in step 1), or merely large."""
-    rows = [json.loads(line) for line in workshop.rows.read_text().splitlines()]
-    for name, bad, weight in (("poison", 7, 3e38), ("first", 12, 3e38), ("jump", 7, 500.0)):
-        folder = workshop.folder / "rows" / name
-        folder.mkdir(parents=True)
-        lines = [json.dumps({**row, "weight": weight if place == bad else 1.0}) for place, row in enumerate(rows)]
-        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
-    return workshop.folder / "rows"
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     workshop = tiny.build(tmp_path_factory.mktemp("interrupted"))
-    rows = _poisoned_rows(workshop)
+    # Beyond float32, `first` in step 1; and merely large.
+    poisoned = str(weighted_rows(workshop, "poison", place=7, weight=BEYOND))
+    first = str(weighted_rows(workshop, "first", place=12, weight=BEYOND))
+    jump = str(weighted_rows(workshop, "jump", place=7, weight=500.0))
     runs = Launch(workshop)
     runs.add("whole", "whole")
     runs.add("signal on rank 1", "signal", {"step": 3, "rank": 1, "signal": "SIGUSR2"})
@@ -53,15 +44,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     midway = {**held_out, "every_steps": 1}
     runs.add("leave midway", "midway", {**in_evaluation, "step": 1}, evaluation=midway, training__schedule=one_row)
     runs.add("after midway", "midway", evaluation=midway, training__schedule=one_row)
-    poison = {"dataset__name": str(rows / "poison" / "rows.jsonl")}
+    poison = {"dataset__name": poisoned}
     runs.add("not finite: stop", "stop", **poison)
-    runs.add("not finite at once", "once", dataset__name=str(rows / "first" / "rows.jsonl"))
+    runs.add("not finite at once", "once", dataset__name=first)
     runs.add("not finite: skip", "skip", **poison, faults__nonfinite="skip")
     runs.add("not finite too often", "often", **poison, faults={"nonfinite": "skip", "max_skipped_steps": 1})
-    spike = {"dataset__name": str(rows / "jump" / "rows.jsonl"), "output__save_every": 1}
+    spike = {"dataset__name": jump, "output__save_every": 1}
     runs.add("spike", "spike", **spike, faults={"spike_factor": 5, "spike_window": 1})
     runs.add("no spike", "no_spike", **spike)
-    return runs.start(launch.forked)
+    return runs.start()
 
 
 def test_a_signal_to_one_rank_is_heard_by_all_and_the_rerun_is_the_whole_run(told: dict[str, Told]) -> None:
