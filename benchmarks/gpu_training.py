@@ -250,7 +250,7 @@ def batches_of(work: Work, row: int, **model: Any) -> tuple[Any, Iterator[list[A
     yaml, zero = run_files(work, row, **model)
     prepared = prepare(load_config(yaml), world=world_of(find_address()), deepspeed_path=zero, progress=None)
     steps = StepBatches(prepared.store, prepared.order, rows=row_format(prepared.plan, prepared), rank=0, size=1)
-    return prepared, (batches for _, batches in steps.steps(1, MOST_STEPS))
+    return prepared, (coming.micro_batches for coming in steps.steps(1, MOST_STEPS))
 
 
 def ours(work: Work, found: Found, **model: Any) -> None:

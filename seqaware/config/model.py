@@ -14,7 +14,7 @@ def _policy(value: Any) -> Any:
     return {True: "full", False: "none"}[value] if isinstance(value, bool) else value
 
 
-CheckpointingPolicy = Annotated[Literal["none", "full", "offload"], BeforeValidator(_policy)]
+CheckpointingPolicy = Annotated[Literal["none", "selective", "full", "offload"], BeforeValidator(_policy)]
 
 
 class ModelConfig(Section):

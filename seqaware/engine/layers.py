@@ -12,11 +12,12 @@ ZeRO-3's hooks break its graph, and under checkpointing torch gives up on it and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -34,7 +35,7 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
         sharded: ZeRO-3 holds the parameters; an MLP in tiles is then gathered once for all its tiles.
     """
     if config.activation_checkpointing != "none":
-        recompute = _recompute_offloaded if config.activation_checkpointing == "offload" else _recompute
+        recompute = _RECOMPUTING[config.activation_checkpointing]
         for layer in decoder_layers(model):
             layer.gradient_checkpointing = True
             # In training a layer calls it as function(forward, *inputs).
@@ -106,6 +107,22 @@ def _recompute(function: Callable[..., Any], *inputs: Any) -> Any:
 def _recompute_offloaded(function: Callable[..., Any], *inputs: Any) -> Any:
     with torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available()):
         return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def _recompute_selected(function: Callable[..., Any], *inputs: Any) -> Any:
+    contexts = partial(create_selective_checkpoint_contexts, _keep_what_costs)
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
+
+
+def _keep_what_costs(_context: Any, operation: Any, *_given: Any, **_named: Any) -> CheckpointPolicy:
+    """Keep what products of weights and attention give; norms, activations, rotations and sums are computed again."""
+    name = operation.name()
+    keep = operation in _PRODUCTS or "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+_RECOMPUTING = {"full": _recompute, "selective": _recompute_selected, "offload": _recompute_offloaded}
 
 
 def _mlps(model: nn.Module) -> Iterator[nn.Module]:

@@ -25,8 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from seqaware.objective.cross_entropy import IGNORED_LABEL, Head, summarize
 from seqaware.objective.positions import sums_by_position
-from seqaware.objective.products import NARROW, HeadProducts, wide_dtype
-from seqaware.objective.softmax_pass import GPU_BLOCK_ROWS, Rows, Setting, softmax_pass
+from seqaware.objective.products import HeadProducts, wide_dtype
+from seqaware.objective.softmax_pass import Rows, Setting, softmax_pass
 from seqaware.objective.sums import STATS, LossStats
 
 # Bytes of a chunk's buffers. A chunk costs one read and one write of dW beside its matrix products: more rows hide that
@@ -252,17 +252,13 @@ def _most_chunk_rows(weight: Tensor) -> int:
     """Rows of a chunk: as many as the budget holds, and on a CPU so many that the products outweigh dW's traffic.
 
     A chunk of C rows does 2·C·V·H operations on dW and moves 2·V·H numbers; H rows make the [C, V] buffer as large as
-    dW itself, which is memory that the gradient takes in any case. A GPU holds a narrow gradient of the chunk and
-    float32 logits of one block of it; its budget alone decides.
+    dW itself, which is memory that the gradient takes in any case. On a GPU the budget alone decides.
     """
     vocabulary, hidden_size = weight.shape
     if weight.device.type == "cpu":
         return max(_CPU_CHUNK_BYTES // (4 * vocabulary), min(hidden_size, _MOST_CHUNK_ROWS), 1)
-    if weight.dtype in NARROW:
-        rows = (_GPU_CHUNK_BYTES - 4 * vocabulary * GPU_BLOCK_ROWS) // (2 * vocabulary)
-    else:
-        rows = _GPU_CHUNK_BYTES // (4 * vocabulary)
-    return max(_GPU_TILE_ROWS, min(rows, _MOST_CHUNK_ROWS) // _GPU_TILE_ROWS * _GPU_TILE_ROWS)
+    rows = min(_GPU_CHUNK_BYTES // (4 * vocabulary), _MOST_CHUNK_ROWS)
+    return max(_GPU_TILE_ROWS, rows // _GPU_TILE_ROWS * _GPU_TILE_ROWS)
 
 
 def _even_chunk_rows(rows: int, most: int, *, tile_rows: int) -> int:

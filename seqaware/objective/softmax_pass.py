@@ -3,9 +3,9 @@
 Letters: M rows, C rows of a chunk, B rows of a block, H hidden size, V vocabulary.
 
 `TorchPass` runs anywhere: logits of the whole chunk, softmax and gradient in place, in blocks that stay in a CPU's
-cache. `TritonPass` runs on a GPU: logits of a block in float32, and one kernel that turns them into losses and the
-gradient, in the dtype that is multiplied next. So a chunk of narrow gradients costs two bytes an element, and only a
-block of it four: twice as many rows share one read and write of dW.
+cache. `TritonPass` runs on a GPU: logits of the whole chunk in float32, and one kernel that turns them into losses and
+the gradient, in the dtype that is multiplied next and in the same memory: a narrow gradient takes the second half of
+its row of logits.
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from seqaware.objective.products import HeadProducts
 
 # A CPU walks the rows of a chunk in blocks that stay in its cache between the passes of softmax and gradient.
 _CPU_BLOCK_BYTES = 2 * 2**20
-
-# Rows of float32 logits that a GPU holds at once: enough for a product that is not bound by reading the head.
-GPU_BLOCK_ROWS = 512
 
 # A row of a buffer begins at a multiple of so many elements, whatever the vocabulary: products and kernels then read it
 # in their widest pieces.
@@ -139,47 +136,39 @@ class TorchPass:
 
 
 class TritonPass:
-    """One kernel a block. The wide logits are a block's; where operands are wide too, the gradient lies over them."""
+    """One product and one kernel a chunk. The gradient lies over the logits, in their place or their second half."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
         products, device = setting.products, setting.rows.losses.device
-        self._in_place = products.operand == products.wide
-        logits_rows = setting.chunk_rows if self._in_place else min(setting.chunk_rows, GPU_BLOCK_ROWS)
-        self._logits_BV = _aligned(logits_rows, len(products), dtype=products.wide, device=device)
-        self._gradient_CV: Tensor | None = None
-        if self._in_place:
-            self._gradient_CV = self._logits_BV
-        elif setting.wants_gradient:
-            self._gradient_CV = _aligned(setting.chunk_rows, len(products), dtype=products.operand, device=device)
+        stride = -(-len(products) // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+        wide_CS = torch.empty(setting.chunk_rows, stride, dtype=products.wide, device=device)
+        self._logits_CV = wide_CS[:, : len(products)]
+        # Float32 is its own operand; of two narrow numbers in the place of each wide one, a row's second half.
+        self._gradient_CV = wide_CS.view(products.operand)[:, -stride:][:, : len(products)]
 
     def run(self, hidden_CH: Tensor, chunk: slice) -> Tensor | None:
         from seqaware.objective.triton_kernels import rows_pass
 
         setting, rows = self.setting, self.setting.rows
-        gradient_CV = None if self._gradient_CV is None else self._gradient_CV[: len(hidden_CH)]
-        for start in range(0, len(hidden_CH), len(self._logits_BV)):
-            part = slice(start, min(start + len(self._logits_BV), len(hidden_CH)))
-            block = slice(chunk.start + part.start, chunk.start + part.stop)
-            logits_BV = self._logits_BV[: part.stop - part.start]
-            setting.products.logits(hidden_CH[part], out_CV=logits_BV)
-            rows_pass(
-                logits_BV,
-                gradient_CV[part] if gradient_CV is not None and setting.wants_gradient else None,
-                bias_V=setting.bias,
-                scale=setting.head.scale,
-                softcap=setting.head.softcap,
-                rows=(
-                    rows.targets[block],
-                    rows.factors[block],
-                    rows.losses[block],
-                    rows.logsumexp[block],
-                    rows.correct[block].view(torch.uint8),
-                ),
-            )
+        logits_CV, gradient_CV = self._logits_CV[: len(hidden_CH)], self._gradient_CV[: len(hidden_CH)]
+        setting.products.logits(hidden_CH, out_CV=logits_CV)
+        rows_pass(
+            logits_CV,
+            gradient_CV if setting.wants_gradient else None,
+            bias_V=setting.bias,
+            scale=setting.head.scale,
+            softcap=setting.head.softcap,
+            rows=(
+                rows.targets[chunk],
+                rows.factors[chunk],
+                rows.losses[chunk],
+                rows.logsumexp[chunk],
+                rows.correct[chunk].view(torch.uint8),
+            ),
+        )
         if not setting.wants_gradient:
             return None
-        assert gradient_CV is not None
         if setting.grad_bias is not None:
             setting.grad_bias.add_(gradient_CV.sum(0, dtype=setting.grad_bias.dtype))
         return gradient_CV
@@ -237,9 +226,3 @@ def _trial_is_right(device: torch.device) -> bool:
     # A few roundings of float32, and what the GPU's approximate exponential and logarithm add.
     close = torch.allclose(logits.cpu(), expected, atol=1e-5)
     return close and torch.allclose(losses.cpu(), torch.full((2,), 4.0).log(), atol=1e-5) and correct.tolist() == [1, 1]
-
-
-def _aligned(rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised [rows, columns] whose rows begin at aligned places."""
-    stride = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
-    return torch.empty(rows, stride, dtype=dtype, device=device)[:, :columns]

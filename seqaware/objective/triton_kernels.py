@@ -8,8 +8,9 @@ Letters: B rows, V vocabulary.
 
 A row is one program. It reads its logits once for m and s, which it keeps up to date block by block (Milakov and
 Gimelshein, "Online normalizer calculation for softmax", 2018), and once more, last block first, for the gradient: what
-was read last is what the cache still holds. Everything is worked out in float32; the gradient may be written over the
-logits. Imported only where Triton is installed.
+was read last is what the cache still holds. Everything is worked out in float32. The gradient may be written over the
+logits: in their places, or, where it is half as wide, over the second half of the row, so that what is written over has
+been read already. Imported only where Triton is installed.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def _rows_pass(
         for step in range(0, blocks):
             columns = (blocks - 1 - step) * COLUMNS + tl.arange(0, COLUMNS)
             z = _scores(row, columns, width, vocabulary, bias, scale, cap, HAS_BIAS, HAS_CAP)
+            # A narrow gradient lies over later columns, and over some of these: all threads read before one writes.
+            tl.debug_barrier()
             p = tl.exp(z - largest) * share
             # p − 1 before the weight multiplies: the difference is exact where p is near 1.
             d = tl.where(columns == target, p - 1.0, p) * factor
@@ -114,8 +117,8 @@ def rows_pass(
 
     Args:
         logits_BV: float32; rows may lie apart, a row's columns may not.
-        gradient_BV: where the gradient goes, of any float dtype; may be `logits_BV` itself; None for none. What lies
-            between its rows, up to a multiple of 16 columns, is overwritten.
+        gradient_BV: where the gradient goes, of any float dtype; may be `logits_BV` itself, or 16-bit and the second
+            half of its rows; None for none. What lies between its rows, up to a multiple of 16 columns, is overwritten.
         bias_V: float32.
         scale: factor on the logits. softcap: see `Head`.
         rows: five tensors [B]: labels (int64, in [0, V)) and w · scale (float32) are read; losses and logsumexp

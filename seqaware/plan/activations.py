@@ -25,7 +25,6 @@ CPU_CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 1200 * 10**6
 MOST_CHUNK_ROWS = 4096
 GPU_TILE_ROWS = 128
-GPU_BLOCK_ROWS = 512
 BACKWARD_ROWS = 16384
 _FLOAT32 = 4
 
@@ -157,10 +156,8 @@ def loss_memory(layout: Layout) -> LossMemory:
     # A CPU without bfloat16 arithmetic widens the head; the plan takes every CPU for one of those.
     widened = layout.narrow and layout.world.device == "cpu"
     operand = _FLOAT32 if widened else b
-    wide_rows = min(chunk, GPU_BLOCK_ROWS) if layout.narrow and layout.world.device != "cpu" else chunk
-    buffers = wide_rows * V * _FLOAT32 + chunk * H * operand + t * b * H
+    buffers = chunk * V * _FLOAT32 + chunk * H * operand + t * b * H
     buffers += V * H * _FLOAT32 + chunk * H * _FLOAT32 if widened else 0
-    buffers += chunk * V * operand if operand < _FLOAT32 else 0
     held = _FLOAT32 if layout.dtype == "float16" else b
     kept = t * H * held + _FLOAT32 * weight
     # A CPU multiplies in float32 and casts the whole; a GPU writes the narrow result at once.
@@ -175,11 +172,8 @@ def chunk_rows(layout: Layout) -> int:
     if layout.world.device == "cpu":
         most = max(CPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), min(decoder.hidden, MOST_CHUNK_ROWS), 1)
         return _even_rows(layout.tokens, most, tile=1)
-    if layout.narrow:
-        rows = (GPU_CHUNK_BYTES - _FLOAT32 * decoder.vocabulary * GPU_BLOCK_ROWS) // (2 * decoder.vocabulary)
-    else:
-        rows = GPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary)
-    most = max(GPU_TILE_ROWS, min(rows, MOST_CHUNK_ROWS) // GPU_TILE_ROWS * GPU_TILE_ROWS)
+    rows = min(GPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), MOST_CHUNK_ROWS)
+    most = max(GPU_TILE_ROWS, rows // GPU_TILE_ROWS * GPU_TILE_ROWS)
     return _even_rows(layout.tokens, most, tile=GPU_TILE_ROWS)
 
 

@@ -25,7 +25,7 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "sequence": ("whole", "shared"),
         "adapters": ("none", "lora", "dora", "quantized"),
         "compile": ("off", "on"),
-        "activations": ("none", "full", "offload"),
+        "activations": ("none", "selective", "full", "offload"),
         "mlp": ("whole", "tiles"),
         "evaluation": ("off", "loss", "answers"),
         "optimizer": ("adamw", "adamw_fused", "cpu_adam", "fused_adam", "adamw_8bit", "lion", "muon"),

@@ -68,7 +68,12 @@ def _model(plan: Plan) -> str:
 def _precision(plan: Plan) -> str:
     world, model = plan.world, plan.config.model
     how = "as written" if model.dtype == plan.dtype else f"{model.dtype} on {world.device}"
-    extra = {"none": "", "full": ", activation checkpointing", "offload": ", activation checkpointing on the CPU"}
+    extra = {
+        "none": "",
+        "selective": ", selective activation checkpointing",
+        "full": ", activation checkpointing",
+        "offload": ", activation checkpointing on the CPU",
+    }
     tiles = f", MLPs {model.mlp_tile_tokens} tokens at a time" if model.mlp_tile_tokens else ""
     compiled = ", layers compiled" if model.compile else ""
     return (

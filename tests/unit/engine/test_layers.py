@@ -35,10 +35,12 @@ def loss_and_gradients(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch
 
 ARRANGEMENTS = [
     {"activation_checkpointing": "full"},
+    {"activation_checkpointing": "selective"},
     {"activation_checkpointing": "offload"},
     {"mlp_tile_tokens": 7},
     {"mlp_tile_tokens": 1000},
     {"mlp_tile_tokens": 8, "activation_checkpointing": "full"},
+    {"mlp_tile_tokens": 8, "activation_checkpointing": "selective"},
 ]
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqaware.objective import fused, softmax_pass
+from seqaware.objective import fused
 from seqaware.plan import activations as paper
 from seqaware.plan.activations import activations, loss_memory
 from seqaware.plan.facts import World
@@ -70,11 +70,11 @@ def test_checkpointing_keeps_each_layers_input() -> None:
 
 
 def test_the_fused_loss_by_hand() -> None:
-    """8192 tokens: three chunks of 2816 rows or fewer in bfloat16, and of 512 rows at a time float32 logits."""
+    """8192 tokens: four chunks of 2048 rows, whose narrow gradient lies over their float32 logits."""
     made, V, H = layout(), 128256, 4096
     loss = loss_memory(made)
     assert loss.kept == 8192 * H * 2 + 4 * V * H
-    assert loss.forward == 2816 * V * 2 + 512 * V * 4 + 2816 * H * 2 + 8192 * H * 2
+    assert loss.forward == 2048 * V * 4 + 2048 * H * 2 + 8192 * H * 2
     assert loss.backward == 2 * V * H + 2 * 8192 * H * 2
     assert loss_memory(replace(made, trains_head=False)).kept == 8192 * H * 2
 
@@ -82,7 +82,7 @@ def test_the_fused_loss_by_hand() -> None:
 def test_chunks_are_the_loss_kernels_own() -> None:
     assert (fused._CPU_CHUNK_BYTES, fused._GPU_CHUNK_BYTES) == (paper.CPU_CHUNK_BYTES, paper.GPU_CHUNK_BYTES)
     assert fused._MOST_CHUNK_ROWS == paper.MOST_CHUNK_ROWS and fused._BACKWARD_ROWS == paper.BACKWARD_ROWS
-    assert (fused._GPU_TILE_ROWS, softmax_pass.GPU_BLOCK_ROWS) == (paper.GPU_TILE_ROWS, paper.GPU_BLOCK_ROWS)
+    assert fused._GPU_TILE_ROWS == paper.GPU_TILE_ROWS
     for tokens in (1, 100, 8192, 16_384):
         weight = torch.empty(128_256, 4096, dtype=torch.bfloat16, device="meta")
         rows = fused._even_chunk_rows(tokens, fused._most_chunk_rows(weight), tile_rows=fused._GPU_TILE_ROWS)
