@@ -22,18 +22,28 @@ class ModelDType(StrEnum):
     bfloat16 = "bfloat16"
 
 
+def _share(top_p: float) -> float:
+    if not 0.0 < top_p <= 1.0:
+        raise typer.BadParameter(f"{top_p} is not above 0 and at most 1")
+    return top_p
+
+
 @app.command()
 def analyse(
     model: Annotated[
         str, typer.Argument(help="A hub id, or the folder of a model, an adapter, a checkpoint or a run.")
     ],
     prompt: Annotated[str, typer.Option(help="What the model continues.")],
-    samples: Annotated[int, typer.Option("--samples", "-n", min=1, help="Continuations to draw.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a continuation at most.")] = 32,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 1.0,
-    top_p: Annotated[float, typer.Option(min=1e-6, max=1.0, help="Draw from the likeliest with this share.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
-    dtype: Annotated[ModelDType, typer.Option(help="Of the weights.")] = ModelDType.float32,
+    samples: Annotated[int, typer.Option("--samples", "-n", metavar="N", min=1, help="Continuations to draw.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a continuation at most.")] = 32,
+    temperature: Annotated[float, typer.Option(metavar="X", min=0, help="0: greedy.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="X", callback=_share, help="Draw from the likeliest with this share.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
+    dtype: Annotated[
+        ModelDType, typer.Option(metavar="DTYPE", help="Of the weights: float32 or bfloat16.")
+    ] = ModelDType.float32,
     out: Annotated[Path, typer.Option(help="Folder for analysis.json, .png and .html.")] = Path("analysis"),
 ) -> None:
     """Draw continuations of a prompt; show entropy and probability by step, and token frequencies.

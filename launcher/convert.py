@@ -20,7 +20,6 @@ def convert(
     folder: Annotated[Path, typer.Argument(help="The folder to make.")],
 ) -> None:
     """Write a checkpoint in DeepSpeed's universal format: for other programs, or to keep it for any topology.
-
     This program needs no conversion: it resumes its own checkpoints on any number of ranks and any ZeRO stage.
 
     Examples:

@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.options import DeepSpeedJson, LocalRank, Overrides
 from launcher.outcome import person_errors
 from seqaware.engine.ranks import environment, find_address, prepare_environment
 from seqaware.errors import USER_ERROR
@@ -25,11 +26,13 @@ def doctor(
     config: Annotated[
         Path | None, typer.Argument(help="The run's YAML; without it the machine alone is looked at.")
     ] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
-    deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
+    overrides: Overrides = None,
+    deepspeed: DeepSpeedJson = None,
     hostfile: Annotated[Path | None, typer.Option(help="Of deepspeed: look at these hosts too, over ssh.")] = None,
-    ranks: Annotated[int | None, typer.Option(min=1, help="Of the run; default: as started, or one a GPU.")] = None,
-    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of the run; default: as started, or one a GPU.")
+    ] = None,
+    local_rank: LocalRank = -1,
 ) -> None:
     """Look for what would stop a run or make it slow, and say what to do about it.
 
@@ -41,7 +44,7 @@ def doctor(
 
         srun --ntasks-per-node 8 python launcher/doctor.py my.yaml
     """
-    del local_rank  # appended by the deepspeed launcher, which says the same in the environment
+    del local_rank
     found = environment()
     prepare_environment()
     with person_errors():

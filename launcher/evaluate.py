@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
+from launcher.options import LocalRank, Overrides
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
@@ -28,12 +29,11 @@ def evaluate(
     ],
     config: Annotated[Path, typer.Argument(help="YAML with evaluation and format; --set overrides.")],
     deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; stage 3 shards the model over the ranks.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; default: evaluations/ of the run.")] = None,
-    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+    local_rank: LocalRank = -1,
 ) -> None:
     """Answer the config's held-out questions with a model, and judge the answers.
-
     Writes results.json (each share with its 95 % interval) and answers.jsonl (every answer).
 
     Examples:
@@ -46,7 +46,7 @@ def evaluate(
 
         python launcher/evaluate.py openai-community/gpt2 my.yaml --set evaluation.metric=choice_likelihood
     """
-    del local_rank  # appended by the deepspeed launcher, which says the same in the environment
+    del local_rank
     with person_errors():
         address = find_address()
     with person_errors(address.rank):

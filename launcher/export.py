@@ -27,7 +27,6 @@ def export(
     ] = None,
 ) -> None:
     """Make a Hugging Face folder (safetensors, config, tokenizer) of any checkpoint, on one CPU.
-
     Any ZeRO stage and number of ranks; the weights are bit for bit those that the run would have exported at that step.
 
     Examples:

@@ -24,14 +24,20 @@ def init(
     model: Annotated[str | None, typer.Option(help="Hub id or folder of a causal language model.")] = None,
     data: Annotated[str | None, typer.Option(help="File (jsonl, csv, parquet …), folder, hub id, or gsm8k.")] = None,
     held_out: Annotated[str | None, typer.Option(help="The same, of held-out rows.")] = None,
-    gamma: Annotated[float | None, typer.Option(min=0, max=1, help="The discount γ; 0.98 if none is written.")] = None,
-    half_life: Annotated[float | None, typer.Option(help="γ in tokens: after so many the discount has halved.")] = None,
-    gpus: Annotated[int | None, typer.Option(min=0, help="All GPUs of the run; 0: none.")] = None,
-    per_node: Annotated[int, typer.Option(min=1, help="GPUs of one node.")] = 8,
+    gamma: Annotated[
+        float | None, typer.Option(metavar="X", min=0, max=1, help="The discount γ; 0.98 if none is written.")
+    ] = None,
+    half_life: Annotated[
+        float | None, typer.Option(metavar="X", help="γ in tokens: after so many the discount has halved.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", min=0, help="All GPUs of the run; 0: none.")] = None,
+    per_node: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs of one node.")] = 8,
     device: Annotated[str, typer.Option(help="h200, h100 or a100.")] = "h100",
-    max_seq_length: Annotated[int, typer.Option(min=2, help="Tokens of an example.")] = 2048,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences of an optimizer step; 16 or more.")] = None,
-    lora: Annotated[bool, typer.Option(help="Train adapters instead of the whole model.")] = False,
+    max_seq_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an example.")] = 2048,
+    batch: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Sequences of an optimizer step; 16 or more.")
+    ] = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train adapters instead of the whole model.")] = False,
 ) -> None:
     """Write a commented config that parses, fits and can be planned.
 

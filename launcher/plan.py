@@ -14,6 +14,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.options import DeepSpeedJson, Overrides
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 
@@ -23,14 +24,16 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def plan(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
-    deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
-    gpus: Annotated[int, typer.Option(help="All GPUs of the run.", min=1)] = 8,
-    per_node: Annotated[int, typer.Option(help="GPUs of one node.", min=1)] = 8,
+    deepspeed: DeepSpeedJson = None,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(metavar="N", help="All GPUs of the run.", min=1)] = 8,
+    per_node: Annotated[int, typer.Option(metavar="N", help="GPUs of one node.", min=1)] = 8,
     device: Annotated[str, typer.Option(help="h200, h100 or a100.")] = "h200",
-    memory: Annotated[float | None, typer.Option(help="GiB of a GPU, instead of the device's.")] = None,
-    nvlink: Annotated[float | None, typer.Option(help="GB/s one way between GPUs of a node.")] = None,
-    network: Annotated[float | None, typer.Option(help="GB/s one way of each GPU's network adapter.")] = None,
+    memory: Annotated[float | None, typer.Option(metavar="X", help="GiB of a GPU, instead of the device's.")] = None,
+    nvlink: Annotated[float | None, typer.Option(metavar="X", help="GB/s one way between GPUs of a node.")] = None,
+    network: Annotated[
+        float | None, typer.Option(metavar="X", help="GB/s one way of each GPU's network adapter.")
+    ] = None,
 ) -> None:
     """Estimate steps, memory, hours and disk of a run, and what else would fit.
 

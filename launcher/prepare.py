@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
+from launcher.options import Overrides
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
@@ -25,11 +26,13 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def prepare(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    overrides: Overrides = None,
     part: Annotated[
         str | None, typer.Option(help="I/N: only the I-th (from 1) of N parts of the training rows.")
     ] = None,
-    merge: Annotated[int | None, typer.Option(min=1, help="N: make the store of the N parts, and remove them.")] = None,
+    merge: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="N: make the store of the N parts, and remove them.")
+    ] = None,
 ) -> None:
     """Tokenise the training rows of a config, and its held-out rows.
 

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
+from launcher.options import Overrides
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import prepare_environment
@@ -22,11 +23,15 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def preview(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
-    step: Annotated[int, typer.Option(min=1, help="Of this optimizer step.")] = 1,
-    rows: Annotated[int, typer.Option(min=1, help="Show so many rows.")] = 2,
-    documents: Annotated[int, typer.Option(min=1, help="Show so many documents of a row, in the terminal.")] = 4,
-    ranks: Annotated[int | None, typer.Option(min=1, help="As the run on so many ranks lays them out.")] = None,
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(metavar="N", min=1, help="Of this optimizer step.")] = 1,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Show so many rows.")] = 2,
+    documents: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Show so many documents of a row, in the terminal.")
+    ] = 4,
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="As the run on so many ranks lays them out.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page of it here.")] = None,
 ) -> None:
     """Show the packed rows of a step: text, position k, loss or not, and weights.

@@ -24,7 +24,6 @@ def push(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and stop.")] = False,
 ) -> None:
     """Send a model to the Hugging Face hub, with a card and the record of its training, in one commit.
-
     The token is read from HF_TOKEN. Only the model, the card and the run's own records are sent.
 
     Examples:

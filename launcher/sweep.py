@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.options import DeepSpeedJson, Overrides
 from launcher.outcome import person_errors
 from seqaware.engine.ranks import environment
 from seqaware.training.sweep import Sweep, folders, gammas_of, run_sweep, seeds_of, submit
@@ -24,8 +25,8 @@ def sweep(
     gamma: Annotated[str, typer.Option(help="Discounts, with commas.")] = "0,0.9,0.98,1",
     seeds: Annotated[str, typer.Option(help="How many seeds (3: 1, 2 and 3), or which, with commas.")] = "3",
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; default: runs/<config>-sweep.")] = None,
-    deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value for every run, repeatable.")] = None,
+    deepspeed: DeepSpeedJson = None,
+    overrides: Overrides = None,
     launch: Annotated[
         str, typer.Option(help='What starts a run: python (one rank), "deepspeed --num_gpus 8", …')
     ] = "python",

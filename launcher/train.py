@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.imports import quick_imports
+from launcher.options import DeepSpeedJson, LocalRank, Overrides
 from launcher.outcome import Watched, person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
@@ -24,22 +25,27 @@ app = typer.Typer(add_completion=False)
 def train(
     context: typer.Context,
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
-    deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
+    deepspeed: DeepSpeedJson = None,
+    overrides: Overrides = None,
     resume: Annotated[str, typer.Option(help="auto, never, or a checkpoint's folder.")] = "auto",
     resume_anyway: Annotated[
         list[str] | None,
-        typer.Option(help="Go on although this has changed: objective, data, batch, …; repeatable, or with commas."),
+        typer.Option(
+            metavar="WHAT",
+            help="Go on although this has changed: objective, data, batch, …; repeatable, or with commas.",
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved Plan and stop.")] = False,
-    ranks: Annotated[int | None, typer.Option(help="With --dry-run: plan for this many ranks.")] = None,
+    ranks: Annotated[int | None, typer.Option(metavar="N", help="With --dry-run: plan for this many ranks.")] = None,
     print_sbatch: Annotated[
         bool, typer.Option("--print-sbatch", help="Print this run's script for SLURM and stop.")
     ] = False,
-    nodes: Annotated[int, typer.Option(min=1, help="With --print-sbatch: nodes.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=0, help="With --print-sbatch: GPUs of a node, one rank each.")] = 8,
+    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="With --print-sbatch: nodes.")] = 1,
+    gpus_per_node: Annotated[
+        int, typer.Option(metavar="N", min=0, help="With --print-sbatch: GPUs of a node, one rank each.")
+    ] = 8,
     time: Annotated[str, typer.Option(help="With --print-sbatch: the time limit.")] = "24:00:00",
-    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+    local_rank: LocalRank = -1,
 ) -> None:
     """Train a causal language model with discounted log-suffix weighting.
 
@@ -51,7 +57,7 @@ def train(
 
         seqaware train train_configs/demo.yaml --print-sbatch --nodes 2 --time 2:00:00 | sbatch
     """
-    del local_rank  # appended by the deepspeed launcher, which says the same in the environment
+    del local_rank
     with person_errors():
         address = find_address()
     with person_errors(address.rank):

@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
+from launcher.options import DeepSpeedJson, LocalRank, Overrides
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
@@ -32,21 +33,22 @@ class OracleDType(StrEnum):
 @app.command()
 def verify(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
-    deepspeed: Annotated[Path | None, typer.Option(help="ZeRO json; wins over the config's `deepspeed`.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps to compare.")] = 3,
-    dtype: Annotated[OracleDType, typer.Option(help="Of the oracle.")] = OracleDType.auto,
-    local_rank: Annotated[int, typer.Option("--local_rank", "--local-rank", hidden=True)] = -1,
+    deepspeed: DeepSpeedJson = None,
+    overrides: Overrides = None,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps to compare.")] = 3,
+    dtype: Annotated[
+        OracleDType, typer.Option(metavar="DTYPE", help="Of the oracle: auto, float32 or float64.")
+    ] = OracleDType.auto,
+    local_rank: LocalRank = -1,
 ) -> None:
     """Compare a run's first steps, on its own model, data and layout, with a plain computation in one process.
-
     Prints a table and writes certificate.json into the run's folder, before or after the run itself.
 
     Example:
 
         deepspeed --num_gpus 2 launcher/verify.py train_configs/demo.yaml --deepspeed ds_configs/zero3.json
     """
-    del local_rank  # appended by the deepspeed launcher, which says the same in the environment
+    del local_rank
     with person_errors():
         address = find_address()
     with person_errors(address.rank):

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
+from launcher.options import Overrides
 from launcher.outcome import person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import prepare_environment
@@ -25,9 +26,16 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def weights(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="key=value, repeatable.")] = None,
-    documents: Annotated[int | None, typer.Option(min=1, help="Weigh only so many documents; default: all.")] = None,
-    lost: Annotated[bool, typer.Option(help="Tokenise overlong rows again, to see what truncation loses.")] = True,
+    overrides: Overrides = None,
+    documents: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Weigh only so many documents; default: all.")
+    ] = None,
+    lost: Annotated[
+        bool,
+        typer.Option(
+            show_default=False, help="Do or do not tokenise overlong rows again, to see what truncation loses."
+        ),
+    ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures here; - prints them.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw them here, with matplotlib.")] = None,
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -37,9 +38,12 @@ def test_the_help_lists_every_command_and_imports_none() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_each_command_explains_itself(name: str) -> None:
-    result = runner.invoke(app, [name, "--help"])
+    result = runner.invoke(app, [name, "--help"], env={"COLUMNS": "60"})
     assert result.exit_code == 0, result.output
     assert f" {name} [OPTIONS]" in result.output and "Example" in result.output
+    # On a narrow terminal too, every option's name is whole, and help has room beside it.
+    assert not re.search(r"--[a-z-]*…", result.output), result.output
+    assert "<list[str]>" not in result.output and "<int range>" not in result.output, result.output
 
 
 def test_every_command_that_is_a_file_is_in_the_table() -> None:
