@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seqaware.engine.checkpoint.manifest import write_durably
-from seqaware.errors import DataError, StorageError
+from seqaware.errors import StorageError
 
 
 class MetricsFile:
@@ -23,12 +23,17 @@ class MetricsFile:
         path: the file. It is created with its folder.
         from_step: when a run resumes after step n, lines of later optimizer steps are dropped first, so that the file
             tells every step once.
+
+    Attributes:
+        lost: numbers of the lines before the last that could not be read then. A disk may lose blocks of a file when
+            the power goes; that is no reason not to go on.
     """
 
     def __init__(self, path: Path, *, from_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.lost: list[int] = []
         if path.exists():
-            _keep_until(path, from_step)
+            _keep_until(path, from_step, lost=self.lost)
         self._path = path
         self._file = path.open("ab", buffering=0)
         self._waiting = b""
@@ -67,20 +72,19 @@ class MetricsFile:
             self._waiting = self._waiting[self._file.write(self._waiting) :]
 
 
-def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file. A torn last line, as a crash leaves it, ends the reading.
+def read_metrics(path: Path, *, lost: list[int] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics file that can be read. A torn last line, as a crash leaves it, ends the reading.
 
-    Raises:
-        DataError: a line before the last is not a JSON object.
+    Args:
+        lost: takes the numbers, from 1, of the lines before the last that cannot be read.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, text in enumerate(lines, start=1):
         line = _line(text)
         if line is not None:
             yield line
-        elif number < len(lines):
-            do = "delete this line: nothing but the report needs it"
-            raise DataError(f"{path}:{number} is not a JSON object", got=text[:80], do=do)
+        elif number < len(lines) and lost is not None:
+            lost.append(number)
 
 
 def _line(text: str) -> dict[str, Any] | None:
@@ -91,9 +95,9 @@ def _line(text: str) -> dict[str, Any] | None:
     return line if isinstance(line, dict) else None
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int, *, lost: list[int] | None = None) -> None:
     # A run that begins anew tells everything anew, also what comes before its first step.
-    kept = [line for line in read_metrics(path) if line.get("step", 0) <= step] if step else []
+    kept = [line for line in read_metrics(path, lost=lost) if line.get("step", 0) <= step] if step else []
     write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

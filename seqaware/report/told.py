@@ -25,6 +25,11 @@ class ToldMetricsFile(MetricsFile):
         self._trackers = trackers
         self._alerts = alerts
         self._say = say
+        if self.lost:
+            which = (
+                f"line {self.lost[0]}" if len(self.lost) == 1 else f"{len(self.lost)} lines from line {self.lost[0]} on"
+            )
+            say(f"warning     {path}: {which} could not be read and is left out of it; the training needs none of it")
 
     def write(self, line: Mapping[str, Any]) -> None:
         super().write(line)

@@ -14,7 +14,7 @@ from seqaware.config.load import load_config
 from seqaware.config.schema import Config
 from seqaware.data.tokenize import load_tokenizer
 from seqaware.engine.checkpoint.export import put_in_place, write_model
-from seqaware.engine.checkpoint.manifest import read_manifest, read_whole
+from seqaware.engine.checkpoint.manifest import read_manifest, read_whole, told_if_removed
 from seqaware.engine.checkpoint.shards import FP32, Shards
 from seqaware.engine.lora import Adapters
 from seqaware.engine.model import (
@@ -47,7 +47,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None
         the step.
 
     Raises:
-        CheckpointError: the checkpoint is not whole, or not of this model.
+        CheckpointError: the checkpoint is not whole, not of this model, or was removed meanwhile.
         ConfigError: the folder is taken, or the run's config is not there.
     """
     if folder.exists():
@@ -58,8 +58,9 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None
     if not path.is_file():
         raise ConfigError("the run's config is not there", got=path, do="name the run's folder with --run")
     config = load_config(path, [])
-    dtype = DTYPES[read_manifest(checkpoint)["mathematics"]["model"]["dtype"]]
-    shards = Shards(checkpoint)
+    with told_if_removed(checkpoint):
+        dtype = DTYPES[read_manifest(checkpoint)["mathematics"]["model"]["dtype"]]
+        shards = Shards(checkpoint)
     tokenizer = load_tokenizer(config.model)
     if config.lora is None:
         model = _empty(config, run_folder, dtype)

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from seqaware.engine.checkpoint.manifest import MANIFEST, read_manifest, survey, what_is_wrong
+from seqaware.engine.checkpoint.manifest import MANIFEST, read_manifest, survey, told_if_removed, what_is_wrong
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training.process import Say
 
@@ -49,7 +49,9 @@ def whole_model(name: str, *, say: Say) -> str:
         return name
     checkpoint = folder if is_checkpoint(folder) else _newest(folder)
     _check_whole(checkpoint)
-    return str(_made_once(checkpoint, read_manifest(checkpoint)["checksum"], _export, say=say))
+    with told_if_removed(checkpoint):
+        identity = read_manifest(checkpoint)["checksum"]
+    return str(_made_once(checkpoint, identity, _export, say=say))
 
 
 def is_model(folder: Path) -> bool:

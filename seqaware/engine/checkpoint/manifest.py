@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -204,13 +205,29 @@ def read_state(checkpoint: Path) -> RunState:
     )
 
 
+@contextmanager
+def told_if_removed(checkpoint: Path) -> Iterator[None]:
+    """Inside, a file that is gone becomes an error for a person: a run that goes on removes its older checkpoints.
+
+    Raises:
+        CheckpointError: the checkpoint has been removed, or a file of it.
+    """
+    try:
+        yield
+    except FileNotFoundError as error:
+        got = checkpoint if not checkpoint.is_dir() else error.filename
+        do = "name a newer one, or raise the run's output.keep_last; what a run keeps longer: output.keep_every"
+        raise CheckpointError("the checkpoint was removed while it was being read", got=got, do=do) from error
+
+
 def read_whole(checkpoint: Path) -> RunState:
     """The run's state in a checkpoint, every byte of which has been compared with what was written.
 
     Raises:
-        CheckpointError: it is not complete, or damaged.
+        CheckpointError: it is not complete, or damaged, or was removed meanwhile.
     """
-    state = read_state(checkpoint)
+    with told_if_removed(checkpoint):
+        state = read_state(checkpoint)
     problem = first_wrong_hash(checkpoint, rank=0, size=1)
     if problem is not None:
         raise CheckpointError("the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another")

@@ -19,7 +19,7 @@ import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
 from seqaware.data.store_writer import sync_to_disk
-from seqaware.engine.checkpoint.manifest import PARTIAL, read_manifest, read_whole
+from seqaware.engine.checkpoint.manifest import PARTIAL, read_manifest, read_whole, told_if_removed
 from seqaware.engine.checkpoint.save import complete
 from seqaware.engine.checkpoint.shards import FP32, UNIVERSAL, Shards
 from seqaware.engine.checkpoint.writing import Share
@@ -44,7 +44,8 @@ def convert(checkpoint: Path, folder: Path) -> tuple[int, int]:
     if folder.exists():
         raise ConfigError("the folder for the checkpoint is there already", got=folder, do="name another, or remove it")
     read_whole(checkpoint)
-    manifest = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "checksum")}
+    with told_if_removed(checkpoint):
+        manifest = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "checksum")}
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from seqaware.engine.checkpoint import checkpoints as written
+from seqaware.engine.checkpoint import manifest as manifests
 from seqaware.engine.checkpoint.checkpoints import Checkpoints
-from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, sealed
+from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, read_whole, sealed
 from seqaware.engine.checkpoint.retention import Retention, forget_old
+from seqaware.errors import CheckpointError
 
 ALONE = SimpleNamespace(rank=0, size=1, is_first=True, gather=lambda value: [value], agree=lambda value: value)
 
@@ -56,3 +58,21 @@ def test_only_a_checkpoint_under_its_own_name_is_known_to_be_saved(
     checkpoints.load(checkpoint)
     # Else the run would not save this step again, and its rerun would not find it.
     assert checkpoints.complete == (4 if name == checkpoint_name(4) else None)
+
+
+def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_told_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "checkpoints"
+    old, _ = _checkpoint(folder, 1), _checkpoint(folder, 2)
+    look = manifests.what_is_wrong
+
+    def look_and_lose(checkpoint: Path) -> str | None:
+        monkeypatch.undo()
+        found = look(checkpoint)
+        forget_old(folder, Retention(1), {})
+        return found
+
+    monkeypatch.setattr(manifests, "what_is_wrong", look_and_lose)
+    with pytest.raises(CheckpointError, match=r"removed while it was being read.*step-00000001.*keep_last"):
+        read_whole(old)

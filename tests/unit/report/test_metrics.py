@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from seqaware.errors import DataError, StorageError
+from seqaware.errors import StorageError
+from seqaware.report.alerts import Alerts, Limits
 from seqaware.report.metrics import MetricsFile, read_metrics
+from seqaware.report.told import ToldMetricsFile
+from seqaware.report.trackers import Trackers
 
 
 def test_lines_are_complete_while_the_file_is_open(tmp_path: Path) -> None:
@@ -27,11 +30,18 @@ def test_a_resumed_run_drops_the_steps_it_does_again(tmp_path: Path) -> None:
     assert [(line["step"], line["run"]) for line in read_metrics(path)] == [(1, 1), (2, 1), (3, 2)]
 
 
-def test_a_broken_line_in_the_middle_is_named(tmp_path: Path) -> None:
+def test_a_broken_line_in_the_middle_is_told_and_the_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(DataError, match=r"metrics.jsonl:2"):
-        list(read_metrics(path))
+    path.write_bytes(b'{"step": 1}\n{"st\n{"step": 3}\n\0\0\0\0\n{"step": 4}\n{"st')
+    said: list[str] = []
+    alerts = Alerts(Limits(max_grad_norm=1.0, total_steps=9))
+    metrics = ToldMetricsFile(
+        path, from_step=4, trackers=Trackers({}, warn=said.append), alerts=alerts, say=said.append
+    )
+    metrics.close()
+    assert [line["step"] for line in read_metrics(path)] == [1, 3, 4]
+    assert path.read_bytes().count(b"\n") == 3
+    assert len(said) == 1 and f"{path}: 2 lines from line 2 on could not be read" in said[0]
 
 
 def test_lines_that_a_full_disk_refuses_come_later_or_are_missed_by_name(tmp_path: Path) -> None:
