@@ -5,6 +5,7 @@
     python benchmarks/gpu.py --only loss    some of the items
 
 Every item is a process with a time of its own: what fails or takes too long is named, and costs the others nothing.
+While one has the GPU the next imports what it needs.
 
 - rates        what a large bfloat16 product and a copy reach here: the ceilings of everything below
 - loss         the loss kernel beside its products, the naive loss and others' kernels (loss_cuda.py)
@@ -40,15 +41,15 @@ RESULTS = HERE / "results" / "gpu.json"
 # Seconds: some nine minutes in all.
 BUDGETS = {
     "rates": 20,
-    "loss": 90,
-    "attention": 40,
-    "train-1b-zero1": 65,
-    "train-1b-zero3": 60,
+    "loss": 80,
     "train-8b-zero1": 80,
     "train-8b-zero3": 70,
-    "longest": 50,
+    "train-1b-zero1": 50,
+    "train-1b-zero3": 50,
     "loop": 40,
     "trl": 45,
+    "longest": 50,
+    "attention": 45,
 }
 # At toy size both shapes are one.
 TOY_BUDGETS = {name: 200 for name in BUDGETS if "8b" not in name}
@@ -86,6 +87,7 @@ def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any
             from gpu_training import make_model
 
             work = _work("1b", stage=1, name=name, device=device, folder=folder)
+            work = replace(work, rows=work.rows[:1])
             make_model(work)
             (gpu_peers.trl if name == "trl" else gpu_peers.minimal_loop)(work, found)
 
@@ -96,7 +98,7 @@ def _work(shape: str, *, stage: int, name: str, device: str, folder: Path) -> An
     if device == "cpu":
         return Work(SHAPES["toy"], stage, (128, 256), device, 1.0, folder)
     # Starting, making or loading the model and tokenising the rows take more than half of an item's time.
-    return Work(SHAPES[shape], stage, (8192, 32_768), device, BUDGETS[name] * 0.3, folder)
+    return Work(SHAPES[shape], stage, (8192, 32_768), device, BUDGETS[name] * 0.25, folder)
 
 
 def _rates(device: str) -> dict[str, Any]:
@@ -137,11 +139,8 @@ def _longest(device: str, folder: Path, found: Callable[[dict[str, Any]], None])
         found({"longest_measured": many, "longest_by_extrapolation": int(many + room / slope)})
 
 
-def run_item(name: str, *, device: str, folder: Path) -> dict[str, Any]:
-    """One item in a process of its own: its figures, and what ended it early."""
-    figures, start = folder / f"{name}.jsonl", time.monotonic()
-    budget = TOY_BUDGETS[name] if device == "cpu" else BUDGETS[name]
-    figures.touch()
+def start_item(name: str, *, device: str, folder: Path) -> subprocess.Popen[bytes]:
+    """Its process, which imports and then waits for its turn."""
     command = [sys.executable, __file__, "--item", name, "--folder", str(folder), "--device", device]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path[1:]])}
     if device == "cpu":
@@ -149,15 +148,24 @@ def run_item(name: str, *, device: str, folder: Path) -> dict[str, Any]:
     if name == "trl":  # accelerate takes DeepSpeed for one process only if both are told of in the environment
         environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    with (folder / f"{name}.log").open("w+") as log:
-        try:
-            code = subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=budget).returncode
-            ended = None if code == 0 else f"exit code {code}"
-        except subprocess.TimeoutExpired:
-            ended = f"out of time after {budget} s"
-        log.seek(0)
-        last = log.read()[-1500:] if ended else None
-    lines = [json.loads(line) for line in figures.read_text().splitlines()]
+    (folder / f"{name}.jsonl").touch()
+    with (folder / f"{name}.log").open("w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+
+
+def finish_item(name: str, process: subprocess.Popen[bytes], *, device: str, folder: Path) -> dict[str, Any]:
+    """Give it its turn: its figures, and what ended it early."""
+    budget, start = TOY_BUDGETS[name] if device == "cpu" else BUDGETS[name], time.monotonic()
+    (folder / f"{name}.turn").touch()
+    try:
+        code = process.wait(timeout=budget)
+        ended = None if code == 0 else f"exit code {code}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        ended = f"out of time after {budget} s"
+    last = (folder / f"{name}.log").read_text()[-1500:] if ended else None
+    lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
     result = {"figures": lines, "seconds": round(time.monotonic() - start, 1), "ended": ended, "last_words": last}
     return {key: value for key, value in result.items() if value is not None}
 
@@ -190,8 +198,14 @@ def main() -> int:
     out = arguments.out or (None if arguments.toy else RESULTS)
     results: dict[str, Any] = {"machine": machine(device), "items": {}}
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
-        for name in (name for name in arguments.only if device == "cuda" or name in TOY_BUDGETS):
-            results["items"][name] = run_item(name, device=device, folder=Path(folder))
+        names = [name for name in arguments.only if device == "cuda" or name in TOY_BUDGETS]
+        where: dict[str, Any] = {"device": device, "folder": Path(folder)}
+        coming = start_item(names[0], **where)
+        for name, following in zip(names, [*names[1:], None], strict=True):
+            process = coming
+            if following is not None:
+                coming = start_item(following, **where)
+            results["items"][name] = finish_item(name, process, **where)
             print(name, json.dumps(results["items"][name]), flush=True)
             if out is not None:
                 out.write_text(json.dumps(results, indent=2) + "\n")
@@ -200,10 +214,22 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def _imports(name: str) -> None:
+    """What takes seconds and no GPU."""
+    if name not in ("rates", "loss", "attention"):
+        import deepspeed  # noqa: F401
+        import gpu_peers  # noqa: F401
+
+        import seqaware.training.assembly  # noqa: F401
+
+
 def _child(name: str, *, device: str, folder: Path) -> int:
     from seqaware.engine.ranks import prepare_environment
 
     prepare_environment()
+    _imports(name)
+    while not (folder / f"{name}.turn").exists():
+        time.sleep(0.05)
 
     def found(figure: dict[str, Any]) -> None:
         with (folder / f"{name}.jsonl").open("a") as file:

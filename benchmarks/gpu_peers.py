@@ -28,8 +28,6 @@ def minimal_loop(work: Work, found: Found, *, attention: str = "sdpa") -> None:
     settings |= {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "gradient_clipping": 1.0}
     settings["gradient_accumulation_steps"] = work.step_tokens // work.rows[0]
     model = AutoModelForCausalLM.from_pretrained(work.model, dtype=torch.bfloat16, attn_implementation=attention)
-    if work.checkpointing == "full":
-        model.gradient_checkpointing_enable()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=work.device == "cuda")
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     engine.train()
@@ -77,7 +75,7 @@ def trl(work: Work, found: Found) -> None:
         max_steps=MOST_STEPS // 2,
         learning_rate=1e-5,
         bf16=on_gpu,
-        gradient_checkpointing=work.checkpointing == "full",
+        gradient_checkpointing=False,
         logging_steps=1,
         save_strategy="no",
         report_to=[],

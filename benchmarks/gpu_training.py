@@ -1,8 +1,8 @@
 """Training steps on one GPU, for gpu.py: our engine, a minimal DeepSpeed loop, and TRL.
 
 A model of the 1B or the 8B shape of Llama 3 is made with random bfloat16 weights; of the 8B shape, as many layers as
-one GPU holds with the optimizer's states. Documents of drawn lengths, an eighth of a row in the mean, are packed into
-rows of 8k or 32k tokens.
+one GPU holds with the optimizer's states and a micro-batch. Documents of drawn lengths, an eighth of a row in the mean,
+are packed into rows of 8k or 32k tokens; a micro-batch of ours holds 32k tokens, and layers are compiled.
 
     MFU = (6·M + 6·Λ·A·D·Σ L² / Σ L) · tokens / seconds / peak       only the documents' tokens count, padding never
 
@@ -29,8 +29,9 @@ from seqaware.plan.hardware import DEVICES
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "demo" / "tokenizer"
-WARM_UP = 3
-MOST_STEPS = 24
+WARM_UP = 2
+MOST_STEPS = 12
+STEP_TOKENS = 65_536
 # ZeRO-1 and 3 on one rank: weights 2, gradients 2 + 4, float32 weights and moments 12 bytes.
 STATE_BYTES = 20
 
@@ -70,10 +71,13 @@ class Shape:
     def head_weights(self) -> int:
         return self.vocabulary * self.hidden
 
-    def layers_that_fit(self, memory: float) -> int:
-        """With their optimizer's states in 80 % of the memory; what is left is for activations."""
+    def layers_that_fit(self, memory: float, tokens: int) -> int:
+        """In 90 % of the memory, with the optimizer's states and what a micro-batch of so many tokens keeps."""
         embeddings = self.head_weights * (1 if self.tied else 2)
-        return max(1, min(self.layers, int((0.8 * memory / STATE_BYTES - embeddings) / self.layer_weights)))
+        # The head's gradient, in float32 and in bfloat16; a compiled layer keeps some 13 H + 6 I bytes a token.
+        outside = STATE_BYTES * embeddings + 6 * self.head_weights
+        layer = STATE_BYTES * self.layer_weights + (13 * self.hidden + 6 * self.intermediate) * tokens
+        return max(1, min(self.layers, int((0.9 * memory - outside) / layer)))
 
     def operations(self, layers: int, lengths: list[int]) -> float:
         """Of forward and backward over documents of these lengths."""
@@ -103,18 +107,8 @@ class Work:
     def layers(self) -> int:
         if self.device == "cpu":
             return self.shape.layers
-        return self.shape.layers_that_fit(torch.cuda.get_device_properties(0).total_memory)
-
-    @property
-    def checkpointing(self) -> str:
-        """Whatever fits the longest row beside the states without it goes without."""
-        if self.device == "cpu":
-            return "none"
-        weights = self.layers * self.shape.layer_weights + self.shape.head_weights * (1 if self.shape.tied else 2)
-        # Of a layer: two norms, queries, keys, values and output, and four tensors of the MLP's width.
-        kept = (22 * self.shape.hidden + 8 * self.shape.intermediate) * self.layers * max(self.rows)
         memory = torch.cuda.get_device_properties(0).total_memory
-        return "none" if STATE_BYTES * weights + kept < 0.85 * memory else "full"
+        return self.shape.layers_that_fit(memory, STEP_TOKENS // 2)
 
     @property
     def model(self) -> Path:
@@ -122,7 +116,11 @@ class Work:
 
     @property
     def step_tokens(self) -> int:
-        return max(self.rows) * 2
+        return STEP_TOKENS if self.device == "cuda" else max(self.rows) * 2
+
+    @property
+    def micro_tokens(self) -> int:
+        return max(self.rows)
 
 
 def peak_flops(device: str) -> float:
@@ -171,7 +169,6 @@ def run_files(work: Work, row: int, **model: Any) -> tuple[Path, Path]:
         "model": {
             "base_name": str(work.model),
             "dtype": "bfloat16",
-            "activation_checkpointing": work.checkpointing,
             **model,
         },
         "dataset": {"name": str(make_rows(work, row)), "store_dir": str(work.folder / "stores"), "workers": 1},
@@ -181,7 +178,7 @@ def run_files(work: Work, row: int, **model: Any) -> tuple[Path, Path]:
             "optimizer": {"type": "adamw_fused" if work.device == "cuda" else "adamw", "lr": 1e-5},
             "schedule": {
                 "global_batch_tokens": work.step_tokens,
-                "micro_batch_tokens": row,
+                "micro_batch_tokens": work.micro_tokens,
                 "max_steps": MOST_STEPS,
                 "scheduler_type": "constant",
             },
@@ -214,7 +211,7 @@ def measured(work: Work, row: int, *, batches: Iterator[list[Any]], step: Step, 
             lengths = [length for batch in micro_batches for length in _documents_of(batch)]
             spent.append(seconds)
             rates.append((sum(lengths) / seconds, work.shape.operations(work.layers, lengths) / seconds))
-        if len(spent) >= MOST_STEPS - WARM_UP or (len(spent) >= 3 and time.monotonic() > until):
+        if len(spent) >= 3 and time.monotonic() > until:
             break
     tokens, flops = (statistics.median(column) for column in zip(*rates, strict=True))
     return {
@@ -253,18 +250,18 @@ def batches_of(work: Work, row: int, **model: Any) -> tuple[Any, Iterator[list[A
     return prepared, (coming.micro_batches for coming in steps.steps(1, MOST_STEPS))
 
 
-def ours(work: Work, found: Found, **model: Any) -> None:
+def ours(work: Work, found: Found) -> None:
     """The run's own assembly on one rank; the engine is built once and steps over rows of every length."""
     from seqaware.engine.ranks import connect, find_address
     from seqaware.training.assembly import build_engine
 
     ranks, said, engine = connect(find_address()), [], None
     for row in work.rows:
-        prepared, batches = batches_of(work, row, **model)
+        prepared, batches = batches_of(work, row, compile=True)
         engine = engine or build_engine(prepared, str(work.model), ranks=ranks, say=said.append)
         step = partial(engine.train_step, learning_rate=1e-5)
         until = time.monotonic() + work.seconds / len(work.rows)
-        facts = {"shape": work.shape.name, "layers": work.layers, "checkpointing": work.checkpointing}
+        facts = {"shape": work.shape.name, "layers": work.layers, "zero": work.stage}
         found(
             {"who": "seqaware", **facts, "said": said, **measured(work, row, batches=batches, step=step, until=until)}
         )

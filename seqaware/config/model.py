@@ -39,7 +39,7 @@ class ModelConfig(Section):
     activation_checkpointing: CheckpointingPolicy = "none"
     """none; full: keep each layer's input only and recompute in the backward; offload: keep that input on the CPU."""
     compile: Flag = False
-    """Compile the norms and MLPs of the decoder's layers with torch.compile: the same mathematics."""
+    """Compile the decoder's layers, all but their attention, with torch.compile: the same mathematics."""
     mlp_tile_tokens: Count | None = None
     """Run each MLP over so many tokens at a time and recompute it in the backward: memory only. null: all at once."""
     dropout: ShareBelowOne | None = 0.0

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -252,9 +253,12 @@ AttentionInterface.register(NAME, attention)
 
 @contextmanager
 def standard_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model uses torch's SDPA with ordinary masks, as generation with a cache needs."""
+    """Inside, the model uses torch's SDPA with ordinary masks, as generation with a cache needs, uncompiled."""
     model.set_attn_implementation("sdpa")
+    # A cache that grows with every token would be compiled for again and again. Asking imports the compiler.
+    compiling = "torch._dynamo" in sys.modules
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiling else nullcontext():
+            yield
     finally:
         model.set_attn_implementation(NAME)

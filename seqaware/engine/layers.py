@@ -4,28 +4,32 @@ Activation checkpointing is torch's, without re-entrance, a layer at a time; `of
 input, in CPU memory. Tiles cut an MLP's largest tensor, [tokens, intermediate size], which no sharding of weights
 makes smaller: each tile is computed by itself and again in the backward.
 
-What is compiled are the parts of a layer that treat every token by itself: its norms and its MLP, one graph each for
-all layers, whatever the documents' lengths. A layer as a whole would not hold: the attention's loop over documents and
-ZeRO-3's hooks break its graph, and under checkpointing torch gives up on it and runs it uncompiled.
+Compiled is all of a layer but the attention itself, whose loop over documents depends on their lengths: a few graphs
+for all layers, with rotations, norms, activations and sums fused between the products. ZeRO-3's hooks would break a
+layer's graph, and so would checkpoints and tiles: there its norms, its MLP and what lies round its attention are
+compiled each by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from seqaware.config.model import ModelConfig
+from seqaware.engine.attention import NAME, attention
 from seqaware.errors import ConfigError
 
 # What families call the part of a layer that treats every token by itself.
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")
+# And the part that does not.
+_ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 
 def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool) -> None:
@@ -40,19 +44,27 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
             layer.gradient_checkpointing = True
             # In training a layer calls it as function(forward, *inputs).
             layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
-    mlps = list(_mlps(model))
+    mlps, tiles = list(_children(model, _MLP_NAMES)), config.mlp_tile_tokens
+    attentions = list(_children(model, _ATTENTION_NAMES)) if config.compile else []
     if config.compile:
-        for part in [*mlps, *_norms(model)]:
-            part.forward = torch.compile(part.forward, dynamic=True)
-    if config.mlp_tile_tokens is not None:
+        whole = not sharded and tiles is None and config.activation_checkpointing == "none"
+        _compile(decoder_layers(model) if whole else [*attentions, *mlps, *_norms(model)])
+    if tiles is not None:
         for mlp in mlps:
-            mlp.forward = _in_tiles(mlp.forward, config.mlp_tile_tokens)
-    if sharded and (config.compile or config.mlp_tile_tokens is not None):
+            mlp.forward = _in_tiles(mlp.forward, tiles)
+    if sharded and (config.compile or tiles is not None):
         from deepspeed.utils import set_z3_leaf_modules
 
         # Gathered as one, on entering and on leaving: not anew for every linear layer of every tile, and no hook
         # of a linear layer breaks the graph.
-        set_z3_leaf_modules(model, list({type(mlp) for mlp in mlps}))
+        set_z3_leaf_modules(model, list({type(part) for part in (*attentions, *mlps)}))
+
+
+def _compile(modules: Iterable[nn.Module]) -> None:
+    # Called as it is, in the middle of a graph. Said here, because saying it imports the compiler.
+    AttentionInterface.register(NAME, torch.compiler.disable(attention))
+    for module in modules:
+        module.forward = torch.compile(module.forward, dynamic=True)
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
@@ -75,13 +87,15 @@ def check_layers(model: nn.Module, config: ModelConfig) -> None:
             do="write model.activation_checkpointing: none",
         )
     wanting = [name for name in ("compile", "mlp_tile_tokens") if getattr(config, name)]
-    if wanting and not list(_mlps(model)):
+    if wanting and not list(_children(model, _MLP_NAMES)):
         raise ConfigError(
             f"model.{wanting[0]}: no decoder layer of this model has an MLP called {', '.join(_MLP_NAMES)}",
             got=kind,
             do="write model.compile: false and model.mlp_tile_tokens: null",
         )
-    if config.mlp_tile_tokens is not None and not all(_takes_tokens_alone(mlp, model) for mlp in _mlps(model)):
+    if config.mlp_tile_tokens is not None and not all(
+        _takes_tokens_alone(mlp, model) for mlp in _children(model, _MLP_NAMES)
+    ):
         raise ConfigError(
             "model.mlp_tile_tokens: an MLP of this model does more than to map hidden states to hidden states",
             got=kind,
@@ -125,9 +139,9 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 _RECOMPUTING = {"full": _recompute, "selective": _recompute_selected, "offload": _recompute_offloaded}
 
 
-def _mlps(model: nn.Module) -> Iterator[nn.Module]:
+def _children(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
     for layer in decoder_layers(model):
-        yield from (child for name, child in layer.named_children() if name in _MLP_NAMES)
+        yield from (child for name, child in layer.named_children() if name in names)
 
 
 def _norms(model: nn.Module) -> Iterator[nn.Module]:

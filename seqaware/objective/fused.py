@@ -34,6 +34,7 @@ from seqaware.objective.sums import STATS, LossStats
 _CPU_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 1200 * 10**6
 _MOST_CHUNK_ROWS = 4096
+_GPU_MOST_CHUNK_ROWS = 8192
 
 # Rows of a GPU's chunk come in whole tiles of its products.
 _GPU_TILE_ROWS = 128
@@ -257,7 +258,7 @@ def _most_chunk_rows(weight: Tensor) -> int:
     vocabulary, hidden_size = weight.shape
     if weight.device.type == "cpu":
         return max(_CPU_CHUNK_BYTES // (4 * vocabulary), min(hidden_size, _MOST_CHUNK_ROWS), 1)
-    rows = min(_GPU_CHUNK_BYTES // (4 * vocabulary), _MOST_CHUNK_ROWS)
+    rows = min(_GPU_CHUNK_BYTES // (4 * vocabulary), _GPU_MOST_CHUNK_ROWS)
     return max(_GPU_TILE_ROWS, rows // _GPU_TILE_ROWS * _GPU_TILE_ROWS)
 
 

@@ -24,6 +24,7 @@ from seqaware.plan.layout import Layout
 CPU_CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 1200 * 10**6
 MOST_CHUNK_ROWS = 4096
+GPU_MOST_CHUNK_ROWS = 8192
 GPU_TILE_ROWS = 128
 BACKWARD_ROWS = 16384
 _FLOAT32 = 4
@@ -172,7 +173,7 @@ def chunk_rows(layout: Layout) -> int:
     if layout.world.device == "cpu":
         most = max(CPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), min(decoder.hidden, MOST_CHUNK_ROWS), 1)
         return _even_rows(layout.tokens, most, tile=1)
-    rows = min(GPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), MOST_CHUNK_ROWS)
+    rows = min(GPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), GPU_MOST_CHUNK_ROWS)
     most = max(GPU_TILE_ROWS, rows // GPU_TILE_ROWS * GPU_TILE_ROWS)
     return _even_rows(layout.tokens, most, tile=GPU_TILE_ROWS)
 

@@ -8,6 +8,7 @@ Runs are started at once and share the GPU; each is one rank.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 UNIT_ROUNDING = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SHAPES = (
     Shape(rows=300, hidden=64, vocabulary=9001),
+    Shape(rows=200, hidden=64, vocabulary=50_257),
     Shape(rows=200, hidden=64, vocabulary=512, bias=True, softcap=4.0, scale=0.5),
     Shape(rows=1, hidden=8, vocabulary=3, ignored=0.0, zero_weight=0.0),
 )
@@ -118,7 +120,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[
         changes = dict(kind.changes) | {"model__dtype": kind.dtype, "output__dir": str(folder / name)}
         yaml = workshop.write(name, workshop.config(**changes))
         command = [sys.executable, "launcher/train.py", str(yaml), "--deepspeed", f"{DS_CONFIGS}/zero{kind.stage}.json"]
-        variables = environment()
+        variables = environment(PYTHONPATH=os.pathsep.join([str(ROOT), *sys.path[1:]]))
         if kind.device == "cuda":
             del variables["DS_ACCELERATOR"]
         processes[name] = subprocess.Popen(

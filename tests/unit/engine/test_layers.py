@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from seqaware.config.model import ModelConfig
-from seqaware.engine.attention import Documents
+from seqaware.engine.attention import Documents, standard_attention
 from seqaware.engine.layers import arrange_layers, check_layers
 from seqaware.errors import ConfigError
 from tests.unit.engine.models import FAMILIES, VOCABULARY, tiny
@@ -21,11 +21,13 @@ def config(**changes: Any) -> ModelConfig:
     return ModelConfig.model_validate({"base_name": "gpt2", **changes})
 
 
-def loss_and_gradients(model: PreTrainedModel) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    ids = torch.randint(0, VOCABULARY, (1, sum(LENGTHS)), generator=torch.Generator().manual_seed(1))
-    positions = torch.cat([torch.arange(n) for n in LENGTHS]).unsqueeze(0)
-    borders = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0)], dtype=torch.int32)
-    documents = Documents(borders, LENGTHS, "sdpa_per_document")
+def loss_and_gradients(
+    model: PreTrainedModel, lengths: tuple[int, ...] = LENGTHS
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    ids = torch.randint(0, VOCABULARY, (1, sum(lengths)), generator=torch.Generator().manual_seed(1))
+    positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
+    borders = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    documents = Documents(borders, lengths, "sdpa_per_document")
     model.train()
     loss = model(input_ids=ids, position_ids=positions, documents=documents, use_cache=False).logits.square().sum()
     loss.backward()
@@ -56,6 +58,28 @@ def test_an_arrangement_changes_no_number(family: str, changes: dict[str, Any]) 
     torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
     for mine, theirs in zip(got[1], expected[1], strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6 * float(theirs.abs().max()))
+
+
+def test_a_compiled_layer_computes_the_same_whatever_the_documents() -> None:
+    """One set of graphs for both layers and all batches; generation runs uncompiled."""
+    from torch._dynamo.utils import counters
+
+    plain, arranged = (tiny("llama", dtype=torch.float64) for _ in range(2))
+    arrange_layers(arranged, config(compile=True), sharded=False)
+    graphs = set()
+    for lengths in ((9, 1, 14, 6), (5, 3), (40,), (20, 2, 7, 7)):
+        expected, got = (loss_and_gradients(model, lengths) for model in (plain, arranged))
+        # Fused, a norm's float32 is rounded at other places.
+        torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
+        for mine, theirs in zip(got[1], expected[1], strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-6 * float(theirs.abs().max()))
+        graphs.add(counters["stats"]["unique_graphs"])
+        plain.zero_grad(), arranged.zero_grad()
+    with standard_attention(arranged):
+        prompt = torch.tensor([[5, 6, 7]])
+        arranged.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
+    graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1 and 0 < graphs.pop() < 8
 
 
 def test_tiles_keep_only_a_tile_of_the_widest_tensor() -> None:
