@@ -1,8 +1,9 @@
 """How the decoder's layers run: recomputed in the backward, in tiles of tokens, compiled; what they compute stays.
 
-Activation checkpointing is torch's, without re-entrance, a layer at a time; `offload` keeps what is left, each layer's
-input, in CPU memory. Tiles cut an MLP's largest tensor, [tokens, intermediate size], which no sharding of weights
-makes smaller: each tile is computed by itself and again in the backward.
+Activation checkpointing is torch's, without re-entrance, a layer at a time: `full` keeps each layer's input, `offload`
+keeps it in CPU memory, `selective` (selective.py) keeps products and attention too. Tiles cut an MLP's largest tensor,
+[tokens, intermediate size], which no sharding of weights makes smaller: each tile is computed by itself and again in
+the backward.
 
 Compiled is all of a layer but the attention itself, whose loop over documents depends on their lengths: a few graphs
 for all layers, with rotations, norms, activations and sums fused between the products. ZeRO-3's hooks would break a
@@ -13,17 +14,17 @@ compiled each by itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from seqaware.config.model import ModelConfig
 from seqaware.engine.attention import NAME, attention
+from seqaware.engine.selective import recompute_selected
 from seqaware.errors import ConfigError
 
 # What families call the part of a layer that treats every token by itself.
@@ -123,20 +124,7 @@ def _recompute_offloaded(function: Callable[..., Any], *inputs: Any) -> Any:
         return checkpoint(function, *inputs, use_reentrant=False)
 
 
-def _recompute_selected(function: Callable[..., Any], *inputs: Any) -> Any:
-    contexts = partial(create_selective_checkpoint_contexts, _keep_what_costs)
-    return checkpoint(function, *inputs, use_reentrant=False, context_fn=contexts)
-
-
-def _keep_what_costs(_context: Any, operation: Any, *_given: Any, **_named: Any) -> CheckpointPolicy:
-    """Keep what products of weights and attention give; norms, activations, rotations and sums are computed again."""
-    name = operation.name()
-    keep = operation in _PRODUCTS or "attention" in name or "attn" in name
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-_RECOMPUTING = {"full": _recompute, "selective": _recompute_selected, "offload": _recompute_offloaded}
+_RECOMPUTING = {"full": _recompute, "selective": recompute_selected, "offload": _recompute_offloaded}
 
 
 def _children(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:

@@ -7,6 +7,8 @@ H hidden size, I intermediate size, A·D and G·D widths of queries and keys, V 
     attention          q, k, v after the rotation, the output and its log-sum-exp
     gated MLP          gate, up, silu(gate) and their product: 4·b·I
     GPT-2              LayerNorm's input and output, q, k, v, and five I-wide tensors of GELU's tanh form
+    selective          each layer's input, and what its products and its attention give: all else of a layer is there
+                       only while it goes backward
 
 The fused loss (objective/fused.py) holds dW in float32, dh, and of a chunk of C rows: on a CPU [C, V] in float32, and
 in the dtype that is multiplied where that is narrow; on a GPU only a block of a narrow chunk in float32. Its backward
@@ -36,12 +38,14 @@ class Activations:
 
     Attributes:
         layer: what one layer saves. kept: what all layers keep until the loss, on the device; on_host: on the CPU.
+        again: what computing a layer again adds to what is kept, while it goes backward.
         outside: saved before the first and after the last layer.
         work: what the backward of a layer needs beside the saved tensors. norm: of which that of one norm.
     """
 
     layer: int
     kept: int
+    again: int
     on_host: int
     outside: int
     work: int
@@ -51,9 +55,10 @@ class Activations:
     def at_loss(self) -> int:
         return self.kept + self.outside
 
-    def in_backward(self, *, recomputed: bool) -> int:
-        """While the last layer goes backward: of recomputed layers the one at hand is there in full."""
-        return self.kept + self.work + (self.layer if recomputed else 0)
+    @property
+    def in_backward(self) -> int:
+        """While the last layer goes backward."""
+        return self.kept + self.again + self.work
 
 
 @dataclass(frozen=True)
@@ -73,19 +78,38 @@ def activations(layout: Layout) -> Activations:
     """Of one micro-batch."""
     decoder, t, b = layout.decoder, layout.tokens, layout.itemsize
     layer = t * (_norms(layout) + _attention(layout) + _mlp(layout)) + _tile(layout)
-    inputs = t * b * decoder.hidden * decoder.layers
-    recomputed = layout.checkpointing != "none"
-    offloaded = layout.checkpointing == "offload"
+    kept, again, on_host = _kept(layout, layer)
     rotary = 0 if decoder.family == "gpt2" else 2 * decoder.head_dim * b
     final = (_FLOAT32 if decoder.family == "gated" else b) * decoder.hidden
     final += b * decoder.hidden if decoder.family == "gated" else 0
     final += b * decoder.hidden if layout.loss_kernel == "plain" else 0
-    kept = inputs if recomputed else layer * decoder.layers
-    if offloaded:
-        kept = t * b * decoder.hidden
     return Activations(
-        layer, kept, inputs if offloaded else 0, t * (rotary + final), t * _work(layout), t * _norm_work(layout)
+        layer, kept, again, on_host, t * (rotary + final), work=t * _work(layout), norm=t * _norm_work(layout)
     )
+
+
+def _kept(layout: Layout, layer: int) -> tuple[int, int, int]:
+    """(on the device until the loss, more of the layer that is computed again, on the CPU)."""
+    layers, entry = layout.decoder.layers, layout.tokens * layout.itemsize * layout.decoder.hidden
+    match layout.checkpointing:
+        case "none":
+            return layer * layers, 0, 0
+        case "selective":
+            chosen = layout.tokens * _chosen(layout)
+            # Autograd takes what was kept over, or it is gone once it has been used: but for the input, and for the
+            # last product, which nobody asks for again.
+            return chosen * layers, layer + 2 * entry - chosen, 0
+        case "full":
+            return entry * layers, layer, 0
+        case _:
+            return entry, layer, entry * layers
+
+
+def _chosen(layout: Layout) -> int:
+    """What selective checkpointing keeps of a token: the layer's input, and what products and attention give."""
+    decoder = layout.decoder
+    products = sum(out for _, out in decoder.linear_widths) + layout.adapter_width
+    return layout.itemsize * (decoder.hidden + products + decoder.query_width) + _FLOAT32 * decoder.heads
 
 
 def _norms(layout: Layout) -> int:

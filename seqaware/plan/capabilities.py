@@ -107,6 +107,18 @@ _RULES = (
         why="lora.quantize_base keeps weights that torch.compile cannot look into",
         do="write model.compile: false",
     ),
+    _Rule(
+        ("activations", ("selective",)),
+        ("mlp", ("tiles",)),
+        why="model.activation_checkpointing {} keeps what mlp_tile_tokens computes again: the MLPs' products",
+        do="write model.activation_checkpointing: full, or model.mlp_tile_tokens: null",
+    ),
+    _Rule(
+        ("activations", ("selective",)),
+        ("compile", ("on",)),
+        why="model.activation_checkpointing {} cannot keep the products inside a compiled MLP: they would run twice",
+        do="write model.activation_checkpointing: full, or model.compile: false",
+    ),
 )
 
 REFUSED: Mapping[frozenset[Choice], Refusal] = MappingProxyType(

@@ -12,6 +12,8 @@ from seqaware.plan.facts import World
 from seqaware.plan.gathering import Gathering, GatherSettings, gathering
 from seqaware.plan.plan import Plan
 
+# MLPs widen up to 8 times (Gemma); LoRA's second factor a hundred times and more.
+_THIN = 16
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _FROZEN_BYTES = {"nf4": 0.5, "int8": 1.0}
 _LINEAR_NAMES = {
@@ -76,9 +78,10 @@ class Layout:
         dtype: float32, bfloat16 or float16.
         micro_batch_tokens: what the ranks of one sequence group hold at once.
         longest: tokens of the longest document in them, of which attention is made.
-        checkpointing: none, full or offload. mlp_tile_tokens: None for all at once.
+        checkpointing: none, selective, full or offload. mlp_tile_tokens: None for all at once.
         adapters: weights of LoRA's factors, 0 where the whole model is trained; whole_modules: of modules beside them
-            that are trained whole; trains_head: the head is among what is trained; frozen_bytes: of one frozen weight.
+            that are trained whole; trains_head: the head is among what is trained; frozen_bytes: of one frozen weight;
+            adapter_width: of what selective checkpointing keeps of one layer's adapters, entries of a token.
         passes: micro-batches of a step are more than one, so that gradients wait from one to the next.
     """
 
@@ -96,6 +99,7 @@ class Layout:
     trains_head: bool = True
     whole_modules: int = 0
     frozen_bytes: float | None = None
+    adapter_width: int = 0
     passes: bool = True
 
     @property
@@ -113,6 +117,16 @@ class Layout:
         return -(-self.micro_batch_tokens // self.world.sequence)
 
     @property
+    def recomputed(self) -> bool:
+        """Each layer's forward runs again in the backward, if not all of it."""
+        return self.checkpointing != "none"
+
+    @property
+    def products_again(self) -> bool:
+        """The layers' products and their attention are computed twice, too."""
+        return self.checkpointing in ("full", "offload")
+
+    @property
     def trained(self) -> int:
         return self.adapters + self.whole_modules if self.adapters else self.decoder.parameters
 
@@ -123,8 +137,13 @@ class Layout:
 
 def gathered(layout: Layout) -> Gathering:
     """What ZeRO-3 gathers in a micro-batch of this layout."""
-    recomputed, tiled = layout.checkpointing != "none", layout.mlp_tile_tokens is not None
-    return gathering(layout.decoder, layout.zero.gather, recomputed=recomputed, whole_mlp=tiled)
+    tiled = layout.mlp_tile_tokens is not None
+    return gathering(layout.decoder, layout.zero.gather, recomputed=layout.recomputed, whole_mlp=tiled)
+
+
+def is_thin(inner: int, outer: int) -> bool:
+    """Whether selective checkpointing computes a product [tokens, inner] x [inner, outer] again."""
+    return _THIN * inner < outer
 
 
 def layout_of(plan: Plan) -> Layout | None:
@@ -133,7 +152,7 @@ def layout_of(plan: Plan) -> Layout | None:
     if decoder is None:
         return None
     config, batches = plan.config, plan.batches
-    adapters, whole, head = (0, 0, True) if config.lora is None else _adapters(decoder, config.lora)
+    adapters = _WHOLE_MODEL if config.lora is None else _adapters(decoder, config.lora)
     frozen = None if config.lora is None else _FROZEN_BYTES.get(config.lora.quantize_base)
     return Layout(
         decoder=decoder,
@@ -146,21 +165,36 @@ def layout_of(plan: Plan) -> Layout | None:
         checkpointing=config.model.activation_checkpointing,
         mlp_tile_tokens=config.model.mlp_tile_tokens,
         loss_kernel=config.model.loss_kernel,
-        adapters=adapters,
-        trains_head=head,
-        whole_modules=whole,
+        adapters=adapters.weights,
+        trains_head=adapters.trains_head,
+        whole_modules=adapters.whole_modules,
         frozen_bytes=frozen,
+        adapter_width=adapters.width,
     )
 
 
-def _adapters(decoder: Decoder, lora: LoraConfig) -> tuple[int, int, bool]:
-    """Weights of the adapters, weights of modules that are trained whole, and whether the head is one of them."""
+@dataclass(frozen=True)
+class _Adapters:
+    """As the layout has them, under its names."""
+
+    weights: int
+    whole_modules: int
+    trains_head: bool
+    width: int
+
+
+_WHOLE_MODEL = _Adapters(weights=0, whole_modules=0, trains_head=True, width=0)
+
+
+def _adapters(decoder: Decoder, lora: LoraConfig) -> _Adapters:
     named = dict(zip(_LINEAR_NAMES[decoder.family], decoder.linear_widths, strict=False))
     targets = lora.target_modules
     # A regular expression is counted as if it named every linear layer: never too little.
     chosen = list(decoder.linear_widths) if isinstance(targets, str) else [named[n] for n in targets if n in named]
     magnitudes = sum(out for _, out in chosen) if lora.dora else 0
-    adapters = decoder.layers * (lora.rank * sum(inner + out for inner, out in chosen) + magnitudes)
+    weights = decoder.layers * (lora.rank * sum(inner + out for inner, out in chosen) + magnitudes)
+    width = sum(lora.rank + (0 if is_thin(lora.rank, out) else out) for _, out in chosen)
     outer = decoder.vocabulary * decoder.hidden
     heads = [name for name in lora.modules_to_save if name in ("lm_head", "embed_tokens", "wte")]
-    return adapters, outer * len(heads), "lm_head" in heads or (decoder.tied and bool(heads))
+    trains_head = "lm_head" in heads or (decoder.tied and bool(heads))
+    return _Adapters(weights, outer * len(heads), trains_head, width)

@@ -145,14 +145,13 @@ def _at_head(layout: Layout, states: _States, kept: Activations, loss: LossMemor
 
 def _at_layer(layout: Layout, states: _States, kept: Activations, whole: Gathering) -> dict[str, int]:
     decoder, zero = layout.decoder, layout.zero
-    recomputed = layout.checkpointing != "none"
     # One new gradient beside the bucket, and the bucket's copy for its reduction.
     largest = max(max(module.parameters) for module in decoder.layer)
     copy = min(zero.reduce_bucket, decoder.layer_parameters) if zero.stage >= 2 else 0
     new = (largest + copy) * layout.itemsize if not layout.adapters else 0
     beside = max(0, new - kept.work)
     here = {
-        "activations": kept.in_backward(recomputed=recomputed),
+        "activations": kept.in_backward,
         "gradients": states.backward_gradients,
         "temporary": beside,
         "buckets": states.backward_buckets,

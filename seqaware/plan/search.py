@@ -86,6 +86,7 @@ def longest_sequences(
 
 _SAVINGS: dict[str, dict[str, Any]] = {
     "activation_checkpointing: none": {"checkpointing": "none", "mlp_tile_tokens": None},
+    "activation_checkpointing: selective": {"checkpointing": "selective", "mlp_tile_tokens": None},
     "activation_checkpointing: full": {"checkpointing": "full", "mlp_tile_tokens": None},
     f"activation_checkpointing: full, mlp_tile_tokens: {_TILE_TOKENS}": {
         "checkpointing": "full",

@@ -3,7 +3,7 @@
 Letters: T tokens of a step over all ranks, M weights that multiply every token, N ranks, Λ layers, L tokens of a
 document, b bytes of the dtype, n ranks of a sequence group, P trained weights.
 
-    matrix products   6·M·T (of frozen weights 4·M·T); layers that are computed again 2·M·T more
+    matrix products   6·M·T (of frozen weights 4·M·T); layers that are computed again in full 2·M·T more
     attention         causal, forward 2·Λ·A·D·Σ L², backward 2.5 times as much; computed again: once more
     stage 0           all-reduce 4·P a step
     stage 1           all-reduce b·P, all-gather b·P a step
@@ -116,7 +116,7 @@ def _product_flops(layout: Layout, tokens: int) -> tuple[float, float]:
     per_token = 6 * weights
     if layout.adapters:
         per_token = 4 * weights + 6 * layout.adapters + 2 * layout.whole_modules
-    again = 2 * layers if layout.checkpointing != "none" else 0
+    again = 2 * layers if layout.products_again else 0
     if layout.mlp_tile_tokens:
         again += 2 * decoder.layers * decoder.hidden * decoder.intermediate * (2 if decoder.family == "gpt2" else 3)
     return float(per_token * tokens), float(again * tokens)
@@ -125,7 +125,7 @@ def _product_flops(layout: Layout, tokens: int) -> tuple[float, float]:
 def _attention_flops(layout: Layout, tokens: int, length: float) -> tuple[float, float]:
     forward = 2 * layout.decoder.layers * layout.decoder.query_width * tokens * length
     # The kernels compute the scores once more in the backward: 2.5 times the forward, of which half a time is again.
-    return 3 * forward, (0.5 + (layout.checkpointing != "none")) * forward
+    return 3 * forward, (0.5 + layout.products_again) * forward
 
 
 def collectives(layout: Layout, *, micro_batches: int) -> tuple[Collective, ...]:
@@ -158,7 +158,7 @@ def exchanged_bytes(layout: Layout) -> int:
     decoder, ranks = layout.decoder, layout.world.sequence
     keys = lcm(decoder.key_value_heads, ranks) * decoder.head_dim
     widths = 2 * decoder.query_width + 2 * keys
-    passes = 3 if layout.checkpointing != "none" else 2
+    passes = 3 if layout.recomputed else 2
     return passes * decoder.layers * layout.tokens * widths * layout.itemsize
 
 

@@ -42,7 +42,6 @@ ARRANGEMENTS = [
     {"mlp_tile_tokens": 7},
     {"mlp_tile_tokens": 1000},
     {"mlp_tile_tokens": 8, "activation_checkpointing": "full"},
-    {"mlp_tile_tokens": 8, "activation_checkpointing": "selective"},
 ]
 
 
