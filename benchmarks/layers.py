@@ -30,6 +30,7 @@ POLICIES = {
     "none": [],
     "one tile (mlp_tile_tokens: 4096)": ["model.mlp_tile_tokens=4096"],
     "the MLP alone, in tiles (mlp_tile_tokens: 1024)": ["model.mlp_tile_tokens=1024"],
+    "selective": ["model.activation_checkpointing=selective"],
     "full": ["model.activation_checkpointing=full"],
     "offload": ["model.activation_checkpointing=offload"],
     "compile": ["model.compile=true"],

@@ -37,7 +37,8 @@ class ModelConfig(Section):
     loss_kernel: Literal["fused", "plain"] = "fused"
     """fused never holds the logits of all tokens at once; plain is the reference."""
     activation_checkpointing: CheckpointingPolicy = "none"
-    """none; full: keep each layer's input only and recompute in the backward; offload: keep that input on the CPU."""
+    """none; selective: recompute all of a layer but products and attention in the backward; full: keep each layer's
+    input only; offload: keep that input on the CPU."""
     compile: Flag = False
     """Compile the decoder's layers, all but their attention, with torch.compile: the same mathematics."""
     mlp_tile_tokens: Count | None = None

@@ -4,7 +4,7 @@ Kept are the results of the weights' products and of attention. Norms, activatio
 most of what autograd saves: they run again when the layer goes backward, on the kept results.
 
 `create_selective_checkpoint_contexts` of torch.utils.checkpoint would do, but that it wants the second forward to call
-the same operations as the first, and ZeRO-3 gathers weights in another order then. Here only kept operations are counted.
+the operations of the first, and ZeRO-3 gathers weights in another order then. Here only kept operations are counted.
 """
 
 from __future__ import annotations

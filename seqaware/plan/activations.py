@@ -96,9 +96,8 @@ def _kept(layout: Layout, layer: int) -> tuple[int, int, int]:
             return layer * layers, 0, 0
         case "selective":
             chosen = layout.tokens * _chosen(layout)
-            # Autograd takes what was kept over, or it is gone once it has been used: but for the input, and for the
-            # last product, which nobody asks for again.
-            return chosen * layers, layer + 2 * entry - chosen, 0
+            # Of the layer at hand what autograd saves takes the place of what was kept, but for the input.
+            return chosen * layers, layer + entry - chosen, 0
         case "full":
             return entry * layers, layer, 0
         case _:

@@ -74,7 +74,7 @@ def _layout(answers: Answers) -> _Layout:
     default = _ZERO.get(count, "ds_configs/zero2.json")
     if not answers.gpus.all:
         return _Layout(default, "none", "no GPU: one rank, or as many as the machine has cores to spare")
-    for checkpointing in ("none", "full"):
+    for checkpointing in ("none", "selective", "full"):
         draft = _parsed(_rendered(answers, _Layout(default, checkpointing, "")))
         try:
             question = ask(draft, deepspeed_path=REPOSITORY / default, gpus=answers.gpus, device=answers.device)
@@ -150,7 +150,7 @@ def _rendered(answers: Answers, layout: _Layout) -> str:
 model:
   base_name: {json.dumps(answers.model)}
   output_name: {json.dumps(answers.name)}
-  activation_checkpointing: {layout.checkpointing:<8}# none | full (less memory, a third more time) | offload
+  activation_checkpointing: {layout.checkpointing:<10}# none | selective (less memory) | full (a third slower) | offload
 
 lora: {lora:<28}# {{rank: 16}} trains adapters instead of the whole model; null: all weights
 

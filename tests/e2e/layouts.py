@@ -15,7 +15,7 @@ CHOICES: Mapping[str, Sequence[Any]] = {
     "packed": (True, False),
     "micro_batch_tokens": (4096, 128),
     "kernel": ("fused", "plain"),
-    "checkpointing": ("none", "full", "offload"),
+    "checkpointing": ("none", "selective", "full", "offload"),
     "mlp_tile": (None, 16),
     "compiled": (False, True),
     "gamma": (0.0, 0.9, 0.98, 1.0),
@@ -61,4 +61,6 @@ def covering_layouts(strength: int) -> list[Layout]:
 
 
 def _can_exist(layout: Combination) -> bool:
+    if layout["checkpointing"] == "selective" and (layout["mlp_tile"] or layout["compiled"]):
+        return False  # refused by the table of capabilities
     return bool(layout["sequence"] <= layout["ranks"])  # the ranks that share a sequence are some of the ranks

@@ -13,7 +13,7 @@ from seqaware.objective import fused
 from seqaware.plan import activations as paper
 from seqaware.plan.activations import activations, loss_memory
 from seqaware.plan.facts import World
-from seqaware.plan.layout import Layout, ZeroSettings
+from seqaware.plan.layout import Layout, ZeroSettings, is_thin
 from seqaware.plan.memory import UPDATE, memory
 from tests.unit.plan.layouts import SMALL, gpus, known, layout
 
@@ -67,6 +67,23 @@ def test_checkpointing_keeps_each_layers_input() -> None:
     assert kept.kept == 32 * 2 * 4096
     away = activations(layout(micro_batch_tokens=1, checkpointing="offload"))
     assert (away.kept, away.on_host) == (2 * 4096, 32 * 2 * 4096)
+
+
+def test_selective_checkpointing_keeps_products_and_attention() -> None:
+    """The input, q k v, attention, o, gate up down and 4 bytes a head; all else only of the layer at hand."""
+    whole, kept = (activations(layout(micro_batch_tokens=1, checkpointing=way)) for way in ("none", "selective"))
+    by_hand = 2 * (4096 + (4096 + 2 * 1024) + 4096 + 4096 + 2 * 14336 + 4096) + 4 * 32
+    assert kept.kept == 32 * by_hand
+    # Of the layer at hand there is what autograd saves, and the layer's input.
+    assert kept.in_backward - kept.work == 31 * by_hand + whole.layer + 2 * 4096
+
+
+def test_adapters_factors_are_not_kept_where_they_are_thin() -> None:
+    """Rank 16 is a 64th of 1024; rank 256 a quarter."""
+    bare = activations(layout(micro_batch_tokens=1, checkpointing="selective")).kept
+    thin = activations(layout(micro_batch_tokens=1, checkpointing="selective", adapter_width=7 * 16)).kept
+    assert thin - bare == 32 * 2 * 7 * 16
+    assert is_thin(16, 1024) and not is_thin(256, 1024)
 
 
 def test_the_fused_loss_by_hand() -> None:
@@ -123,7 +140,10 @@ GROWING = st.sampled_from(["zero1", "zero2", "zero3", "zero3_offload_cpu", "zero
 
 @settings(max_examples=60, deadline=None)
 @given(
-    zero=GROWING, tokens=st.integers(1, 400_000), more=st.integers(0, 400_000), saving=st.sampled_from(["none", "full"])
+    zero=GROWING,
+    tokens=st.integers(1, 400_000),
+    more=st.integers(0, 400_000),
+    saving=st.sampled_from(["none", "selective", "full"]),
 )
 def test_more_tokens_never_take_less(zero: str, tokens: int, more: int, saving: str) -> None:
     few = memory(layout(zero, micro_batch_tokens=tokens, checkpointing=saving))
@@ -146,8 +166,9 @@ def test_more_ranks_never_take_more_each(zero: str, tokens: int, size: int) -> N
 @given(tokens=st.integers(8192, 400_000), zero=GROWING)
 def test_each_way_of_saving_saves(tokens: int, zero: str) -> None:
     plain = layout(zero, micro_batch_tokens=tokens)
-    full = replace(plain, checkpointing="full")
-    away = replace(plain, checkpointing="offload")
-    assert activations(plain).at_loss > activations(full).at_loss > activations(away).at_loss
+    some, full, away = (replace(plain, checkpointing=way) for way in ("selective", "full", "offload"))
+    kept = [activations(each).at_loss for each in (plain, some, full, away)]
+    assert kept == sorted(kept, reverse=True) and len(set(kept)) == 4
+    assert memory(plain).peak >= memory(some).peak >= memory(full).peak
     assert memory(full).peak >= memory(away).peak
     assert memory(away).host_peak > memory(full).host_peak

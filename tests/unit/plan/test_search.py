@@ -20,7 +20,7 @@ H200 = DEVICES["h200"]
 @given(
     gib=st.integers(40, 200),
     sequence=st.sampled_from([1, 2, 8]),
-    saving=st.sampled_from(["none", "full", "offload"]),
+    saving=st.sampled_from(["none", "selective", "full", "offload"]),
 )
 def test_the_largest_micro_batch_fits_and_the_next_does_not(gib: int, sequence: int, saving: str) -> None:
     device = replace(H200, memory=gib * GIB)

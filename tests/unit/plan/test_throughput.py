@@ -44,6 +44,15 @@ def test_what_is_computed_again_costs_another_forward_of_the_layers() -> None:
     assert again.utilisation < plain.utilisation
 
 
+def test_selective_checkpointing_gathers_and_exchanges_again_but_computes_nothing_that_counts() -> None:
+    made = layout(world=gpus(8, sequence=8), micro_batch_tokens=65536)
+    plain, some, full = (replace(made, checkpointing=way) for way in ("none", "selective", "full"))
+    times = [step_time(each, H200, step_tokens=2**20) for each in (plain, some, full)]
+    assert times[1].products == times[0].products and times[1].attention == times[0].attention
+    assert times[0].products < times[2].products
+    assert traffic(some, 2) == traffic(full, 2) != traffic(plain, 2)
+
+
 def test_short_documents_cost_less_attention() -> None:
     whole = step_time(layout(), H200, step_tokens=2**20)
     short = step_time(layout(), H200, step_tokens=2**20, mean_length=512.0)
