@@ -15,7 +15,8 @@ Assumed: an all-gather or reduce-scatter of S bytes moves S·(N − 1)/N past ea
 NVLink inside a node and over all network adapters of a node between nodes. With `overlap_comm`, ZeRO-3's traffic hides
 behind the whole arithmetic of a micro-batch and ZeRO-2's behind its backward; all else waits its turn. The update is
 bound by memory, PCIe or the drive. Kernels reach a share of the peak that `hardware` names; start-up times of
-collectives, data loading and imbalance are left out, so small runs are slower than this says.
+collectives, data loading, imbalance and the norms and activations that selective checkpointing computes again are left
+out, so small runs are slower than this says.
 """
 
 from __future__ import annotations
