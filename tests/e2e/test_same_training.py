@@ -132,13 +132,20 @@ def test_layouts_that_cover_every_pair_of_choices(workshop: tiny.Workshop) -> No
 
 
 def test_every_pair_of_choices_is_among_them() -> None:
-    """Counted anew, without the generator: only ranks that cannot share a sequence with so many may be missing."""
+    """Counted anew, without the generator: what is missing cannot be, or is refused by the table of capabilities."""
     layouts = [dataclasses.asdict(layout) for layout in covering_layouts(2)]
     for one, other in itertools.combinations(CHOICES, 2):
         wanted = set(itertools.product(CHOICES[one], CHOICES[other]))
         left = wanted - {(layout[one], layout[other]) for layout in layouts}
-        assert (one, other) == ("ranks", "sequence") or not left, (one, other, left)
-        assert all(ranks < sequence for ranks, sequence in left)
+        match (one, other):
+            case ("ranks", "sequence"):
+                assert all(ranks < sequence for ranks, sequence in left)
+            case ("checkpointing", "mlp_tile"):
+                assert left == {("selective", 16)}
+            case ("checkpointing", "compiled"):
+                assert left == {("selective", True)}
+            case _:
+                assert not left, (one, other, left)
 
 
 @pytest.mark.matrix
