@@ -294,6 +294,9 @@ def prepare_environment() -> None:
         "TOKENIZERS_PARALLELISM": "true",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "MLFLOW_ALLOW_FILE_STORE": "true",  # a folder is what a machine without a server has
+        # The trackers try again themselves, and say so; its own tries go on for minutes after the last step.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         # Micro-batches differ in size: segments that grow leave no holes that only smaller ones could fill.
         **({} if "PYTORCH_CUDA_ALLOC_CONF" in os.environ else {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),

@@ -1,7 +1,8 @@
 """TensorBoard, Weights & Biases and MLflow behind one face: a figure that was reported goes to each of them.
 
 None of them may hold a run up or end it. Each has a thread and a queue of its own: what a service does not take in
-time waits, what it refuses is told as a warning, and the training never knows. metrics.jsonl has every line anyway.
+time waits, what it refuses is told as a warning and tried again, and the training never knows. metrics.jsonl has every
+line anyway.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from http import HTTPStatus
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from seqaware.config.output import LoggingConfig
 from seqaware.errors import ConfigError
@@ -30,8 +35,10 @@ _WAITING_LINES = 10_000
 _SECONDS_TO_CLOSE = 60.0
 # A run that was asked to leave is killed if it takes too long.
 _SECONDS_TO_LEAVE = 5.0
-_TRIES = 3
-_SECONDS_BETWEEN_TRIES = 2.0
+# Between the tries: a hiccup is over soon, a server that is mended is found again, and nobody is asked all the time.
+_SECONDS_BETWEEN_TRIES = (2.0, 10.0, 60.0)
+_TRIES_AT_THE_END = 3
+_SECONDS_TO_ASK = 5.0
 
 
 class Tracker(Protocol):
@@ -42,6 +49,7 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+T = TypeVar("T")
 Opening = Callable[[], Tracker]
 Warn = Callable[[str], None]
 
@@ -50,7 +58,7 @@ def check_trackers(logging: LoggingConfig, environment: Mapping[str, str]) -> No
     """Refuse trackers that cannot work, before anything else is done.
 
     Raises:
-        ConfigError: a package is not installed, or W&B shall be reached and there is no key for it.
+        ConfigError: a package is not installed, or a service asks for a key and there is none.
     """
     for name in logging.trackers:
         module, package = _PACKAGES[name]
@@ -66,6 +74,39 @@ def check_trackers(logging: LoggingConfig, environment: Mapping[str, str]) -> No
             got="no WANDB_API_KEY in the environment of rank 0",
             do="set it, run `wandb login`, or write logging.wandb_mode: offline",
         )
+    server = mlflow_server(logging, environment)
+    if "mlflow" in logging.trackers and server and not _has_mlflow_login(environment) and _asks_who(server):
+        raise ConfigError(
+            "logging.trackers names mlflow, whose server asks for a login, and there is none",
+            got=f"{masked(server)}, and no MLFLOW_TRACKING_TOKEN in the environment of rank 0",
+            do="set it, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+        )
+
+
+def mlflow_server(logging: LoggingConfig, environment: Mapping[str, str]) -> str | None:
+    """The address of MLflow's server, if it is one and not a folder."""
+    uri = logging.mlflow_uri or environment.get("MLFLOW_TRACKING_URI") or ""
+    return uri.rstrip("/") if uri.startswith(("http://", "https://")) else None
+
+
+def _has_mlflow_login(environment: Mapping[str, str]) -> bool:
+    """Whether there is any of its ways to log in: what a plug-in or a file does is not for us to judge."""
+    names = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_AUTH", "MLFLOW_TRACKING_AWS_SIGV4")
+    file = Path(environment.get("HOME", "~")).expanduser() / ".mlflow" / "credentials"
+    return any(environment.get(name, "").strip() for name in names) or file.is_file()
+
+
+def _asks_who(server: str) -> bool:
+    """Whether the server refuses who does not say who it is. One that does not answer is no reason not to train."""
+    if urlsplit(server).username:
+        return False
+    try:
+        urlopen(f"{server}/api/2.0/mlflow/experiments/get?experiment_id=0", timeout=_SECONDS_TO_ASK).close()
+    except HTTPError as answer:
+        return answer.code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
+    except (OSError, ValueError, HTTPException):
+        return False
+    return False
 
 
 def wandb_mode(logging: LoggingConfig, environment: Mapping[str, str]) -> str:
@@ -140,6 +181,7 @@ class _Lane:
         self._queue: queue.Queue[tuple[Mapping[str, float], int] | None] = queue.Queue(_WAITING_LINES)
         self._dropped = 0
         self._dead = False
+        self._ending = threading.Event()
         # A daemon: a service that hangs cannot keep the process from ending.
         self._thread = threading.Thread(target=self._work, name=f"tracker-{name}", daemon=True)
         self._thread.start()
@@ -155,6 +197,7 @@ class _Lane:
                 self._say("does not keep up; lines are left out there, and metrics.jsonl has them all")
 
     def end(self) -> None:
+        self._ending.set()
         try:
             self._queue.put_nowait(None)
         except queue.Full:
@@ -168,25 +211,43 @@ class _Lane:
     def _work(self) -> None:
         tracker: Tracker | None = None
         try:
-            tracker = self._opening()
+            tracker = self._insist(self._opening, "cannot be reached")
             while not self._dead and (item := self._queue.get()) is not None:
                 self._hand_over(tracker, *item)
             tracker.close()
         # Whatever a service's library raises, it is no reason to end a run.
         except Exception as trouble:  # noqa: BLE001
             self._dead = True
-            self._say(f"is given up: {type(trouble).__name__}: {trouble}; the run goes on, metrics.jsonl has it all")
+            self._say(f"is given up: {type(trouble).__name__}: {trouble}; metrics.jsonl has it all")
 
     def _hand_over(self, tracker: Tracker, figures: Mapping[str, float], step: int) -> None:
-        for attempt in range(1, _TRIES + 1):
+        self._insist(lambda: tracker.log(figures, step), f"did not take step {step}")
+
+    def _insist(self, act: Callable[[], T], problem: str) -> T:
+        """Do it, as often as it takes; what comes meanwhile waits. Only the run's end makes a refusal the last one."""
+        attempt = 0
+        while True:
             try:
-                return tracker.log(figures, step)
+                done = act()
             except Exception as trouble:
-                if attempt == _TRIES:
+                if self._ending.is_set() and attempt >= _TRIES_AT_THE_END - 1:
                     raise
-                if attempt == 1:
-                    self._say(f"did not take step {step}: {type(trouble).__name__}: {trouble}; it is tried again")
-                time.sleep(_SECONDS_BETWEEN_TRIES)
+                if attempt == 0:
+                    self._say(
+                        f"{problem}: {type(trouble).__name__}: {trouble}; it is tried again while the run goes on"
+                    )
+                self._rest(attempt)
+                attempt += 1
+            else:
+                if attempt:
+                    self._say("is there again")
+                return done
+
+    def _rest(self, attempt: int) -> None:
+        if self._ending.is_set():
+            time.sleep(_SECONDS_BETWEEN_TRIES[0])
+        else:
+            self._ending.wait(_SECONDS_BETWEEN_TRIES[min(attempt, len(_SECONDS_BETWEEN_TRIES) - 1)])
 
     def _say(self, text: str) -> None:
         for secret in self._secrets:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ class Kept:
 
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_TRIES", 0.0)
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_TRIES", (0.0,))
     monkeypatch.setattr(module, "_SECONDS_TO_CLOSE", 2.0)
 
 
@@ -68,8 +70,22 @@ def test_a_network_that_comes_back_is_a_warning_and_nothing_is_lost() -> None:
     service = Kept(failures=2, trouble=f"no route, with key {KEY} for https://me:pass@host")
     warnings = _run({"a": lambda: service}, step_line(1, loss=2.0), step_line(2, loss=1.0), secrets=(KEY,))
     assert [step for _, step in service.told] == [1, 2]
-    assert len(warnings) == 1 and "did not take step 1" in warnings[0]
+    assert len(warnings) == 2 and "did not take step 1" in warnings[0] and "is there again" in warnings[1]
     assert KEY not in warnings[0] and "pass" not in warnings[0]
+
+
+def test_a_service_that_is_away_for_long_gets_everything_when_it_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_TRIES", (0.001,))
+    service, warnings = Kept(failures=50, trouble="gone"), list[str]()
+    trackers = Trackers({"a": lambda: service}, warn=warnings.append)
+    for step in range(1, 5):
+        trackers.write(step_line(step, loss=1.0))
+    deadline = time.monotonic() + 10.0
+    while len(service.told) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    trackers.close()
+    assert [step for _, step in service.told] == [1, 2, 3, 4] and service.closed
+    assert len(warnings) == 2  # the first refusal, and that it is over
 
 
 def test_a_service_that_is_gone_is_given_up_and_the_others_go_on() -> None:
@@ -108,6 +124,31 @@ def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"whose package is not installed.*pip install mlflow-skinny"):
         check_trackers(LoggingConfig(trackers=("mlflow",)), home)
+
+
+class _Asks(BaseHTTPRequestHandler):
+    """A server that tells nobody anything who does not say who he is."""
+
+    def do_GET(self) -> None:
+        self.send_response(401)
+        self.end_headers()
+
+    def log_message(self, *told: object) -> None:
+        del told
+
+
+def test_a_server_that_asks_for_a_login_is_found_out_before_the_run(tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path)}
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Asks) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        logging = LoggingConfig(trackers=("mlflow",), mlflow_uri=f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ConfigError, match=r"asks for a login.*no MLFLOW_TRACKING_TOKEN.*MLFLOW_TRACKING_USERNAME"):
+            check_trackers(logging, home)
+        check_trackers(logging, {**home, "MLFLOW_TRACKING_TOKEN": "mine"})
+        server.shutdown()
+    # One that is not there, and a folder, are no reason not to train.
+    check_trackers(logging, home)
+    check_trackers(LoggingConfig(trackers=("mlflow",), mlflow_uri=tmp_path.as_uri()), home)
 
 
 def test_the_config_wins_over_the_environment() -> None:
