@@ -39,6 +39,7 @@ _SECONDS_TO_LEAVE = 5.0
 _SECONDS_BETWEEN_TRIES = (2.0, 10.0, 60.0)
 _TRIES_AT_THE_END = 3
 _SECONDS_TO_ASK = 5.0
+_LONGEST_REASON = 300
 
 
 class Tracker(Protocol):
@@ -218,7 +219,7 @@ class _Lane:
         # Whatever a service's library raises, it is no reason to end a run.
         except Exception as trouble:  # noqa: BLE001
             self._dead = True
-            self._say(f"is given up: {type(trouble).__name__}: {trouble}; metrics.jsonl has it all")
+            self._say("is given up", trouble, then="metrics.jsonl has it all")
 
     def _hand_over(self, tracker: Tracker, figures: Mapping[str, float], step: int) -> None:
         self._insist(lambda: tracker.log(figures, step), f"did not take step {step}")
@@ -233,9 +234,7 @@ class _Lane:
                 if self._ending.is_set() and attempt >= _TRIES_AT_THE_END - 1:
                     raise
                 if attempt == 0:
-                    self._say(
-                        f"{problem}: {type(trouble).__name__}: {trouble}; it is tried again while the run goes on"
-                    )
+                    self._say(problem, trouble, then="it is tried again while the run goes on")
                 self._rest(attempt)
                 attempt += 1
             else:
@@ -249,8 +248,13 @@ class _Lane:
         else:
             self._ending.wait(_SECONDS_BETWEEN_TRIES[min(attempt, len(_SECONDS_BETWEEN_TRIES) - 1)])
 
-    def _say(self, text: str) -> None:
+    def _say(self, text: str, trouble: Exception | None = None, *, then: str = "") -> None:
+        reason = (
+            f": {type(trouble).__name__}: {self._without_secrets(str(trouble))[:_LONGEST_REASON]}" if trouble else ""
+        )
+        self._warn(f"warning     tracker {self._name} {text}{reason}{'; ' if then else ''}{then}")
+
+    def _without_secrets(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        first = " ".join(masked(text).split())
-        self._warn(f"warning     tracker {self._name} {first[:400]}")
+        return " ".join(masked(text).split())

@@ -67,10 +67,11 @@ def test_every_service_gets_every_figure_and_no_event() -> None:
 
 
 def test_a_network_that_comes_back_is_a_warning_and_nothing_is_lost() -> None:
-    service = Kept(failures=2, trouble=f"no route, with key {KEY} for https://me:pass@host")
+    service = Kept(failures=2, trouble=f"no route, with key {KEY} for https://me:pass@host" + " so" * 300)
     warnings = _run({"a": lambda: service}, step_line(1, loss=2.0), step_line(2, loss=1.0), secrets=(KEY,))
     assert [step for _, step in service.told] == [1, 2]
     assert len(warnings) == 2 and "did not take step 1" in warnings[0] and "is there again" in warnings[1]
+    assert warnings[0].endswith("it is tried again while the run goes on") and len(warnings[0]) < 500
     assert KEY not in warnings[0] and "pass" not in warnings[0]
 
 
