@@ -7,8 +7,8 @@ the backward.
 
 Compiled is all of a layer but the attention itself, whose loop over documents depends on their lengths: a few graphs
 for all layers, with rotations, norms, activations and sums fused between the products. ZeRO-3's hooks would break a
-layer's graph, and so would checkpoints and tiles: there its norms, its MLP and what lies round its attention are
-compiled each by itself.
+layer's graph, and so would checkpoints and tiles: there its norms, its MLP and (but under ZeRO-3) what lies round its
+attention are compiled each by itself.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
             # In training a layer calls it as function(forward, *inputs).
             layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
     mlps, tiles = list(_children(model, _MLP_NAMES)), config.mlp_tile_tokens
-    attentions = list(_children(model, _ATTENTION_NAMES)) if config.compile else []
+    # Under ZeRO-3 an attention module, two graphs with the attention between, finds weights gone in its backward.
+    attentions = [] if sharded or not config.compile else list(_children(model, _ATTENTION_NAMES))
     if config.compile:
         whole = not sharded and tiles is None and config.activation_checkpointing == "none"
         _compile(decoder_layers(model) if whole else [*attentions, *mlps, *_norms(model)])
@@ -58,7 +59,7 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
 
         # Gathered as one, on entering and on leaving: not anew for every linear layer of every tile, and no hook
         # of a linear layer breaks the graph.
-        set_z3_leaf_modules(model, list({type(part) for part in (*attentions, *mlps)}))
+        set_z3_leaf_modules(model, list({type(mlp) for mlp in mlps}))
 
 
 def _compile(modules: Iterable[nn.Module]) -> None:

@@ -116,7 +116,7 @@ _RULES = (
     _Rule(
         ("activations", ("selective",)),
         ("compile", ("on",)),
-        why="model.activation_checkpointing {} cannot keep the products inside a compiled MLP: they would run twice",
+        why="model.activation_checkpointing {} cannot keep the products inside compiled layers: they would run twice",
         do="write model.activation_checkpointing: full, or model.compile: false",
     ),
 )
