@@ -83,7 +83,8 @@ def analyse(request: AnalyseRequest, *, address: RankAddress, say: Say) -> dict[
     picture(found, image)
     (request.out / "analysis.json").write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
     (request.out / "analysis.html").write_text(page(found, image), encoding="utf-8")
-    say(f"samples     {len(samples)}, of which {found['distinct_texts']} differ; {found['tokens']:,} tokens")
+    cut = f"; {found['at_the_limit']} cut at {found['max_new_tokens']} tokens" if found["at_the_limit"] else ""
+    say(f"samples     {len(samples)}, of which {found['distinct_texts']} differ; {found['tokens']:,} tokens{cut}")
     entropy, probability = found["mean_entropy"], found["mean_probability"]
     say(f"entropy     {entropy:.3f} nats a token; probability of the taken token {probability:.3f}")
     say(f"written     {request.out}/analysis.json, .png, .html")
@@ -151,6 +152,7 @@ def _summary(
         "seed": decoding.seed,
         "max_new_tokens": decoding.max_new_tokens,
         "tokens": total,
+        "at_the_limit": sum(len(sample.tokens) >= decoding.max_new_tokens for sample in samples),
         "distinct_texts": len({sample.text for sample in samples}),
         "mean_entropy": float(np.concatenate([sample.entropy for sample in samples]).mean()),
         "mean_probability": float(np.concatenate([sample.probability for sample in samples]).mean()),

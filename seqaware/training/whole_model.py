@@ -134,7 +134,8 @@ def _made_once(source: Path, identity: str, make: Callable[[Path, Path], None], 
             say(f"model       making a Hugging Face folder of {source}, once")
             _make(target, identity, lambda folder: make(source, folder))
     size = sum(path.stat().st_size for path in target.iterdir())
-    say(f"model       {target} ({size / 1e9:.2f} GB), of {source}; it stays for the next time, or remove it")
+    shown = f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+    say(f"model       {target} ({shown}), of {source}; it stays for the next time, or remove it")
     return target
 
 

@@ -38,8 +38,11 @@ def test_samples_of_a_prompt_as_json_picture_and_page(tmp_path: Path) -> None:
         == sum(step["samples"] for step in found["steps"])
         == sum(len(text["entropy"]) for text in found["texts"])
     )
+    cut = sum(len(text["entropy"]) == 5 for text in found["texts"])
+    assert found["at_the_limit"] == cut and (f"; {cut} cut at 5 tokens" in done.stdout) == (cut > 0)
     text = found["texts"][0]
     assert text["log_probability"] == pytest.approx(sum(map(math.log, text["probability"])), rel=1e-6)
     assert (out / "analysis.png").read_bytes().startswith(b"\x89PNG")
     page = (out / "analysis.html").read_text()
     assert not re.search(r"<script|(src|href)=.https?:", page) and "data:image/png;base64," in page
+    assert "&#34;" in page and "\\u0" not in page  # tokens in quotes, as they are
