@@ -23,7 +23,7 @@ from seqaware.plan.plan import Plan, make_plan
 from seqaware.training.doctor.environment import is_on
 from seqaware.training.doctor.findings import Finding, error, ok, warning
 from seqaware.training.doctor.shared_folder import nearest_existing, roughly_writes, why_not_writable
-from seqaware.training.folder import RunFolder, check_disk
+from seqaware.training.folder import RunFolder, check_disk, is_finished
 
 _HUB_SECONDS = 5.0
 _CACHE_BYTES = 10 * 10**9
@@ -177,7 +177,9 @@ def run_folder(plan: Plan) -> Iterator[Finding]:
     """
     folder = RunFolder(Path(plan.config.output_dir))
     if folder.manifest.is_file():
-        yield ok("run", f"{folder.path} holds a run; the same command goes on with it")
+        finished = plan.total_steps is not None and is_finished(folder, plan)
+        then = "it is finished, and the same command leaves it so" if finished else "the same command goes on with it"
+        yield ok("run", f"{folder.path} holds a run; {then}")
     layout = layout_of(plan)
     if layout is None:
         yield ok("disk", "what the run needs is not known before the model's config is here")

@@ -93,10 +93,14 @@ def _training(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[st
         "data fingerprint": manifest["data_fingerprint"],
         "optimizer": f"{optimizer['type']}, learning rate {optimizer['lr']:g}",
         "precision": last["dtype"],
-        "plan": f"{last['ranks']} ranks on {last['nodes']} nodes, ZeRO-{last['zero_stage']}",
+        "plan": f"{_so_many(last['ranks'], 'rank')} on {_so_many(last['nodes'], 'node')}, ZeRO-{last['zero_stage']}",
         "attempts": len(manifest["attempts"]),
         "seqaware": f"{manifest['seqaware']}, revision {manifest['git_revision'] or 'unknown'}",
     }
+
+
+def _so_many(number: int, of: str) -> str:
+    return f"{number} {of}" if number == 1 else f"{number} {of}s"
 
 
 def _steps(manifest: Mapping[str, Any], checkpoint: Path | None) -> dict[str, Any]:
