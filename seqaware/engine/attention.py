@@ -32,9 +32,10 @@ from seqaware.errors import ConfigError
 NAME = "seqaware"
 
 
-@dataclass(frozen=True)
+# Not frozen: torch 2.11's compiler looks into a frozen one, and compiled anew for every number of documents.
+@dataclass(eq=False)
 class Documents:
-    """Where the documents of a batch lie in its flattened R·T tokens.
+    """Where the documents of a batch lie in its flattened R·T tokens. Never changed.
 
     Attributes:
         cu_seqlens: int32 [S + 1] on the device, from 0 to R·T; padding is a segment of its own.

@@ -7,8 +7,7 @@ the backward.
 
 Compiled is all of a layer but the attention itself, whose loop over documents depends on their lengths: a few graphs
 for all layers, with rotations, norms, activations and sums fused between the products. ZeRO-3's hooks would break a
-layer's graph, and so would checkpoints and tiles: there its norms, its MLP and (but under ZeRO-3) what lies round its
-attention are compiled each by itself.
+layer's graph, and so would checkpoints and tiles: there its norms and its MLP are compiled each by itself.
 """
 
 from __future__ import annotations
@@ -29,8 +28,6 @@ from seqaware.errors import ConfigError
 
 # What families call the part of a layer that treats every token by itself.
 _MLP_NAMES = ("mlp", "feed_forward", "ffn")
-# And the part that does not.
-_ATTENTION_NAMES = ("self_attn", "attn", "attention")
 
 
 def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool) -> None:
@@ -45,12 +42,10 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
             layer.gradient_checkpointing = True
             # In training a layer calls it as function(forward, *inputs).
             layer._gradient_checkpointing_func = recompute  # type: ignore[assignment]
-    mlps, tiles = list(_children(model, _MLP_NAMES)), config.mlp_tile_tokens
-    # Under ZeRO-3 an attention module, two graphs with the attention between, finds weights gone in its backward.
-    attentions = [] if sharded or not config.compile else list(_children(model, _ATTENTION_NAMES))
+    mlps, tiles = list(_mlps(model)), config.mlp_tile_tokens
     if config.compile:
         whole = not sharded and tiles is None and config.activation_checkpointing == "none"
-        _compile(decoder_layers(model) if whole else [*attentions, *mlps, *_norms(model)])
+        _compile(decoder_layers(model) if whole else [*mlps, *_norms(model)])
     if tiles is not None:
         for mlp in mlps:
             mlp.forward = _in_tiles(mlp.forward, tiles)
@@ -89,15 +84,13 @@ def check_layers(model: nn.Module, config: ModelConfig) -> None:
             do="write model.activation_checkpointing: none",
         )
     wanting = [name for name in ("compile", "mlp_tile_tokens") if getattr(config, name)]
-    if wanting and not list(_children(model, _MLP_NAMES)):
+    if wanting and not list(_mlps(model)):
         raise ConfigError(
             f"model.{wanting[0]}: no decoder layer of this model has an MLP called {', '.join(_MLP_NAMES)}",
             got=kind,
             do="write model.compile: false and model.mlp_tile_tokens: null",
         )
-    if config.mlp_tile_tokens is not None and not all(
-        _takes_tokens_alone(mlp, model) for mlp in _children(model, _MLP_NAMES)
-    ):
+    if config.mlp_tile_tokens is not None and not all(_takes_tokens_alone(mlp, model) for mlp in _mlps(model)):
         raise ConfigError(
             "model.mlp_tile_tokens: an MLP of this model does more than to map hidden states to hidden states",
             got=kind,
@@ -128,9 +121,9 @@ def _recompute_offloaded(function: Callable[..., Any], *inputs: Any) -> Any:
 _RECOMPUTING = {"full": _recompute, "selective": recompute_selected, "offload": _recompute_offloaded}
 
 
-def _children(model: nn.Module, names: tuple[str, ...]) -> Iterator[nn.Module]:
+def _mlps(model: nn.Module) -> Iterator[nn.Module]:
     for layer in decoder_layers(model):
-        yield from (child for name, child in layer.named_children() if name in names)
+        yield from (child for name, child in layer.named_children() if name in _MLP_NAMES)
 
 
 def _norms(model: nn.Module) -> Iterator[nn.Module]:
