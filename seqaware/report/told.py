@@ -26,10 +26,9 @@ class ToldMetricsFile(MetricsFile):
         self._alerts = alerts
         self._say = say
         if self.lost:
-            which = (
-                f"line {self.lost[0]}" if len(self.lost) == 1 else f"{len(self.lost)} lines from line {self.lost[0]} on"
-            )
-            say(f"warning     {path}: {which} could not be read and is left out of it; the training needs none of it")
+            first = self.lost[0]
+            which = f"line {first}" if len(self.lost) == 1 else f"{len(self.lost)} lines (the first is line {first})"
+            say(f"warning     {path}: left out {which} that could not be read; the training needs none of it")
 
     def write(self, line: Mapping[str, Any]) -> None:
         super().write(line)

@@ -41,7 +41,7 @@ def test_a_broken_line_in_the_middle_is_told_and_the_run_goes_on(tmp_path: Path)
     metrics.close()
     assert [line["step"] for line in read_metrics(path)] == [1, 3, 4]
     assert path.read_bytes().count(b"\n") == 3
-    assert len(said) == 1 and f"{path}: 2 lines from line 2 on could not be read" in said[0]
+    assert len(said) == 1 and f"{path}: left out 2 lines (the first is line 2) that could not be read" in said[0]
 
 
 def test_lines_that_a_full_disk_refuses_come_later_or_are_missed_by_name(tmp_path: Path) -> None:
