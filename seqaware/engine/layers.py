@@ -58,6 +58,9 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
 
 
 def _compile(modules: Iterable[nn.Module]) -> None:
+    # Of a function only so many variants are compiled, those of earlier models in this process among them; beyond that
+    # it runs as it is, and a layer that is computed again must not run otherwise than at first.
+    torch.compiler.reset()
     # Called as it is, in the middle of a graph. Said here, because saying it imports the compiler.
     AttentionInterface.register(NAME, torch.compiler.disable(attention))
     for module in modules:
