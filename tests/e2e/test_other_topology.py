@@ -177,7 +177,8 @@ def test_a_checkpoint_is_evaluated_as_the_model_that_it_holds(workshop: tiny.Wor
         results = json.loads((run / "evaluations" / checkpoint.name / "results.json").read_text())
         assert results["questions"] == tiny.count_rows(workshop.rows)
         made = run / "exported" / checkpoint.name
-        assert f"model       {made} (0.00 GB), of {checkpoint}" in done.stdout
+        size = sum(path.stat().st_size for path in made.iterdir())
+        assert f"model       {made} ({size / 1e6:.1f} MB), of {checkpoint}" in done.stdout
         expected, found = (load_file(folder / "model.safetensors") for folder in (run / "model", made))
         assert expected.keys() == found.keys() and all(found[name].equal(expected[name]) for name in expected), source
         said: list[str] = []
