@@ -93,12 +93,12 @@ def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any
 
 
 def _work(shape: str, *, stage: int, name: str, device: str, folder: Path) -> Any:
-    from gpu_training import SHAPES, Work
+    from gpu_training import MICRO_TOKENS, SHAPES, Work
 
     if device == "cpu":
         return Work(SHAPES["toy"], stage, (128, 256), device, 1.0, folder)
     # Starting, making or loading the model and tokenising the rows take more than half of an item's time.
-    return Work(SHAPES[shape], stage, (8192, 32_768), device, BUDGETS[name] * 0.25, folder)
+    return Work(SHAPES[shape], stage, (8192, MICRO_TOKENS), device, BUDGETS[name] * 0.25, folder)
 
 
 def _rates(device: str) -> dict[str, Any]:

@@ -31,7 +31,9 @@ ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "demo" / "tokenizer"
 WARM_UP = 2
 MOST_STEPS = 12
-STEP_TOKENS = 65_536
+# Of ours on a GPU: as many as the longest rows.
+MICRO_TOKENS = 32_768
+STEP_TOKENS = 2 * MICRO_TOKENS
 # ZeRO-1 and 3 on one rank: weights 2, gradients 2 + 4, float32 weights and moments 12 bytes.
 STATE_BYTES = 20
 
@@ -108,7 +110,7 @@ class Work:
         if self.device == "cpu":
             return self.shape.layers
         memory = torch.cuda.get_device_properties(0).total_memory
-        return self.shape.layers_that_fit(memory, STEP_TOKENS // 2)
+        return self.shape.layers_that_fit(memory, MICRO_TOKENS)
 
     @property
     def model(self) -> Path:

@@ -33,7 +33,7 @@ from seqaware.objective.sums import STATS, LossStats
 # cost, fewer rows keep the memory low. GPUs multiply so much faster that they need more rows.
 _CPU_CHUNK_BYTES = 64 * 2**20
 _GPU_CHUNK_BYTES = 1200 * 10**6
-_MOST_CHUNK_ROWS = 4096
+_CPU_MOST_CHUNK_ROWS = 4096
 _GPU_MOST_CHUNK_ROWS = 8192
 
 # Rows of a GPU's chunk come in whole tiles of its products.
@@ -257,7 +257,7 @@ def _most_chunk_rows(weight: Tensor) -> int:
     """
     vocabulary, hidden_size = weight.shape
     if weight.device.type == "cpu":
-        return max(_CPU_CHUNK_BYTES // (4 * vocabulary), min(hidden_size, _MOST_CHUNK_ROWS), 1)
+        return max(_CPU_CHUNK_BYTES // (4 * vocabulary), min(hidden_size, _CPU_MOST_CHUNK_ROWS), 1)
     rows = min(_GPU_CHUNK_BYTES // (4 * vocabulary), _GPU_MOST_CHUNK_ROWS)
     return max(_GPU_TILE_ROWS, rows // _GPU_TILE_ROWS * _GPU_TILE_ROWS)
 

@@ -60,7 +60,7 @@ class HeadProducts:
             torch.mm(hidden_CH, self._weight_VH.t(), out=out_CV)
         elif self._into_wide:
             for words in self._words:
-                torch.mm(hidden_CH, self._weight_VH[words].t(), out_dtype=self.wide, out=out_CV[:, words])
+                self._multiply(hidden_CH, self._weight_VH[words].t(), out_CV[:, words])
         else:
             out_CV.copy_(torch.mm(hidden_CH, self._weight_VH.t(), out=self._narrow(len(hidden_CH))))
 
@@ -75,17 +75,14 @@ class HeadProducts:
         if out_CH.dtype == self.operand and len(self._words) == 1:
             torch.mm(grad_logits_CV, self._weight_VH, out=out_CH)
         elif self._into_wide:
-            out_CH.copy_(self._wide_hidden_gradient(grad_logits_CV))
+            # Over the parts of the vocabulary added up in float32, and rounded once.
+            wide_CH = out_CH if out_CH.dtype == self.wide else torch.empty_like(out_CH, dtype=self.wide)
+            for number, words in enumerate(self._words):
+                self._multiply(grad_logits_CV[:, words], self._weight_VH[words], wide_CH, first=not number)
+            if wide_CH is not out_CH:
+                out_CH.copy_(wide_CH)
         else:
             out_CH.copy_(torch.mm(grad_logits_CV, self._weight_VH))
-
-    def _wide_hidden_gradient(self, grad_logits_CV: Tensor) -> Tensor:
-        """dz W, added up in float32 over the parts of the vocabulary: rounded once, by whoever copies it."""
-        first, *rest = ((grad_logits_CV[:, words], self._weight_VH[words]) for words in self._words)
-        total_CH = torch.mm(*first, out_dtype=self.wide)
-        for grad_logits, weight in rest:
-            torch.addmm(total_CH, grad_logits, weight, out_dtype=self.wide, out=total_CH)
-        return total_CH
 
     def add_weight_gradient(
         self, grad_logits_CV: Tensor, hidden_CH: Tensor, *, sum_VH: Tensor, first: bool = False
@@ -97,15 +94,18 @@ class HeadProducts:
             sum_VH.addmm_(grad_logits_CV.t(), hidden_CH)
         elif self._into_wide:
             for words in self._words:
-                part, grad_logits = sum_VH[words], grad_logits_CV[:, words].t()
-                if first:
-                    torch.mm(grad_logits, hidden_CH, out_dtype=self.wide, out=part)
-                else:
-                    torch.addmm(part, grad_logits, hidden_CH, out_dtype=self.wide, out=part)
+                self._multiply(grad_logits_CV[:, words].t(), hidden_CH, sum_VH[words], first=first)
         elif first:
             sum_VH.copy_(torch.mm(grad_logits_CV.t(), hidden_CH))
         else:
             sum_VH.add_(torch.mm(grad_logits_CV.t(), hidden_CH))
+
+    def _multiply(self, left: Tensor, right: Tensor, total: Tensor, *, first: bool = True) -> None:
+        """total += left · right, narrow operands into a wide total; the first time total = left · right."""
+        if first:
+            torch.mm(left, right, out_dtype=self.wide, out=total)
+        else:
+            torch.addmm(total, left, right, out_dtype=self.wide, out=total)
 
     def _narrow(self, rows: int) -> Tensor:
         """The reused buffer of narrow logits, then of their narrow gradient."""

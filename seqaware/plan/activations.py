@@ -10,9 +10,8 @@ H hidden size, I intermediate size, A·D and G·D widths of queries and keys, V 
     selective          each layer's input, and what its products and its attention give: all else of a layer is there
                        only while it goes backward
 
-The fused loss (objective/fused.py) holds dW in float32, dh, and of a chunk of C rows: on a CPU [C, V] in float32, and
-in the dtype that is multiplied where that is narrow; on a GPU only a block of a narrow chunk in float32. Its backward
-holds dW twice, the second in the model's dtype.
+The fused loss (objective/fused.py) holds dW in float32, dh, and of a chunk of C rows [C, V] in float32, over which the
+gradient is written. Its backward holds dW twice, the second in the model's dtype.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from seqaware.plan.layout import Layout
 # As objective/fused.py has them; a test compares.
 CPU_CHUNK_BYTES = 64 * 2**20
 GPU_CHUNK_BYTES = 1200 * 10**6
-MOST_CHUNK_ROWS = 4096
+CPU_MOST_CHUNK_ROWS = 4096
 GPU_MOST_CHUNK_ROWS = 8192
 GPU_TILE_ROWS = 128
 BACKWARD_ROWS = 16384
@@ -194,7 +193,7 @@ def chunk_rows(layout: Layout) -> int:
     """Rows of the head that the fused loss works on at once."""
     decoder = layout.decoder
     if layout.world.device == "cpu":
-        most = max(CPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), min(decoder.hidden, MOST_CHUNK_ROWS), 1)
+        most = max(CPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), min(decoder.hidden, CPU_MOST_CHUNK_ROWS), 1)
         return _even_rows(layout.tokens, most, tile=1)
     rows = min(GPU_CHUNK_BYTES // (_FLOAT32 * decoder.vocabulary), GPU_MOST_CHUNK_ROWS)
     most = max(GPU_TILE_ROWS, rows // GPU_TILE_ROWS * GPU_TILE_ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +51,41 @@ def test_the_weight_gradient_is_added_up_in_float32() -> None:
     _, weight_gradient = evaluate(fused_cross_entropy, case, chunk_rows=1).gradients
     # p = ½ for both words: −½ and ½ a row, exact in every dtype.
     assert weight_gradient.flatten().tolist() == [-rows / 2, rows / 2]
+
+
+@pytest.mark.parametrize("wide_result", [False, True])
+def test_a_gpu_multiplies_the_last_words_of_an_odd_vocabulary_by_themselves(
+    wide_result: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU's products acted out in float64: each word is multiplied once, and everything is rounded once."""
+    words: list[int] = []
+
+    def mm(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+        words.append(right.shape[1])
+        return out.copy_((left.double() @ right.double()).to(out_dtype))
+
+    def addmm(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor, **named: Any) -> torch.Tensor:
+        return named["out"].copy_((total.double() + left.double() @ right.double()).to(named["out_dtype"]))
+
+    draw = torch.Generator().manual_seed(0)
+    weight, hidden, grad_logits = (
+        torch.randn(shape, generator=draw).bfloat16() for shape in ((21, 6), (5, 6), (5, 21))
+    )
+    exact_weight, exact_hidden, exact_logits = (each.double() for each in (weight, hidden, grad_logits))
+    monkeypatch.setattr(products, "operand_dtype", lambda dtype, device: dtype)
+    monkeypatch.setattr(products, "rounds_products", lambda dtype, device: False)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    head = products.HeadProducts(weight, chunk_rows=5)
+    logits, sums = torch.empty(5, 32)[:, :21], torch.empty(21, 6)
+    head.logits(hidden, out_CV=logits)
+    assert words == [16, 5] and torch.equal(logits, (exact_hidden @ exact_weight.T).float())
+    result = torch.empty(5, 6, dtype=torch.float32 if wide_result else torch.bfloat16)
+    head.hidden_gradient(grad_logits, out_CH=result)
+    torch.testing.assert_close(result, (exact_logits @ exact_weight).float().to(result.dtype), rtol=2e-7, atol=1e-6)
+    head.add_weight_gradient(grad_logits, hidden, sum_VH=sums, first=True)
+    head.add_weight_gradient(grad_logits, hidden, sum_VH=sums)
+    torch.testing.assert_close(sums, (2 * exact_logits.T @ exact_hidden).float(), rtol=2e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("weight", [2.0**-30, 2.0**14])

@@ -98,7 +98,7 @@ def test_the_fused_loss_by_hand() -> None:
 
 def test_chunks_are_the_loss_kernels_own() -> None:
     assert (fused._CPU_CHUNK_BYTES, fused._GPU_CHUNK_BYTES) == (paper.CPU_CHUNK_BYTES, paper.GPU_CHUNK_BYTES)
-    assert fused._MOST_CHUNK_ROWS == paper.MOST_CHUNK_ROWS and fused._BACKWARD_ROWS == paper.BACKWARD_ROWS
+    assert fused._CPU_MOST_CHUNK_ROWS == paper.CPU_MOST_CHUNK_ROWS and fused._BACKWARD_ROWS == paper.BACKWARD_ROWS
     assert (fused._GPU_TILE_ROWS, fused._GPU_MOST_CHUNK_ROWS) == (paper.GPU_TILE_ROWS, paper.GPU_MOST_CHUNK_ROWS)
     for tokens in (1, 100, 8192, 16_384):
         weight = torch.empty(128_256, 4096, dtype=torch.bfloat16, device="meta")
