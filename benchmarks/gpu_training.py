@@ -12,6 +12,7 @@ documents. What activation checkpointing works out again is not counted. The pea
 
 from __future__ import annotations
 
+import gc
 import json
 import random
 import statistics
@@ -30,10 +31,9 @@ from seqaware.plan.hardware import DEVICES
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "demo" / "tokenizer"
 WARM_UP = 2
-MOST_STEPS = 12
+MOST_STEPS = 8
 # Of ours on a GPU: as many as the longest rows.
 MICRO_TOKENS = 32_768
-STEP_TOKENS = 2 * MICRO_TOKENS
 # ZeRO-1 and 3 on one rank: weights 2, gradients 2 + 4, float32 weights and moments 12 bytes.
 STATE_BYTES = 20
 
@@ -96,7 +96,10 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Work:
-    """What one process measures: a shape, a ZeRO stage, and rows of these lengths; seconds for all of it."""
+    """What one process measures: a shape, a ZeRO stage, and rows of these lengths; seconds for all of it.
+
+    micro_batches: with MICRO_TOKENS each they make the tokens of a step.
+    """
 
     shape: Shape
     stage: int
@@ -104,6 +107,7 @@ class Work:
     device: str
     seconds: float
     folder: Path
+    micro_batches: int = 2
 
     @property
     def layers(self) -> int:
@@ -118,7 +122,7 @@ class Work:
 
     @property
     def step_tokens(self) -> int:
-        return STEP_TOKENS if self.device == "cuda" else max(self.rows) * 2
+        return self.micro_batches * (MICRO_TOKENS if self.device == "cuda" else max(self.rows))
 
     @property
     def micro_tokens(self) -> int:
@@ -267,6 +271,22 @@ def ours(work: Work, found: Found) -> None:
         found(
             {"who": "seqaware", **facts, "said": said, **measured(work, row, batches=batches, step=step, until=until)}
         )
+
+
+def kept_of_a_layer(work: Work, found: Found) -> None:
+    """Time and memory of a step by what is kept of a layer for the backward; an engine for each, nothing compiled."""
+    from seqaware.engine.ranks import connect, find_address
+    from seqaware.training.assembly import build_engine
+
+    row, ranks = work.rows[0], connect(find_address())
+    for policy in ("none", "selective", "full", "offload"):
+        prepared, batches = batches_of(work, row, activation_checkpointing=policy)
+        engine = build_engine(prepared, str(work.model), ranks=ranks, say=lambda text: None)
+        step = partial(engine.train_step, learning_rate=1e-5)
+        until = time.monotonic() + work.seconds / 4
+        found({"activation_checkpointing": policy, **measured(work, row, batches=batches, step=step, until=until)})
+        del engine, step
+        gc.collect()
 
 
 def step_over_one_document(work: Work) -> Callable[[int], int]:

@@ -31,7 +31,7 @@ from seqaware.training.assembly import build_engine, row_format, world_of
 from seqaware.training.batches import StepBatches
 from seqaware.training.prepare import Prepared, prepare
 
-WARM, MEASURED = 1, 3
+WARM, MEASURED = 2, 3
 GAMMA = 0.98
 
 
@@ -96,8 +96,8 @@ def _labels(document: Any) -> list[int]:
     return [token if carries else -100 for token, carries in pairs]
 
 
-def ours(work: Work, meter: Meter) -> None:
-    engine, batches = _engine(work)
+def ours(work: Work, meter: Meter, *, compiled: bool = False) -> None:
+    engine, batches = _engine(work, compiled=compiled)
     meter.mark()
     for coming in batches.steps(1, WARM + MEASURED):
         engine.train_step(coming.micro_batches, learning_rate=1e-4)
@@ -124,8 +124,9 @@ def bare(work: Work, meter: Meter) -> None:
         meter.mark()
 
 
-def _engine(work: Work, stage: int | None = None) -> tuple[Any, StepBatches]:
-    prepared = work.prepared if stage is None else prepared_for(work.asked, stage)
+def _engine(work: Work, *, stage: int | None = None, compiled: bool = False) -> tuple[Any, StepBatches]:
+    stage = work.asked.stage if stage is None else stage
+    prepared = prepared_for(work.asked, stage, "model.compile=true") if compiled else prepared_for(work.asked, stage)
     ranks = work.asked.ranks
     engine = build_engine(prepared, work.asked.model, ranks=ranks, say=lambda text: None)
     rows = row_format(prepared.plan, prepared)
@@ -270,6 +271,7 @@ def _train(trainer: Any, meter: Meter) -> None:
 
 KINDS: dict[str, Callable[[Work, Meter], None]] = {
     "seqaware": ours,
+    "seqaware, compiled": lambda work, meter: ours(work, meter, compiled=True),
     "bare forward, backward, AdamW": bare,
     "minimal DeepSpeed loop, padded, weighted": loop_padded,
     "Trainer, padded": trainer_padded,
@@ -279,16 +281,17 @@ KINDS: dict[str, Callable[[Work, Meter], None]] = {
 }
 
 
-def prepared_for(asked: argparse.Namespace, stage: int) -> Prepared:
+def prepared_for(asked: argparse.Namespace, stage: int, *overrides: str) -> Prepared:
     path = Path(__file__).parent.parent / "ds_configs" / f"zero{stage}.json"
-    return prepare(load_config(asked.config, []), world=world_of(find_address()), deepspeed_path=path, progress=None)
+    config = load_config(asked.config, list(overrides))
+    return prepare(config, world=world_of(find_address()), deepspeed_path=path, progress=None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     for name, kind in (("config", Path), ("model", str), ("folder", Path), ("out", Path)):
         parser.add_argument(f"--{name}", type=kind, required=True)
-    for name in ("stage", "docs", "micro", "capacity"):
+    for name in ("stage", "turn", "docs", "micro", "capacity"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--only", nargs="*", default=list(KINDS))
     asked = parser.parse_args()
@@ -301,7 +304,8 @@ def main() -> None:
     tokens = sum(len(tokens) for step in work.documents[WARM:] for tokens, _ in step) / MEASURED
     assert Weighting(gamma=GAMMA).gamma == prepared.plan.config.training.sft.gamma
     results = {}
-    for name in asked.only:
+    first = asked.turn % len(asked.only)
+    for name in [*asked.only[first:], *asked.only[:first]]:
         meter = Meter()
         KINDS[name](work, meter)
         figures = meter.figures()

@@ -1,10 +1,12 @@
 """End to end beside peers: TRL, Hugging Face's Trainer, a minimal DeepSpeed loop, and nothing at all round the model.
 
     python -m pip install --no-deps --target PEERS -r benchmarks/requirements.txt
-    PYTHONPATH=.:PEERS python benchmarks/peers.py [--stages 1 2 3] [--lengths gsm8k chat] [--out FILE]
+    PYTHONPATH=.:PEERS python benchmarks/peers.py [--stages 1 2 3] [--lengths gsm8k chat] [--turns 3] [--out FILE]
+    PYTHONPATH=. python benchmarks/peers.py --table FILE
 
 Two gloo ranks with one thread each. TRL falls back to plain data parallelism where DeepSpeed is not set up for gloo;
-here it is, and every step asserts it. CPU seconds are the figure to look at where others use the machine too.
+here it is, and every step asserts it. CPU seconds are the figure to look at where others use the machine too. A turn is
+a pair of ranks that runs all of them after each other; each turn begins with another one.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -31,10 +34,11 @@ from tests.tiny import WORDS, train_tokenizer
 LENGTHS: dict[str, dict[str, Any]] = {
     "gsm8k": {"mean": 188, "sigma": 0.45, "docs": 24, "micro": 4, "capacity": 2048},
     "chat": {"mean": 978, "sigma": 1.0, "docs": 8, "micro": 2, "capacity": 4096},
+    "chat, rows of 8k": {"mean": 978, "sigma": 1.0, "docs": 16, "micro": 2, "capacity": 8192},
 }
 SHAPE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 VOCABULARY = 8192
-STEPS = 4
+STEPS = 5
 
 
 def build(folder: Path, lengths: dict[str, Any]) -> tuple[Path, Path]:
@@ -67,15 +71,16 @@ def build(folder: Path, lengths: dict[str, Any]) -> tuple[Path, Path]:
     return folder / "run.yaml", model
 
 
-def measure(name: str, stage: int, *, timeout: int, only: list[str]) -> dict[str, Any]:
-    """What the ranks measured, as far as they came."""
+def measure(name: str, stage: int, *, turn: int, timeout: int, only: list[str]) -> dict[str, Any]:
+    """What the ranks measured in one turn, as far as they came."""
     lengths = LENGTHS[name]
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         config, model = build(folder, lengths)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "benchmarks/peer_ranks.py"]
-        asked = {"config": config, "model": model, "folder": folder, "out": folder / "out.json", "stage": stage}
+        asked = {"config": config, "model": model, "folder": folder, "out": folder / "out.json"}
+        asked |= {"stage": stage, "turn": turn}
         asked |= {key: lengths[key] for key in ("docs", "micro", "capacity")}
         for key, value in asked.items():
             command += [f"--{key}", str(value)]
@@ -97,14 +102,44 @@ def measure(name: str, stage: int, *, timeout: int, only: list[str]) -> dict[str
         return json.loads(out.read_text()) if out.exists() else {}
 
 
+def tables(results: dict[str, Any]) -> str:
+    """How many times a contestant's document tokens a CPU second ours trains on: medians over the turns."""
+    settings = [(run["lengths"], run["zero"], run["turns"]) for run in results["runs"]]
+    names = list(dict.fromkeys(name for *_, turns in settings for turn in turns for name in sorted(turn)))
+    lines = []
+    for ours in [name for name in names if name.startswith("seqaware")]:
+        lines.append(
+            " | ".join([f"| {ours}, beside", *(f"{lengths}, ZeRO-{zero}" for lengths, zero, _ in settings), "median |"])
+        )
+        lines.append("|---" * (len(settings) + 2) + "|")
+        for name in names:
+            ratios = [
+                statistics.median(
+                    turn[ours]["tokens_per_cpu_second"] / turn[name]["tokens_per_cpu_second"]
+                    for turn in turns
+                    if ours in turn and name in turn
+                )
+                for *_, turns in settings
+            ]
+            cells = [f"{ratio:.2f}" for ratio in [*ratios, statistics.median(ratios)]]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--lengths", nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--timeout", type=int, default=900)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--timeout", type=int, default=900, help="seconds a turn may take")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/peers.json"))
+    parser.add_argument("--table", type=Path, help="only the tables of results that are there")
     asked = parser.parse_args()
+    if asked.table:
+        print(tables(json.loads(asked.table.read_text())))
+        return
     versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "trl")}
     results: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
@@ -113,11 +148,15 @@ def main() -> None:
         "lengths": LENGTHS,
         "runs": [],
     }
-    for name in asked.lengths:
-        for stage in asked.stages:
-            figures = measure(name, stage, timeout=asked.timeout, only=asked.only)
-            results["runs"].append({"lengths": name, "zero": stage, "figures": figures})
+    results["runs"] = [
+        {"lengths": name, "zero": stage, "turns": []} for name in asked.lengths for stage in asked.stages
+    ]
+    for turn in range(asked.turns):
+        for run in results["runs"]:
+            figures = measure(run["lengths"], run["zero"], turn=turn, timeout=asked.timeout, only=asked.only)
+            run["turns"].append(figures)
             asked.out.write_text(json.dumps(results, indent=1) + "\n")
+    print(tables(results))
 
 
 if __name__ == "__main__":

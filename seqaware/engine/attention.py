@@ -192,6 +192,15 @@ def varlen_function() -> tuple[Callable[..., Any], frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def try_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Find out now what the backend can, and not inside the first layer.
+
+    A layer that is recomputed in the backward must not do anything at first that it does not do again.
+    """
+    if backend == "varlen":
+        takes_grouped_heads(device, dtype)
+
+
 @cache
 def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether varlen_attn takes fewer key heads than query heads, forward and backward. Asked by trying.

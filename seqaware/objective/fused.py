@@ -11,7 +11,7 @@ The gradient of Σ w·l is known as soon as the logits are, so it is worked out 
 Three matrix products, as many as the plain loss needs, and what lies between them (`softmax_pass.py`), in buffers that
 all chunks share. The backward multiplies by one number and reads no weight: a ZeRO-3 parameter needs to be whole in the
 forward only. dW is added up in float32 (in bfloat16 the contributions of later chunks would be rounded away) and cast
-once.
+once (`weight_gradient.py`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from seqaware.objective.positions import sums_by_position
 from seqaware.objective.products import HeadProducts, wide_dtype
 from seqaware.objective.softmax_pass import Rows, Setting, softmax_pass
 from seqaware.objective.sums import STATS, LossStats
+from seqaware.objective.weight_gradient import WeightGradient, graph_is_kept
 
 # Bytes of a chunk's buffers. A chunk costs one read and one write of dW beside its matrix products: more rows hide that
 # cost, fewer rows keep the memory low. GPUs multiply so much faster that they need more rows.
 _CPU_CHUNK_BYTES = 64 * 2**20
-_GPU_CHUNK_BYTES = 1200 * 10**6
+_GPU_CHUNK_BYTES = 1250 * 10**6
 _CPU_MOST_CHUNK_ROWS = 4096
 _GPU_MOST_CHUNK_ROWS = 8192
 
@@ -136,7 +137,8 @@ class _FusedCrossEntropy(torch.autograd.Function):
         run = _Forward(hidden_NH, weight, bias, call)
         run.all_chunks()
         ctx.rows, ctx.hidden_shape, ctx.dtype = call.rows, hidden_NH.shape, weight.dtype
-        ctx.save_for_backward(run.grad_hidden_MH, run.grad_weight_VH, run.grad_bias_V, run.unit)
+        ctx.grad_weight = run.grad_weight
+        ctx.save_for_backward(run.grad_hidden_MH, run.grad_bias_V, run.unit)
         loss_sum, stats = run.result()
         ctx.mark_non_differentiable(stats)
         return loss_sum, stats
@@ -144,10 +146,15 @@ class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _grad_stats: Tensor) -> tuple[Tensor | None, ...]:
-        *gradients, unit = ctx.saved_tensors
+        hidden_MH, bias_V, unit = ctx.saved_tensors
         factor = grad_loss if unit is None else grad_loss * unit
-        hidden_MH, *others = gradients
-        grad_weight, grad_bias = (None if one is None else _scaled(one, factor, ctx.dtype) for one in others)
+        grad_bias = None if bias_V is None else _scaled(bias_V, factor, ctx.dtype)
+        grad_weight = None
+        if ctx.grad_weight is not None:
+            last = not graph_is_kept()
+            grad_weight = ctx.grad_weight.handed_on(factor, last=last)
+            if last:
+                ctx.grad_weight = None
         if hidden_MH is None or ctx.rows is None:
             return None if hidden_MH is None else _scaled(hidden_MH, factor, ctx.dtype), grad_weight, grad_bias, None
         grad_hidden = hidden_MH.new_zeros(ctx.hidden_shape, dtype=ctx.dtype)
@@ -177,7 +184,8 @@ class _Forward:
         kept = wide if weight.dtype == torch.float16 else weight.dtype
         needs = call.needs
         self.grad_hidden_MH = hidden_NH.new_empty(self.rows, hidden_NH.shape[1], dtype=kept) if needs.hidden else None
-        self.grad_weight_VH = weight.new_empty(weight.shape, dtype=wide) if needs.weight else None
+        large = weight.numel() * weight.itemsize > _GPU_CHUNK_BYTES
+        self.grad_weight = WeightGradient(weight, wide=wide, large=large) if needs.weight else None
         self.grad_bias_V = weight.new_zeros(len(weight), dtype=wide) if needs.bias else None
         self.scored = Rows(
             targets=torch.where(has_label, self.labels_M, 0),
@@ -199,8 +207,8 @@ class _Forward:
         )
 
     def all_chunks(self) -> None:
-        if self.grad_weight_VH is not None and not self.rows:
-            self.grad_weight_VH.zero_()
+        if self.grad_weight is not None and not self.rows:
+            self.grad_weight.zero_()
         for start in range(0, self.rows, self.chunk_rows):
             self._chunk(slice(start, min(start + self.chunk_rows, self.rows)))
 
@@ -214,9 +222,10 @@ class _Forward:
             return
         if self.grad_hidden_MH is not None:
             self.products.hidden_gradient(grad_logits_CV, out_CH=self.grad_hidden_MH[chunk])
-        if self.grad_weight_VH is not None:
-            first = chunk.start == 0
-            self.products.add_weight_gradient(grad_logits_CV, hidden_CH, sum_VH=self.grad_weight_VH, first=first)
+        if self.grad_weight is not None:
+            for words, part in self.grad_weight.parts:
+                dz = grad_logits_CV[:, words]
+                self.products.add_weight_gradient(dz, hidden_CH, sum_VH=part, first=chunk.start == 0)
 
     def result(self) -> tuple[Tensor, LossStats]:
         """The plain loss's formulas over the rows that were multiplied."""

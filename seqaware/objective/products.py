@@ -46,9 +46,7 @@ class HeadProducts:
         self._chunk_rows = chunk_rows
         self._into_wide = self.operand in NARROW and not rounds_products(weight_VH.dtype, weight_VH.device)
         self._narrow_CV: Tensor | None = None
-        whole = len(weight_VH) // _VOCABULARY_GRANULE * _VOCABULARY_GRANULE
-        cut = self._into_wide and 0 < whole < len(weight_VH)
-        self._words = (slice(0, whole), slice(whole, None)) if cut else (slice(None),)
+        self._words = self._cut(len(weight_VH))
 
     def __len__(self) -> int:
         """V."""
@@ -87,18 +85,27 @@ class HeadProducts:
     def add_weight_gradient(
         self, grad_logits_CV: Tensor, hidden_CH: Tensor, *, sum_VH: Tensor, first: bool = False
     ) -> None:
-        """sum += dzᵀ h, wide; the first time sum = dzᵀ h, whatever was there. grad_logits_CV: the operand's dtype."""
+        """sum += dzᵀ h, wide; the first time sum = dzᵀ h, whatever was there.
+
+        grad_logits_CV, in the operand's dtype, and sum_VH may be those of a part of the words.
+        """
         if self.operand == self.wide and first:
             torch.mm(grad_logits_CV.t(), hidden_CH, out=sum_VH)
         elif self.operand == self.wide:
             sum_VH.addmm_(grad_logits_CV.t(), hidden_CH)
         elif self._into_wide:
-            for words in self._words:
+            for words in self._cut(len(sum_VH)):
                 self._multiply(grad_logits_CV[:, words].t(), hidden_CH, sum_VH[words], first=first)
         elif first:
             sum_VH.copy_(torch.mm(grad_logits_CV.t(), hidden_CH))
         else:
             sum_VH.add_(torch.mm(grad_logits_CV.t(), hidden_CH))
+
+    def _cut(self, words: int) -> tuple[slice, ...]:
+        """So many words in pieces that are multiplied by themselves."""
+        whole = words // _VOCABULARY_GRANULE * _VOCABULARY_GRANULE
+        odd = self._into_wide and 0 < whole < words
+        return (slice(0, whole), slice(whole, None)) if odd else (slice(None),)
 
     def _multiply(self, left: Tensor, right: Tensor, total: Tensor, *, first: bool = True) -> None:
         """total += left · right, narrow operands into a wide total; the first time total = left · right."""

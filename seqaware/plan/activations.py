@@ -23,7 +23,7 @@ from seqaware.plan.layout import Layout
 
 # As objective/fused.py has them; a test compares.
 CPU_CHUNK_BYTES = 64 * 2**20
-GPU_CHUNK_BYTES = 1200 * 10**6
+GPU_CHUNK_BYTES = 1250 * 10**6
 CPU_MOST_CHUNK_ROWS = 4096
 GPU_MOST_CHUNK_ROWS = 8192
 GPU_TILE_ROWS = 128
@@ -186,7 +186,9 @@ def loss_memory(layout: Layout) -> LossMemory:
     # A CPU multiplies in float32 and casts the whole; a GPU writes the narrow result at once.
     casting = _FLOAT32 * weight if widened else 0
     placing = t * H * b + min(t, BACKWARD_ROWS) * H * b
-    return LossMemory(kept, buffers, gradient + max(casting, placing), gradient)
+    # A large narrow gradient lies where its float32 sum was.
+    handed_on = 0 if layout.narrow and gradient > GPU_CHUNK_BYTES else gradient
+    return LossMemory(kept, buffers, handed_on + max(casting, placing), gradient)
 
 
 def chunk_rows(layout: Layout) -> int:

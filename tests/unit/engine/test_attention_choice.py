@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from seqaware.engine import attention
 from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
@@ -129,6 +130,26 @@ def test_varlen_of_every_version_gives_what_the_loop_gives(
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert attention.takes_grouped_heads(torch.device("cpu"), torch.float64) is grouped
+
+
+def test_a_recomputed_layer_holds_no_trial_of_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trial in the first forward saves tensors that the second does not: the backward would refuse the layer."""
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_fakes.torch_2_13)
+    tensors, documents = _problem(key_heads=2)
+    call = AttentionCall(scale=0.3, dropout=0.0, window=None, softcap=None)
+
+    def gradients() -> tuple[Tensor, ...]:
+        output = checkpoint(BACKENDS["varlen"], *tensors, documents, call, use_reentrant=False)
+        return torch.autograd.grad(output.square().sum(), tensors)
+
+    with pytest.raises(CheckpointError):
+        gradients()
+    attention.takes_grouped_heads.cache_clear()
+    attention.try_backend("varlen", torch.device("cpu"), torch.float64)
+    for got, want in zip(gradients(), _outcome("varlen", 2, None)[1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("window", [None, 4])
