@@ -1,7 +1,7 @@
 """What does attention over packed short documents cost beside a 4-D mask over the whole row?
 
-    python benchmarks/attention.py            a minute of one core; writes results/attention.json
-    python benchmarks/attention.py --quick    small, seconds; judges nothing and writes nothing
+    python -m benchmarks.attention            a minute of one core; writes results/attention.json
+    python -m benchmarks.attention --quick    small, seconds; judges nothing and writes nothing
 
 A row of 8,192 tokens holds documents of some 190; forward and backward of causal attention inside each document, one
 process, one thread on a CPU. Contestants take turns; a figure is the median of CPU seconds (on a GPU of the time
@@ -29,9 +29,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import seconds as seconds_between
 from torch import Tensor
 
+from benchmarks.timing import seconds as seconds_between
 from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
 from seqaware.engine.attention_choice import choose_backend
 from seqaware.errors import ConfigError
@@ -164,7 +164,7 @@ def measure(size: Size, *, device: str, dtype: torch.dtype) -> dict[str, object]
     seconds: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(size.repeats):
         for name, attend in running.items():
-            seconds[name].append(_seconds(lambda attend=attend: problem.step(attend), device))
+            seconds[name].append(_seconds(partial(problem.step, attend), device))
     medians = {name: statistics.median(each) for name, each in seconds.items()}
     lengths = {
         "documents": len(problem.lengths),

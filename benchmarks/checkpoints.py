@@ -1,6 +1,6 @@
 """What a checkpoint costs: how long training stands still for it, and what memory an export takes.
 
-    python benchmarks/checkpoints.py [--hidden 768] [--stages 1 3] [--rounds 3] [--out FILE]
+    python -m benchmarks.checkpoints [--hidden 768] [--stages 1 3] [--rounds 3] [--out FILE]
 
 A Llama from scratch is trained on two gloo ranks of one thread, with a checkpoint every other step, written at once
 and written in the background, in turns; the run itself tells of each checkpoint how long it took and how long training
@@ -111,7 +111,7 @@ def compare(workshop: tiny.Workshop, stage: int, *, rounds: int) -> dict[str, fl
             lines += train(workshop, f"zero{stage}-{turn}-{background}", stage=stage, background=background)
 
     def median(background: bool, what: str) -> float:
-        return statistics.median(line[what] for line in seen[background])
+        return statistics.median(float(line[what]) for line in seen[background])
 
     return {
         "bytes": median(False, "bytes"),

@@ -1,6 +1,6 @@
 """How fast a token store is read at random, and how fast it is made, beside the tokenizer library's own batch encode.
 
-    python benchmarks/data_store.py [--out FILE]
+    python -m benchmarks.data_store [--out FILE]
 
 Both sides tokenise the same prompts and completions with the same tokenizer in one run, in turn.
 """

@@ -1,8 +1,8 @@
 """Everything about speed on one GPU, in one call of under ten minutes.
 
-    python benchmarks/gpu.py                on an H100 or H200; writes results/gpu.json after every item
-    python benchmarks/gpu.py --toy          all of it on this CPU at toy size; writes a file only with --out
-    python benchmarks/gpu.py --only loss    some of the items
+    python -m benchmarks.gpu                on an H100 or H200; writes results/gpu.json after every item
+    python -m benchmarks.gpu --toy          all of it on this CPU at toy size; writes a file only with --out
+    python -m benchmarks.gpu --only loss    some of the items
 
 Every item is a process with a time of its own: what fails or takes too long is named, and costs the others nothing.
 While one has the GPU the next imports what it needs.
@@ -34,7 +34,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from timing import FAILURES, first_line, machine
+from benchmarks.timing import FAILURES, first_line, machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu.json"
@@ -65,26 +65,27 @@ def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any
         case ["rates"]:
             found(_rates(device))
         case ["loss"]:
-            import loss_cuda
+            from benchmarks import loss_cuda
 
             shape = {"rows": 64, "hidden": 32, "vocabulary": 501} if toy else {}
             found({"errors": loss_cuda.errors(device, **shape)})
             for size in loss_cuda.TOY if toy else loss_cuda.FULL:
                 found(loss_cuda.measure(size, device))
         case ["attention"]:
-            import attention
             import torch
 
-            size = replace(attention.QUICK, tokens=512, repeats=1) if toy else attention.ON_A_GPU
-            found(attention.measure(size, device=device, dtype=torch.float32 if toy else torch.bfloat16))
+            from benchmarks import attention
+
+            whole = replace(attention.QUICK, tokens=512, repeats=1) if toy else attention.ON_A_GPU
+            found(attention.measure(whole, device=device, dtype=torch.float32 if toy else torch.bfloat16))
         case ["train", shape, zero]:
-            from gpu_training import make_model, ours
+            from benchmarks.gpu_training import make_model, ours
 
             work = _work(shape, stage=int(zero[-1]), name=name, device=device, folder=folder)
             make_model(work)
             ours(work, found)
         case ["kept"]:
-            from gpu_training import kept_of_a_layer, make_model
+            from benchmarks.gpu_training import kept_of_a_layer, make_model
 
             work = _work("1b", stage=1, name=name, device=device, folder=folder)
             make_model(work)
@@ -92,8 +93,8 @@ def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any
         case ["longest", shape]:
             _longest(_work(shape, stage=1, name=name, device=device, folder=folder), found)
         case ["loop" | "trl"]:
-            import gpu_peers
-            from gpu_training import make_model
+            from benchmarks import gpu_peers
+            from benchmarks.gpu_training import make_model
 
             work = _work("1b", stage=1, name=name, device=device, folder=folder)
             work = replace(work, rows=work.rows[:1])
@@ -102,7 +103,7 @@ def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any
 
 
 def _work(shape: str, *, stage: int, name: str, device: str, folder: Path) -> Any:
-    from gpu_training import MICRO_TOKENS, SHAPES, Work
+    from benchmarks.gpu_training import MICRO_TOKENS, SHAPES, Work
 
     if device == "cpu":
         return Work(SHAPES["toy"], stage, (128, 256), device, 1.0, folder)
@@ -114,7 +115,8 @@ def _work(shape: str, *, stage: int, name: str, device: str, folder: Path) -> An
 
 def _rates(device: str) -> dict[str, Any]:
     import torch
-    from timing import seconds
+
+    from benchmarks.timing import seconds
 
     size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -128,7 +130,8 @@ def _rates(device: str) -> dict[str, Any]:
 def _longest(work: Any, found: Callable[[dict[str, Any]], None]) -> None:
     """Peaks of one document of doubling length, while the time lasts; memory grows with a straight line."""
     import torch
-    from gpu_training import make_model, step_over_one_document
+
+    from benchmarks.gpu_training import make_model, step_over_one_document
 
     make_model(work)
     step, until = step_over_one_document(work), time.monotonic() + work.seconds
@@ -151,7 +154,7 @@ def _longest(work: Any, found: Callable[[dict[str, Any]], None]) -> None:
 
 def start_item(name: str, *, device: str, folder: Path) -> subprocess.Popen[bytes]:
     """Its process, which imports and then waits for its turn."""
-    command = [sys.executable, __file__, "--item", name, "--folder", str(folder), "--device", device]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--item", name, "--folder", str(folder), "--device", device]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path[1:]])}
     if device == "cpu":
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
@@ -228,9 +231,9 @@ def _imports(name: str) -> None:
     """What takes seconds and no GPU."""
     if name not in ("rates", "loss", "attention"):
         import deepspeed  # noqa: F401
-        import gpu_peers  # noqa: F401
 
         import seqaware.training.assembly  # noqa: F401
+        from benchmarks import gpu_peers  # noqa: F401
 
 
 def _child(name: str, *, device: str, folder: Path) -> int:

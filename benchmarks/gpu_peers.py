@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_training import MOST_STEPS, WARM_UP, Found, Work, batches_of, make_rows, measured, peak_flops
 from transformers import AutoModelForCausalLM
+
+from benchmarks.gpu_training import MOST_STEPS, WARM_UP, Found, Work, batches_of, make_rows, measured, peak_flops
 
 
 def minimal_loop(work: Work, found: Found, *, attention: str = "sdpa") -> None:
@@ -90,8 +91,9 @@ def trl(work: Work, found: Found) -> None:
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine", type(trainer.model_wrapped)
     spent = sorted(clock.seconds[WARM_UP:])
     seconds = spent[len(spent) // 2]
-    lengths = _packed_lengths(trainer.train_dataset)
-    tokens = work.step_tokens * sum(lengths) / (row * len(trainer.train_dataset))
+    packed: Any = trainer.train_dataset
+    lengths = _packed_lengths(packed)
+    tokens = work.step_tokens * sum(lengths) / (row * len(packed))
     scale = tokens / sum(lengths)
     found(
         {
@@ -113,7 +115,7 @@ def _packed_lengths(rows: Any) -> list[int]:
 def _clock(until: float) -> Any:
     from transformers import TrainerCallback
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
+    class Clock(TrainerCallback):
         """Seconds of each optimizer step; ends the training when the time is up."""
 
         def __init__(self) -> None:

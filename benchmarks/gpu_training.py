@@ -261,7 +261,8 @@ def ours(work: Work, found: Found) -> None:
     from seqaware.engine.ranks import connect, find_address
     from seqaware.training.assembly import build_engine
 
-    ranks, said, engine = connect(find_address()), [], None
+    said: list[str] = []
+    ranks, engine = connect(find_address()), None
     for row in work.rows:
         prepared, batches = batches_of(work, row, compile=True)
         engine = engine or build_engine(prepared, str(work.model), ranks=ranks, say=said.append)

@@ -1,6 +1,6 @@
 """What it costs to keep less of a layer for its backward, and what compiling its norms and MLP brings: time and memory.
 
-    python benchmarks/layers.py                  results in benchmarks/results/layers.json
+    python -m benchmarks.layers                  results in benchmarks/results/layers.json
 
 One rank, no ZeRO, the same micro-batch through the same Llama of 8 layers for every policy, a step of each in turn. CPU
 seconds of the step, ratios as medians over the turns; memory is how far the process's resident memory rises in a step

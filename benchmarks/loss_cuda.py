@@ -1,6 +1,6 @@
 """The fused loss on a GPU beside its matrix products, the naive loss and the kernels of others.
 
-    python benchmarks/loss_kernel.py --cuda       on one GPU, two minutes; prints, and writes results/loss_cuda.json
+    python -m benchmarks.loss_kernel --cuda       on one GPU, two minutes; prints, and writes results/loss_cuda.json
 
 Forward and backward of Σ w·l in bfloat16, contestants taking turns; medians between two events. N rows, H hidden size,
 V vocabulary.
@@ -20,13 +20,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from timing import FAILURES, first_line, machine, peak_bytes, taking_turns
 from torch import Tensor
 
+from benchmarks.timing import FAILURES, first_line, machine, peak_bytes, taking_turns
 from seqaware.objective.cross_entropy import Head
 from seqaware.objective.fused import fused_cross_entropy
 from seqaware.objective.softmax_pass import choose_kernel
@@ -122,7 +123,7 @@ def _cce(problem: Problem) -> Callable[[], Tensor]:
     from cut_cross_entropy import linear_cross_entropy
 
     def loss() -> Tensor:
-        losses = linear_cross_entropy(problem.hidden, problem.weight, problem.labels, reduction="none")
+        losses: Tensor = linear_cross_entropy(problem.hidden, problem.weight, problem.labels, reduction="none")
         return (losses.float() * problem.weights).sum()
 
     return loss
@@ -133,7 +134,8 @@ def _trl(problem: Problem) -> Callable[[], Tensor]:
 
     def loss() -> Tensor:
         arguments = (problem.hidden, problem.weight, None, problem.labels, 1.0, TRL_COLUMNS, None, 1.0, ())
-        return -(ChunkedLogProbFunction.apply(*arguments)[0] * problem.weights).sum()
+        logprobs: Tensor = ChunkedLogProbFunction.apply(*arguments)[0]  # type: ignore[no-untyped-call]
+        return -(logprobs * problem.weights).sum()
 
     return loss
 
@@ -165,9 +167,9 @@ def measure(size: Size, device: str) -> dict[str, object]:
     bytes_of: dict[str, int | None] = {}
     for name, loss_of in losses.items():
         problem.hidden.grad = problem.weight.grad = None
-        bytes_of[name] = peak_bytes(lambda loss_of=loss_of: problem.step(loss_of), device)
+        bytes_of[name] = peak_bytes(partial(problem.step, loss_of), device)
     works: dict[str, Callable[[], object]] = {"products": problem.products}
-    works |= {name: (lambda loss_of=loss_of: problem.step(loss_of)) for name, loss_of in losses.items()}
+    works |= {name: partial(problem.step, loss_of) for name, loss_of in losses.items()}
     spent = taking_turns(works, device, repeats=size.repeats)
     share = len(problem.kept_rows) / size.rows
     return {

@@ -1,8 +1,8 @@
 """What does the fused weighted loss cost beside the naive one, and beside its matrix products alone?
 
-    python benchmarks/loss_kernel.py            every gate, four minutes of one core; writes results/loss_kernel.json
-    python benchmarks/loss_kernel.py --quick    small sizes, seconds; judges nothing and writes nothing
-    python benchmarks/loss_kernel.py --cuda     on a GPU, beside the kernels of others: see loss_cuda.py
+    python -m benchmarks.loss_kernel            every gate, four minutes of one core; writes results/loss_kernel.json
+    python -m benchmarks.loss_kernel --quick    small sizes, seconds; judges nothing and writes nothing
+    python -m benchmarks.loss_kernel --cuda     on a GPU, beside the kernels of others: see loss_cuda.py
 
 Every contestant runs forward and backward in this one process, on one thread, and the contestants take turns, so that
 a machine that gets busy gets busy for all of them; a figure is the median of CPU seconds (not of wall time).
@@ -32,11 +32,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from unittest import mock
 
-import loss_cuda
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import loss_cuda
 from seqaware.objective import fused
 from seqaware.objective.cross_entropy import Head
 from seqaware.objective.fused import fused_cross_entropy
@@ -163,7 +163,7 @@ def time_vocabulary(size: Size, *, sparse: bool) -> tuple[dict[str, float], floa
 def peak_mib(contestant: str, size: Size, dtype: str) -> float:
     """Peak memory of one forward and backward in a fresh process."""
     shape = [str(n) for n in (size.rows, size.vocabulary, size.hidden)]
-    command = [sys.executable, __file__, "--measure-memory", contestant, dtype, *shape]
+    command = [sys.executable, "-m", "benchmarks.loss_kernel", "--measure-memory", contestant, dtype, *shape]
     finished = subprocess.run(command, capture_output=True, text=True, check=True)
     return float(finished.stdout)
 

@@ -1,6 +1,6 @@
 """Is the plan's estimate of memory and communication right? Real runs on gloo ranks, measured and compared.
 
-    python benchmarks/memory.py [--only NAME …] [--out FILE]
+    python -m benchmarks.memory [--only NAME …] [--out FILE]
 
 A Llama of 20 million weights is trained for four steps of two micro-batches in every layout below. In the last step
 the ranks count every byte that tensors hold, at its peak in the forwards, the backwards and the update, and every byte
@@ -172,7 +172,7 @@ def measure(case: Case, folder: Path, library: Path) -> dict[str, Any]:
     assert layout is not None
     request = {"config": str(yaml), "deepspeed": str(deepspeed), "result": str(folder / "result")}
     (folder / "requests.json").write_text(json.dumps([request]))
-    launch(case.ranks, [str(HERE / "memory_ranks.py"), str(folder / "requests.json"), str(library)])
+    launch(case.ranks, ["-m", "benchmarks.memory_ranks", str(folder / "requests.json"), str(library)])
     shutil.rmtree(folder / "run")
     ranks = [json.loads((folder / f"result.{rank}").read_text()) for rank in range(case.ranks)]
     return compared(case, layout, ranks)

@@ -1,6 +1,6 @@
 """What a step costs beyond the model: our engine, beside DeepSpeed alone, and beside forward, backward and AdamW alone.
 
-    python benchmarks/overhead.py                results in benchmarks/results/overhead.json
+    python -m benchmarks.overhead                results in benchmarks/results/overhead.json
 
 All train the same small Llama on the same micro-batches with the same attention and loss in the same processes, a step
 of one after a step of the other, in an order that turns about. DeepSpeed alone is its engine with backward and step, as
@@ -151,7 +151,8 @@ def measure(stage: int, ranks: int, *, docs: int, turns: int) -> dict[str, Any]:
         command = [
             sys.executable,
             *launcher,
-            __file__,
+            "-m",
+            "benchmarks.overhead",
             "--rank",
             str(config),
             str(model),

@@ -1,6 +1,6 @@
 """How fast and how full: packing a million lengths, laying out steps, ordering ten million documents.
 
-    python benchmarks/packing.py [--out FILE]
+    python -m benchmarks.packing [--out FILE]
 
 Beside our packing runs a plain one: the same algorithm on a sorted Python list, which must need as many bins.
 """

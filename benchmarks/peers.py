@@ -1,8 +1,8 @@
 """End to end beside peers: TRL, Hugging Face's Trainer, a minimal DeepSpeed loop, and nothing at all round the model.
 
     python -m pip install --no-deps --target PEERS -r benchmarks/requirements.txt
-    PYTHONPATH=.:PEERS python benchmarks/peers.py [--stages 1 2 3] [--lengths gsm8k chat] [--turns 3] [--out FILE]
-    PYTHONPATH=. python benchmarks/peers.py --table FILE
+    PYTHONPATH=PEERS python -m benchmarks.peers [--stages 1 2 3] [--lengths gsm8k chat] [--turns 3] [--out FILE]
+    python -m benchmarks.peers --table FILE
 
 Two gloo ranks with one thread each. TRL falls back to plain data parallelism where DeepSpeed is not set up for gloo;
 here it is, and every step asserts it. CPU seconds are the figure to look at where others use the machine too. A turn is
@@ -78,8 +78,8 @@ def measure(name: str, stage: int, *, turn: int, timeout: int, only: list[str]) 
         folder = Path(made)
         config, model = build(folder, lengths)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "benchmarks/peer_ranks.py"]
-        asked = {"config": config, "model": model, "folder": folder, "out": folder / "out.json"}
+        command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", "benchmarks.peer_ranks"]
+        asked: dict[str, Any] = {"config": config, "model": model, "folder": folder, "out": folder / "out.json"}
         asked |= {"stage": stage, "turn": turn}
         asked |= {key: lengths[key] for key in ("docs", "micro", "capacity")}
         for key, value in asked.items():

@@ -1,6 +1,6 @@
 """What planning and reading cost as the documents grow: seconds, and memory that is the process's own or only mapped.
 
-    python benchmarks/scaling.py                 results in benchmarks/results/scaling.json
+    python -m benchmarks.scaling                 results in benchmarks/results/scaling.json
 
 Stores of 10⁵, 10⁶ and 10⁷ documents of 20 tokens in the mean. Each is opened in a process of its own, after a small one
 has warmed up what numba keeps. Own memory is what the kernel calls anonymous; mapped pages are the file's, and go when
@@ -135,7 +135,7 @@ def main() -> None:
     for size in SIZES:
         with tempfile.TemporaryDirectory() as name:
             small, path = write(Path(name) / "small", 1000), write(Path(name) / "store", size)
-            command = [sys.executable, __file__, "--read", str(small), str(path)]
+            command = [sys.executable, "-m", "benchmarks.scaling", "--read", str(small), str(path)]
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         runs.append(json.loads(printed.splitlines()[-1]))
         print(json.dumps(runs[-1], indent=1), flush=True)

@@ -1,6 +1,6 @@
 """From the command to the first step: where the seconds go, and what two lighter imports save.
 
-    python benchmarks/startup.py                 results in benchmarks/results/startup.json
+    python -m benchmarks.startup                 results in benchmarks/results/startup.json
 
 The demo's config, one optimizer step, ZeRO-3. Every start is a process of its own; the kinds take turns. "heavy" is the
 same start as the libraries come: Python's garbage collector on while it imports, MLflow imported by DeepSpeed's
@@ -104,7 +104,14 @@ def parts_of_a_start(folder: Path, *, repeats: int) -> dict[str, Any]:
         for kind in ("tokenises", "finds its tokens", "heavy"):
             store = folder / (f"store-{turn}" if kind == "tokenises" else "store-0")
             sets = _settings(folder / f"run-{kind.split()[0]}-{turn}", store)
-            command = [sys.executable, __file__, "--start", *sets, *(["--heavy"] if kind == "heavy" else [])]
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.startup",
+                "--start",
+                *sets,
+                *(["--heavy"] if kind == "heavy" else []),
+            ]
             cpu, wall, printed = timed(command)
             told = json.loads(printed.splitlines()[-1])
             runs.setdefault(kind, []).append(told | {"cpu": cpu, "wall": wall})

@@ -48,7 +48,7 @@ def seconds(work: Callable[[], object], device: str) -> float:
     work()
     last.record()
     torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3
+    return float(first.elapsed_time(last)) / 1e3
 
 
 def taking_turns(contestants: dict[str, Callable[[], object]], device: str, *, repeats: int) -> dict[str, float]:
