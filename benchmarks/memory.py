@@ -77,13 +77,20 @@ BFLOAT16 = {"model": {"dtype": "bfloat16"}}
 
 @dataclass(frozen=True)
 class Case:
-    """A layout. zero: a key of ZERO. settings: sections of the YAML. tokens: of a sequence group's micro-batch."""
+    """A layout, and what it trains on.
+
+    zero: a key of ZERO. settings: sections of the YAML. tokens: of a sequence group's micro-batch, in documents of
+    `length`. passes: micro-batches of a rank in a step.
+    """
 
     ranks: int
     zero: str
     name: str = ""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
     tokens: int = MICRO_TOKENS
+    length: int = LENGTH
+    passes: int = 2
+    steps: int = 4
 
     @property
     def title(self) -> str:
@@ -128,24 +135,24 @@ def build_counter(folder: Path) -> Path:
     return library
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, *, words_of_a_row: int = 3000, rows: int = 40, **sizes: int) -> None:
     """The model with fresh weights, its tokenizer, and rows that fill every micro-batch to the last token."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **MODEL), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **MODEL | sizes), dtype=torch.float32)
     model.save_pretrained(folder / "model")
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / "model")
     draw = random.Random(0)
     words = ("keys", "books", "apples", "pens", "coins", "cards", "has", "buys", "gives", "left", "more", "total")
-    rows = (json.dumps({"text": " ".join(draw.choices(words, k=3000))}) for _ in range(40))
-    (folder / "rows.jsonl").write_text("\n".join(rows))
+    texts = (json.dumps({"text": " ".join(draw.choices(words, k=words_of_a_row))}) for _ in range(rows))
+    (folder / "rows.jsonl").write_text("\n".join(texts))
 
 
 def written(case: Case, folder: Path) -> tuple[Path, Path]:
     """The case as a YAML and a DeepSpeed JSON."""
     groups = case.ranks // case.settings.get("parallel", {}).get("sequence", 1)
     schedule = {
-        "global_batch_size": 2 * groups * case.tokens // LENGTH,
-        "max_steps": 4,
+        "global_batch_size": case.passes * groups * case.tokens // case.length,
+        "max_steps": case.steps,
         "micro_batch_tokens": case.tokens,
         "scheduler_type": "constant",
     }
@@ -154,7 +161,7 @@ def written(case: Case, folder: Path) -> tuple[Path, Path]:
         "parallel": case.settings.get("parallel", {}),
         "dataset": {"name": str(folder / "rows.jsonl"), "store_dir": str(folder / "stores"), "workers": 1},
         "format": {"on_overlong": "split"},
-        "training": {"parameters": {"max_seq_length": LENGTH}, "schedule": schedule},
+        "training": {"parameters": {"max_seq_length": case.length}, "schedule": schedule},
         "output": {"dir": str(folder / "run"), "save_model": False},
         "logging": {"progress": "off"},
     }
@@ -166,16 +173,27 @@ def written(case: Case, folder: Path) -> tuple[Path, Path]:
 
 def measure(case: Case, folder: Path, library: Path) -> dict[str, Any]:
     """Run the case and compare; the fullest rank counts."""
-    yaml, deepspeed = written(case, folder)
-    plan = plan_without_torch(load_config(yaml), deepspeed_path=deepspeed, ranks=case.ranks, gpu=False)
-    layout = layout_of(plan)
-    assert layout is not None
-    request = {"config": str(yaml), "deepspeed": str(deepspeed), "result": str(folder / "result")}
-    (folder / "requests.json").write_text(json.dumps([request]))
-    launch(case.ranks, ["-m", "benchmarks.memory_ranks", str(folder / "requests.json"), str(library)])
+    layout = planned(case, folder)
+    (measured,) = train([folder], case.ranks, library)
     shutil.rmtree(folder / "run")
-    ranks = [json.loads((folder / f"result.{rank}").read_text()) for rank in range(case.ranks)]
-    return compared(case, layout, ranks)
+    return compared(case, layout, measured)
+
+
+def planned(case: Case, folder: Path) -> Layout:
+    """What the plan knows of the case, whose files are written into the folder."""
+    yaml, deepspeed = written(case, folder)
+    layout = layout_of(plan_without_torch(load_config(yaml), deepspeed_path=deepspeed, ranks=case.ranks, gpu=False))
+    assert layout is not None
+    return layout
+
+
+def train(folders: list[Path], ranks: int, library: Path) -> list[list[dict[str, Any]]]:
+    """Train what was written into each folder, after each other in the same ranks: what every rank measured of each."""
+    files = {"config": "run.yaml", "deepspeed": "zero.json", "result": "result"}
+    requests = folders[0] / "requests.json"
+    requests.write_text(json.dumps([{key: str(folder / name) for key, name in files.items()} for folder in folders]))
+    launch(ranks, ["-m", "benchmarks.memory_ranks", str(requests), str(library)])
+    return [[json.loads((folder / f"result.{rank}").read_text()) for rank in range(ranks)] for folder in folders]
 
 
 def compared(case: Case, layout: Layout, ranks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import gc
 import json
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -84,12 +85,16 @@ class MeasuredStep:
         gc.collect()
         self.steps, self.baseline = 0, self.counter.live()
         self.peaks: dict[str, int] = {}
+        self.cpu_seconds: list[float] = []  # of all steps but the one in which memory is counted
         self.record: dict[str, Any] = {}
 
     def __call__(self, engine: Any, batches: Any, *, learning_rate: float) -> Any:
         self.steps += 1
         if self.steps != MEASURED_STEP:
-            return self.train_step(engine, batches, learning_rate=learning_rate)
+            begun = time.process_time()
+            result = self.train_step(engine, batches, learning_rate=learning_rate)
+            self.cpu_seconds.append(time.process_time() - begun)
+            return result
         mapped = self.counter.mapped(engine.wrapped)
         engine._forward = self._watched("forward", engine._forward)
         engine.deepspeed.backward = self._watched("backward", engine.deepspeed.backward)
@@ -99,6 +104,7 @@ class MeasuredStep:
         result = self.train_step(engine, batches, learning_rate=learning_rate)
         self.record = {
             "micro_batches": len(batches),
+            "cpu_seconds": self.cpu_seconds,
             "bytes": {moment: peak - self.baseline + mapped for moment, peak in self.peaks.items()},
             "resident": self.counter.live() - self.baseline + mapped,
             "collectives": dict(self.collectives),

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
@@ -46,6 +47,8 @@ def arrange_layers(model: PreTrainedModel, config: ModelConfig, *, sharded: bool
     if config.compile:
         whole = not sharded and tiles is None and config.activation_checkpointing == "none"
         _compile(decoder_layers(model) if whole else [*mlps, *_norms(model)])
+        for mlp in mlps if sharded else ():
+            mlp.forward = _by_torchs_linear(mlp.forward)
     if tiles is not None:
         for mlp in mlps:
             mlp.forward = _in_tiles(mlp.forward, tiles)
@@ -65,6 +68,24 @@ def _compile(modules: Iterable[nn.Module]) -> None:
     AttentionInterface.register(NAME, torch.compiler.disable(attention))
     for module in modules:
         module.forward = torch.compile(module.forward, dynamic=True)
+
+
+def _by_torchs_linear(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, in which `F.linear` is torch's own while it runs.
+
+    ZeRO-3 puts a function of DeepSpeed's in its place for the whole process, lest autograd keep gathered weights for
+    the backward. It asks every weight for its number, and torch 2.11 compiles anew for each. A compiled function keeps
+    the parameter itself, whose gathered weights are given back meanwhile.
+    """
+
+    def forward(*inputs: Any) -> Any:
+        everywhere, F.linear = F.linear, torch._C._nn.linear
+        try:
+            return compiled(*inputs)
+        finally:
+            F.linear = everywhere
+
+    return forward
 
 
 def decoder_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:

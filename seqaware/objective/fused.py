@@ -137,6 +137,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         run = _Forward(hidden_NH, weight, bias, call)
         run.all_chunks()
         ctx.rows, ctx.hidden_shape, ctx.dtype = call.rows, hidden_NH.shape, weight.dtype
+        # No saved tensor: it is gone as soon as it is handed on. Checkpointing round the loss does not drop it.
         ctx.grad_weight = run.grad_weight
         ctx.save_for_backward(run.grad_hidden_MH, run.grad_bias_V, run.unit)
         loss_sum, stats = run.result()

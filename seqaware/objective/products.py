@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 NARROW = (torch.bfloat16, torch.float16)
-_VOCABULARY_GRANULE = 8
+# Words that a GPU multiplies together at its full rate.
+VOCABULARY_GRANULE = 8
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,7 +104,7 @@ class HeadProducts:
 
     def _cut(self, words: int) -> tuple[slice, ...]:
         """So many words in pieces that are multiplied by themselves."""
-        whole = words // _VOCABULARY_GRANULE * _VOCABULARY_GRANULE
+        whole = words // VOCABULARY_GRANULE * VOCABULARY_GRANULE
         odd = self._into_wide and 0 < whole < words
         return (slice(0, whole), slice(whole, None)) if odd else (slice(None),)
 

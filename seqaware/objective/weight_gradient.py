@@ -9,8 +9,8 @@ be the most that the loss ever holds, once they outgrow the buffers of a chunk. 
     the same bytes, wide [L, H]     └ the sum's rows 0 … L                                                    ┘
     a tensor of its own [V − L, H]    the sum's rows L … V
 
-Handing on narrows the first part over itself, then the second one into the half that this sets free. No byte is held
-beside the sum, and none is left over when it is gone.
+Handing on narrows the first part over itself, then the second one into the half that this sets free. Nothing but a
+piece of a few megabytes is held beside the sum, and nothing is left over when the sum is gone.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_GRANULE = 8
-# Numbers that are narrowed by way of a copy: the first ones, whose new places are among their old ones.
-_COPIED = 2**20
+from seqaware.objective.products import VOCABULARY_GRANULE
+
+# Numbers that are narrowed by way of a wide copy: the first ones of a sum that is narrowed over itself, whose new
+# places are among their old ones; and on a CPU, which multiplies into no narrow tensor, all.
+_PIECE = 2**20
 
 
 class WeightGradient:
@@ -33,7 +35,7 @@ class WeightGradient:
     def __init__(self, weight_VH: Tensor, *, wide: torch.dtype, large: bool) -> None:
         self._shape, self._dtype = weight_VH.shape, weight_VH.dtype
         vocabulary, hidden = weight_VH.shape
-        lower = vocabulary // 2 // _GRANULE * _GRANULE
+        lower = vocabulary // 2 // VOCABULARY_GRANULE * VOCABULARY_GRANULE
         self._result_VH: Tensor | None = None
         if not (large and lower and wide.itemsize == 2 * weight_VH.dtype.itemsize):
             self.parts = [(slice(None), weight_VH.new_empty(self._shape, dtype=wide))]
@@ -57,21 +59,26 @@ class WeightGradient:
         if self._result_VH is None or not last:
             result_VH = self.parts[0][1].new_empty(self._shape, dtype=self._dtype)
             for words, part in self.parts:
-                torch.mul(part, factor, out=result_VH[words])
+                _multiply(part.view(-1), factor, result_VH[words].view(-1))
             return result_VH
         (_, lower), (words, upper) = self.parts
-        _narrow_over_itself(lower.view(-1), factor, self._result_VH.view(-1)[: lower.numel()])
-        torch.mul(upper, factor, out=self._result_VH[words])
+        _multiply(lower.view(-1), factor, self._result_VH.view(-1)[: lower.numel()], over_itself=True)
+        _multiply(upper.view(-1), factor, self._result_VH[words].view(-1))
         return self._result_VH
 
 
-def _narrow_over_itself(wide: Tensor, factor: Tensor, narrow: Tensor) -> None:
-    """narrow = wide · factor, where both begin at the same byte: each piece goes where earlier ones were read."""
-    done = min(_COPIED, len(wide))
-    narrow[:done].copy_(wide[:done] * factor)
+def _multiply(wide: Tensor, factor: Tensor, result: Tensor, *, over_itself: bool = False) -> None:
+    """result = wide · factor, rounded once; over itself: both begin at the same byte, result half as wide."""
+    casts_apart = wide.device.type == "cpu" and wide.dtype != result.dtype
+    done = 0
+    if over_itself:
+        done = min(_PIECE, len(wide))
+        result[:done].copy_(wide[:done] * factor)
     while done < len(wide):
-        end = min(2 * done, len(wide))
-        torch.mul(wide[done:end], factor, out=narrow[done:end])
+        end = min(len(wide), done + _PIECE) if casts_apart else len(wide)
+        if over_itself:  # up to twice as far: so far reach the places of numbers that were read
+            end = min(end, 2 * done)
+        torch.mul(wide[done:end], factor, out=result[done:end])
         done = end
 
 

@@ -183,12 +183,11 @@ def loss_memory(layout: Layout) -> LossMemory:
     buffers += V * H * _FLOAT32 + chunk * H * _FLOAT32 if widened else 0
     held = _FLOAT32 if layout.dtype == "float16" else b
     kept = t * H * held + _FLOAT32 * weight
-    # A CPU multiplies in float32 and casts the whole; a GPU writes the narrow result at once.
-    casting = _FLOAT32 * weight if widened else 0
-    placing = t * H * b + min(t, BACKWARD_ROWS) * H * b
-    # A large narrow gradient lies where its float32 sum was.
+    # The gradient beside its float32 sum, but that a large narrow one lies where its sum was; then, with the sum gone,
+    # the hidden states' gradient is brought to its places.
     handed_on = 0 if layout.narrow and gradient > GPU_CHUNK_BYTES else gradient
-    return LossMemory(kept, buffers, handed_on + max(casting, placing), gradient)
+    placing = t * H * b + min(t, BACKWARD_ROWS) * H * b + gradient - _FLOAT32 * weight
+    return LossMemory(kept, buffers, max(handed_on, placing), gradient)
 
 
 def chunk_rows(layout: Layout) -> int:

@@ -144,10 +144,6 @@ def build_deepspeed_config(config: Config, raw: Mapping[str, Any], *, world: Wor
     if optimizer.type == "muon" and stage == 3:
         # ZeRO-3 orthogonalises whole gradients, which a reduce-scatter would never assemble.
         zero["reduce_scatter"] = False
-    if config.model.compile and stage == 3:
-        # DeepSpeed's own linear function asks every weight for its number, and torch 2.11 compiled anew for each of
-        # them. What it saves, an undivided weight kept for the backward, torch does not keep either.
-        zero.setdefault("memory_efficient_linear", False)
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from seqaware.config.model import ModelConfig
@@ -79,6 +80,29 @@ def test_a_compiled_layer_computes_the_same_whatever_the_documents() -> None:
         arranged.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, do_sample=False)
     graphs.add(counters["stats"]["unique_graphs"])
     assert len(graphs) == 1 and 0 < graphs.pop() < 8
+
+
+def test_compiled_mlps_of_zero3_multiply_by_torchs_linear_and_all_else_by_deepspeeds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """DeepSpeed's would be compiled anew for every weight; without it uncompiled layers would keep gathered weights."""
+    monkeypatch.setattr("deepspeed.utils.set_z3_leaf_modules", lambda model, kinds: None)
+    plain, arranged = (tiny("llama", dtype=torch.float64) for _ in range(2))
+    arrange_layers(arranged, config(compile=True), sharded=True)
+    calls = 0
+
+    def counted(*inputs: torch.Tensor | None) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return torch._C._nn.linear(*inputs)
+
+    expected = loss_and_gradients(plain)
+    monkeypatch.setattr(F, "linear", counted)
+    got = loss_and_gradients(arranged)
+    # Query, key, value and output of each of both layers, and the head.
+    assert F.linear is counted and calls == 2 * 4 + 1
+    for mine, theirs in zip(got[1], expected[1], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=5e-6 * float(theirs.abs().max()))
 
 
 def test_tiles_keep_only_a_tile_of_the_widest_tensor() -> None:

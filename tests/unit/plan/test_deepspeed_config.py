@@ -97,20 +97,6 @@ def test_muon_under_zero3_reduces_whole_gradients() -> None:
     assert "reduce_scatter" not in build(stage(3))["zero_optimization"]
 
 
-def test_compiled_layers_under_zero3_multiply_by_torchs_own_function() -> None:
-    """DeepSpeed's asks each weight for its number, and torch 2.11 compiled every layer anew."""
-
-    def linear(number: int, compiled: bool, **keys: Any) -> object:
-        run = config()
-        asked = run.model_copy(update={"model": run.model.model_copy(update={"compile": compiled})})
-        built = build_deepspeed_config(asked, stage(number, **keys), world=CPU, dtype="float32")
-        return built["zero_optimization"].get("memory_efficient_linear", "DeepSpeed's default")
-
-    assert linear(3, True) is False
-    assert linear(3, True, memory_efficient_linear=True) is True
-    assert linear(3, False) == linear(2, True) == "DeepSpeed's default"
-
-
 def test_what_a_person_wrote_is_kept_and_not_changed() -> None:
     raw = {**stage(3, reduce_bucket_size=1000), "communication_data_type": "fp32"}
     before = json.dumps(raw)
