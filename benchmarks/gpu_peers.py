@@ -7,6 +7,7 @@ documents in a second, as we are.
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from benchmarks.gpu_training import MOST_STEPS, WARM_UP, Found, Work, batches_of, make_rows, measured, peak_flops
+from benchmarks.gpu_training import WARM_UP, Found, Work, batches_of, make_rows, measured, peak_flops
 
 
 def minimal_loop(work: Work, found: Found, *, attention: str = "sdpa") -> None:
@@ -73,7 +74,7 @@ def trl(work: Work, found: Found) -> None:
         max_length=row,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=work.step_tokens // row,
-        max_steps=MOST_STEPS // 2,
+        max_steps=WARM_UP + 3,
         learning_rate=1e-5,
         bf16=on_gpu,
         gradient_checkpointing=False,
@@ -89,8 +90,8 @@ def trl(work: Work, found: Found) -> None:
     trainer = trl_package.SFTTrainer(model=str(work.model), args=arguments, train_dataset=rows, callbacks=[clock])
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine", type(trainer.model_wrapped)
-    spent = sorted(clock.seconds[WARM_UP:])
-    seconds = spent[len(spent) // 2]
+    spent = clock.seconds[WARM_UP:]
+    seconds = statistics.median(spent)
     packed: Any = trainer.train_dataset
     lengths = _packed_lengths(packed)
     tokens = work.step_tokens * sum(lengths) / (row * len(packed))

@@ -4,9 +4,10 @@
 
 Real runs of the small Llama of memory.py, one figure of it growing at a time: the tokens of a step, the length of a
 document, the width of the model, the ranks. CPU seconds of a step over all ranks (median of the steps after the
-second), and the most bytes that tensors hold on a rank. Beside both stands the plan's estimate, from the YAML and the
-DeepSpeed JSON, for a device that multiplies and copies as fast as one thread here does in a trial. A curve's exponent
-is the slope of its logarithms.
+second, but for the one in which memory is counted), and the most bytes that tensors hold on a rank. Beside both stands
+the plan's estimate, from the YAML and the DeepSpeed JSON, for a device that multiplies and copies as fast as one thread
+here does in a trial: the plan knows products, attention and the update, and neither norms nor what a step costs in any
+case. A curve's exponent is the slope of its logarithms. Documents are pieces of long rows; the last piece is shorter.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from seqaware.plan.throughput import step_time
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 STEPS, WARM_UP = 8, 2
+_ANY_MEMORY = 24 * GIB  # whether it fits is not asked
 LENGTHS = (256, 512, 1024, 2048, 4096)
 
 
@@ -64,7 +66,7 @@ def this_thread() -> Device:
     target = torch.empty_like(source)
     product = 2 * 1024**3 / min(seconds(lambda: torch.mm(a, b), "cpu") for _ in range(9))
     copy = 2 * source.nbytes / min(seconds(lambda: target.copy_(source), "cpu") for _ in range(9))
-    return Device("one thread", 24 * GIB, product, product, copy, copy, copy, efficiency=1.0, link_efficiency=1.0)
+    return Device("one thread", _ANY_MEMORY, product, product, copy, copy, copy, efficiency=1.0, link_efficiency=1.0)
 
 
 def measure(wanted: list[Point], device: Device, folder: Path) -> list[dict[str, Any]]:
@@ -73,6 +75,7 @@ def measure(wanted: list[Point], device: Device, folder: Path) -> list[dict[str,
     for width in {point.width for point in wanted}:
         sizes = {"hidden_size": width, "intermediate_size": width * 11 // 4, "num_attention_heads": width // 64}
         sizes["num_key_value_heads"] = width // 128
+        sizes["max_position_embeddings"] = max(LENGTHS)
         prepare(folder / f"model-{width}", words_of_a_row=60_000, rows=4, **sizes)
     rows = []
     for ranks in sorted({point.case.ranks for point in wanted}):

@@ -106,6 +106,7 @@ def ours(work: Work, meter: Meter, *, compiled: bool = False) -> None:
 
 def bare(work: Work, meter: Meter) -> None:
     """Our micro-batches, attention and loss with nothing round them: forward, backward, all-reduce, clip, AdamW."""
+    F.linear = torch._C._nn.linear  # an earlier ZeRO-3 engine of this process has put DeepSpeed's in its place
     engine, batches = _engine(work, stage=0)
     model = engine.wrapped
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -304,8 +305,7 @@ def main() -> None:
     tokens = sum(len(tokens) for step in work.documents[WARM:] for tokens, _ in step) / MEASURED
     assert Weighting(gamma=GAMMA).gamma == prepared.plan.config.training.sft.gamma
     results = {}
-    first = asked.turn % len(asked.only)
-    for name in [*asked.only[first:], *asked.only[:first]]:
+    for name in reversed(asked.only) if asked.turn % 2 else asked.only:
         meter = Meter()
         KINDS[name](work, meter)
         figures = meter.figures()

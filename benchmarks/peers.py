@@ -6,7 +6,7 @@
 
 Two gloo ranks with one thread each. TRL falls back to plain data parallelism where DeepSpeed is not set up for gloo;
 here it is, and every step asserts it. CPU seconds are the figure to look at where others use the machine too. A turn is
-a pair of ranks that runs all of them after each other; each turn begins with another one.
+a pair of ranks that runs all of them after each other; every second turn runs them the other way round.
 """
 
 from __future__ import annotations
@@ -113,18 +113,19 @@ def tables(results: dict[str, Any]) -> str:
         )
         lines.append("|---" * (len(settings) + 2) + "|")
         for name in names:
-            ratios = [
-                statistics.median(
-                    turn[ours]["tokens_per_cpu_second"] / turn[name]["tokens_per_cpu_second"]
-                    for turn in turns
-                    if ours in turn and name in turn
-                )
-                for *_, turns in settings
-            ]
-            cells = [f"{ratio:.2f}" for ratio in [*ratios, statistics.median(ratios)]]
+            ratios = [_median_ratio(turns, ours, name) for *_, turns in settings]
+            known = [ratio for ratio in ratios if ratio is not None]
+            cells = ["–" if ratio is None else f"{ratio:.2f}" for ratio in [*ratios, statistics.median(known)]]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _median_ratio(turns: list[dict[str, Any]], ours: str, name: str) -> float | None:
+    """None: no turn came so far as to measure both."""
+    figure = "tokens_per_cpu_second"
+    ratios = [turn[ours][figure] / turn[name][figure] for turn in turns if ours in turn and name in turn]
+    return statistics.median(ratios) if ratios else None
 
 
 def main() -> None:
@@ -146,11 +147,8 @@ def main() -> None:
         "versions": versions,
         "model": {**SHAPE, "vocab_size": VOCABULARY},
         "lengths": LENGTHS,
-        "runs": [],
+        "runs": [{"lengths": name, "zero": stage, "turns": []} for name in asked.lengths for stage in asked.stages],
     }
-    results["runs"] = [
-        {"lengths": name, "zero": stage, "turns": []} for name in asked.lengths for stage in asked.stages
-    ]
     for turn in range(asked.turns):
         for run in results["runs"]:
             figures = measure(run["lengths"], run["zero"], turn=turn, timeout=asked.timeout, only=asked.only)
