@@ -86,7 +86,7 @@ def trl(work: Work, found: Found) -> None:
         model_init_kwargs={"dtype": "bfloat16" if on_gpu else "float32", "attn_implementation": "sdpa"},
     )
     rows = load_dataset("json", data_files=str(make_rows(work, row)), split="train")
-    clock = _clock(time.monotonic() + work.seconds)
+    clock = _clock()
     trainer = trl_package.SFTTrainer(model=str(work.model), args=arguments, train_dataset=rows, callbacks=[clock])
     trainer.train()
     assert type(trainer.model_wrapped).__name__ == "DeepSpeedEngine", type(trainer.model_wrapped)
@@ -113,11 +113,11 @@ def _packed_lengths(rows: Any) -> list[int]:
     return [length for row in rows["seq_lengths"] for length in row]
 
 
-def _clock(until: float) -> Any:
+def _clock() -> Any:
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        """Seconds of each optimizer step; ends the training when the time is up."""
+        """Seconds of each optimizer step."""
 
         def __init__(self) -> None:
             self.seconds: list[float] = []
@@ -127,7 +127,6 @@ def _clock(until: float) -> Any:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **named: Any) -> None:
             self.seconds.append(self._now() - self._start)
-            control.should_training_stop |= time.monotonic() > until and len(self.seconds) > WARM_UP + 1
 
         @staticmethod
         def _now() -> float:

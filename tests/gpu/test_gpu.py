@@ -21,6 +21,7 @@ import torch
 
 from seqaware.engine.attention import Documents, attention
 from seqaware.engine.attention_choice import choose_backend
+from seqaware.objective import fused
 from seqaware.objective.cross_entropy import Head
 from seqaware.objective.fused import fused_cross_entropy
 from seqaware.objective.softmax_pass import choose_kernel
@@ -48,6 +49,24 @@ def test_the_loss_equals_float64_up_to_rounding(shape: Shape, dtype: torch.dtype
     ours = evaluate(fused_cross_entropy, case, chunk_rows=128, factor=0.01)
     eps = UNIT_ROUNDING[dtype]
     assert_within(ours, exact(case, factor=0.01), Bounds.of(case, eps, factor=0.01), rounding=2.01 * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_large_heads_gradient_in_the_bytes_of_its_sum(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an odd vocabulary; no more than 4·V·H and the chunk's buffers at the peak."""
+    monkeypatch.setattr(fused, "_GPU_CHUNK_BYTES", 2**20)
+    V, H, rows = 50_257, 256, 256
+    case = _on_gpu(make_case(Shape(rows=rows, hidden=H, vocabulary=V), dtype))
+    evaluate(fused_cross_entropy, case, chunk_rows=64, factor=0.01)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ours = evaluate(fused_cross_entropy, case, chunk_rows=64, factor=0.01)
+    taken = torch.cuda.max_memory_allocated() - before
+    eps = UNIT_ROUNDING[dtype]
+    assert_within(ours, exact(case, factor=0.01), Bounds.of(case, eps, factor=0.01), rounding=2.01 * eps)
+    # A chunk's logits, a piece of 4 MiB and per-row tensors: less than 6·V·H.
+    assert taken <= 4 * V * H + 4 * 64 * (V + 64) + 8 * 2**20
 
 
 def _on_gpu(case: Case) -> Case:
