@@ -72,6 +72,7 @@ ZERO: dict[str, dict[str, Any]] = {
 }
 CHECKPOINTING = {"model": {"activation_checkpointing": "full"}}
 SELECTIVE = {"model": {"activation_checkpointing": "selective"}}
+COMPILED = {"model": {"compile": True}}
 BFLOAT16 = {"model": {"dtype": "bfloat16"}}
 
 
@@ -116,6 +117,8 @@ CASES = (
     *(Case(2, zero, "selective, 1024 tokens", SELECTIVE, 1024) for zero in ("2", "3")),
     Case(2, "3", "selective, 1024 tokens, sequence 2", _shared(2) | SELECTIVE, 1024),
     Case(2, "2", "selective, bfloat16, 1024 tokens", {"model": {**SELECTIVE["model"], **BFLOAT16["model"]}}, 1024),
+    *(Case(2, zero, "compiled, 1024 tokens", COMPILED, 1024) for zero in ("2", "3")),
+    Case(2, "2", "compiled, bfloat16, 1024 tokens", {"model": {**COMPILED["model"], **BFLOAT16["model"]}}, 1024),
     Case(2, "3", "plain loss", {"model": {"loss_kernel": "plain"}}),
     *(Case(4, zero) for zero in ("1", "2", "3")),
     # The same weights and states on every rank, and activations that fall with the ranks of a sequence.

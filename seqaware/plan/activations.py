@@ -7,6 +7,7 @@ H hidden size, I intermediate size, A·D and G·D widths of queries and keys, V 
     attention          q, k, v after the rotation, the output and its log-sum-exp
     gated MLP          gate, up, silu(gate) and their product: 4·b·I
     GPT-2              LayerNorm's input and output, q, k, v, and five I-wide tensors of GELU's tanh form
+    compiled           what attention saves, the input and the output of each norm, gate, up and the MLP's product
     selective          each layer's input, and what its products and its attention give: all else of a layer is there
                        only while it goes backward
 
@@ -76,7 +77,9 @@ class LossMemory:
 def activations(layout: Layout) -> Activations:
     """Of one micro-batch."""
     decoder, t, b = layout.decoder, layout.tokens, layout.itemsize
-    layer = t * (_norms(layout) + _attention(layout) + _mlp(layout)) + _tile(layout)
+    alone = layout.compiled and not layout.recomputed and not layout.mlp_tile_tokens and decoder.family == "gated"
+    by_token = _compiled(layout) if alone else _norms(layout) + _mlp(layout)
+    layer = t * (by_token + _attention(layout)) + _tile(layout)
     kept, again, on_host = _kept(layout, layer)
     rotary = 0 if decoder.family == "gpt2" else 2 * decoder.head_dim * b
     final = (_FLOAT32 if decoder.family == "gated" else b) * decoder.hidden
@@ -116,6 +119,12 @@ def _norms(layout: Layout) -> int:
         return 2 * (2 * b * decoder.hidden + 2 * _FLOAT32)
     heads = decoder.query_width + decoder.key_width if decoder.normed_heads else 0
     return 2 * ((_FLOAT32 + 2 * b) * decoder.hidden + _FLOAT32) + (_FLOAT32 + b) * heads
+
+
+def _compiled(layout: Layout) -> int:
+    """Of norms and a gated MLP: what the products take in and give, and 1 / rms. All else is computed again."""
+    decoder = layout.decoder
+    return layout.itemsize * (4 * decoder.hidden + 3 * decoder.intermediate) + 2 * _FLOAT32
 
 
 def _attention(layout: Layout) -> int:

@@ -83,6 +83,7 @@ class Layout:
             that are trained whole; trains_head: the head is among what is trained; frozen_bytes: of one frozen weight;
             adapter_width: of what selective checkpointing keeps of one layer's adapters, entries of a token.
         passes: micro-batches of a step are more than one, so that gradients wait from one to the next.
+        compiled: norms and MLPs, or whole layers, run compiled.
     """
 
     decoder: Decoder
@@ -101,6 +102,7 @@ class Layout:
     frozen_bytes: float | None = None
     adapter_width: int = 0
     passes: bool = True
+    compiled: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -170,6 +172,7 @@ def layout_of(plan: Plan) -> Layout | None:
         whole_modules=adapters.whole_modules,
         frozen_bytes=frozen,
         adapter_width=adapters.width,
+        compiled=config.model.compile,
     )
 
 

@@ -74,7 +74,8 @@ def longest_sequences(
         others: the same model under other DeepSpeed JSONs, by name.
     """
     bases = [("", layout), *others]
-    for words, settings in _SAVINGS.items():
+    for saving, settings in _SAVINGS.items():
+        words = _named(saving, settings, layout)
         best = Longest(0, layout, words)
         for source, candidate in _variants(bases, settings):
             tokens = largest_micro_batch(candidate, device)
@@ -86,7 +87,8 @@ def longest_sequences(
 
 _SAVINGS: dict[str, dict[str, Any]] = {
     "activation_checkpointing: none": {"checkpointing": "none", "mlp_tile_tokens": None},
-    "activation_checkpointing: selective": {"checkpointing": "selective", "mlp_tile_tokens": None},
+    # Compiled layers hide their products.
+    "activation_checkpointing: selective": {"checkpointing": "selective", "mlp_tile_tokens": None, "compiled": False},
     "activation_checkpointing: full": {"checkpointing": "full", "mlp_tile_tokens": None},
     f"activation_checkpointing: full, mlp_tile_tokens: {_TILE_TOKENS}": {
         "checkpointing": "full",
@@ -108,6 +110,11 @@ def _variants(bases: Iterable[tuple[str, Layout]], settings: dict[str, Any]) -> 
             yield source, replace(base, **settings, world=replace(world, sequence=ranks))
 
 
+def _named(saving: str, settings: dict[str, Any], layout: Layout) -> str:
+    given_up = layout.compiled and not settings.get("compiled", True)
+    return f"{saving}, model.compile: false" if given_up else saving
+
+
 def _words(*parts: object) -> str:
     source, ranks, saving = parts
     return ", ".join(str(part) for part in (source, f"parallel.sequence: {ranks}", saving) if part)
@@ -126,7 +133,8 @@ def nearest_fit(layout: Layout, device: Device, *, others: Iterable[tuple[str, L
     for source, base in bases:
         if fits(base, device):
             return f"--deepspeed {source}"
-    for (source, base), (words, settings) in product(bases, _SAVINGS.items()):
+    for (source, base), (saving, settings) in product(bases, _SAVINGS.items()):
+        words = _named(saving, settings, base)
         for _, candidate in _variants([(source, base)], settings):
             if candidate.world.sequence >= layout.world.sequence and fits(candidate, device):
                 return _words(source and f"--deepspeed {source}", candidate.world.sequence, words)

@@ -69,6 +69,12 @@ def test_checkpointing_keeps_each_layers_input() -> None:
     assert (away.kept, away.on_host) == (2 * 4096, 32 * 2 * 4096)
 
 
+def test_compiled_layers_keep_what_products_take_in_and_give() -> None:
+    """Llama 8B: x and norm before attention and MLP, q k v, attention, gate up and their product; 1 / rms, 4 a head."""
+    kept = activations(layout(micro_batch_tokens=1, compiled=True))
+    assert kept.layer == 2 * (4 * 4096 + (4096 + 2 * 1024) + 4096 + 3 * 14336) + 4 * 32 + 2 * 4
+
+
 def test_selective_checkpointing_keeps_products_and_attention() -> None:
     """The input, q k v, attention, o, gate up down and 4 bytes a head; all else only of the layer at hand."""
     whole, kept = (activations(layout(micro_batch_tokens=1, checkpointing=way)) for way in ("none", "selective"))

@@ -77,6 +77,14 @@ def test_a_long_document_is_told_to_be_computed_again_or_shared() -> None:
     assert change == "parallel.sequence: 4, activation_checkpointing: none"
 
 
+def test_what_compiled_layers_cannot_do_is_proposed_without_compiling() -> None:
+    made = layout(micro_batch_tokens=200_000, longest=150_000)
+    change = nearest_fit(made, H200)
+    assert change is not None and "activation_checkpointing: selective" in change and "compile" not in change
+    compiled = nearest_fit(replace(made, compiled=True), H200)
+    assert compiled is not None and compiled.endswith("activation_checkpointing: selective, model.compile: false")
+
+
 def test_the_cheapest_is_the_fastest_that_fits() -> None:
     names = ("zero1", "zero2", "zero3", "zero3_offload_cpu")
     candidates = [(name, layout(name)) for name in names]
