@@ -79,38 +79,37 @@ def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any
             whole = replace(attention.QUICK, tokens=512, repeats=1) if toy else attention.ON_A_GPU
             found(attention.measure(whole, device=device, dtype=torch.float32 if toy else torch.bfloat16))
         case ["train", shape, zero]:
-            from benchmarks.gpu_training import make_model, ours
+            from benchmarks.gpu_training import ours
 
-            work = _work(shape, stage=int(zero[-1]), name=name, device=device, folder=folder)
-            make_model(work)
-            ours(work, found)
+            ours(_work(shape, stage=int(zero[-1]), name=name, device=device, folder=folder), found)
         case ["kept"]:
-            from benchmarks.gpu_training import kept_of_a_layer, make_model
+            from benchmarks.gpu_training import kept_of_a_layer
 
-            work = _work("1b", stage=1, name=name, device=device, folder=folder)
-            make_model(work)
-            kept_of_a_layer(work, found)
+            kept_of_a_layer(_work("1b", stage=1, name=name, device=device, folder=folder), found)
         case ["longest", shape]:
             _longest(_work(shape, stage=1, name=name, device=device, folder=folder), found)
         case ["loop" | "trl"]:
             from benchmarks import gpu_peers
-            from benchmarks.gpu_training import make_model
 
             work = _work("1b", stage=1, name=name, device=device, folder=folder)
             work = replace(work, rows=work.rows[:1])
-            make_model(work)
             (gpu_peers.trl if name == "trl" else gpu_peers.minimal_loop)(work, found)
 
 
 def _work(shape: str, *, stage: int, name: str, device: str, folder: Path) -> Any:
-    from benchmarks.gpu_training import MICRO_TOKENS, SHAPES, Work
+    """An item's work, for which the model lies ready."""
+    from benchmarks.gpu_training import MICRO_TOKENS, SHAPES, Work, make_model
 
     if device == "cpu":
-        return Work(SHAPES["toy"], stage, (128, 256), device, 1.0, folder)
-    # Starting, making or loading the model and tokenising the rows take more than half of an item's time.
-    seconds = BUDGETS[name] * 0.25
-    # The large model's update takes a second and a half of a hundred: as in a real run, it comes after more tokens.
-    return Work(SHAPES[shape], stage, (8192, MICRO_TOKENS), device, seconds, folder, 4 if shape == "8b" else 2)
+        work = Work(SHAPES["toy"], stage, (128, 256), device, 1.0, folder)
+    else:
+        # Starting, making or loading the model and tokenising the rows take more than half of an item's time.
+        seconds = BUDGETS[name] * 0.25
+        # The large model's update takes a second and a half of a hundred: as in a real run, it comes after more tokens.
+        passes = 4 if shape == "8b" else 2
+        work = Work(SHAPES[shape], stage, (8192, MICRO_TOKENS), device, seconds, folder, passes)
+    make_model(work)
+    return work
 
 
 def _rates(device: str) -> dict[str, Any]:
@@ -131,9 +130,8 @@ def _longest(work: Any, found: Callable[[dict[str, Any]], None]) -> None:
     """Peaks of one document of doubling length, while the time lasts; memory grows with a straight line."""
     import torch
 
-    from benchmarks.gpu_training import make_model, step_over_one_document
+    from benchmarks.gpu_training import step_over_one_document
 
-    make_model(work)
     step, until = step_over_one_document(work), time.monotonic() + work.seconds
     points: list[tuple[int, int]] = []
     tokens = work.rows[-1]

@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.memory import MODEL, Case, build_counter, compared, planned, prepare, train
 from benchmarks.timing import machine, seconds
+from seqaware.engine.device_figures import seconds_of_product
 from seqaware.plan.hardware import GIB, Device
 from seqaware.plan.throughput import step_time
 
@@ -61,10 +62,9 @@ def points() -> list[Point]:
 
 def this_thread() -> Device:
     """One thread of this CPU: the rates of a large product and of a copy."""
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     source = torch.randn(2**25)
     target = torch.empty_like(source)
-    product = 2 * 1024**3 / min(seconds(lambda: torch.mm(a, b), "cpu") for _ in range(9))
+    product = 2 * 1024**3 / seconds_of_product(torch.device("cpu"), torch.float32, size=1024, repeats=9)
     copy = 2 * source.nbytes / min(seconds(lambda: target.copy_(source), "cpu") for _ in range(9))
     return Device("one thread", _ANY_MEMORY, product, product, copy, copy, copy, efficiency=1.0, link_efficiency=1.0)
 

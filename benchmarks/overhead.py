@@ -53,19 +53,18 @@ def steps_of_bare(engine: Any, made: list[Any]) -> Callable[[int], None]:
     """The wrapped model alone, with what a plain data-parallel loop does."""
     import torch
     import torch.distributed as dist
-    import torch.nn.functional as F
+
+    from seqaware.engine.layers import torchs_linear
 
     model = engine.wrapped
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     engine.deepspeed = model
 
     def step(number: int) -> None:
-        # ZeRO-3 engines of this process have put DeepSpeed's function in its place.
-        deepspeeds, F.linear = F.linear, torch._C._nn.linear
-        for batch in made[number - 1]:
-            loss, _ = engine._forward(batch, engine.weights(batch))
-            (loss / 1000.0).backward()
-        F.linear = deepspeeds
+        with torchs_linear():
+            for batch in made[number - 1]:
+                loss, _ = engine._forward(batch, engine.weights(batch))
+                (loss / 1000.0).backward()
         if engine.ranks.size > 1:
             gradients = [p.grad for p in model.parameters()]
             flat = torch.cat([each.flatten() for each in gradients])

@@ -25,6 +25,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from seqaware.config.load import load_config
+from seqaware.engine.layers import torchs_linear
 from seqaware.engine.ranks import connect, disconnect, find_address, prepare_environment
 from seqaware.objective.weighting import Weighting
 from seqaware.training.assembly import build_engine, row_format, world_of
@@ -97,7 +98,8 @@ def _labels(document: Any) -> list[int]:
 
 
 def ours(work: Work, meter: Meter, *, compiled: bool = False) -> None:
-    engine, batches = _engine(work, compiled=compiled)
+    prepared = prepared_for(work.asked, work.asked.stage, "model.compile=true") if compiled else work.prepared
+    engine, batches = _engine(work, prepared)
     meter.mark()
     for coming in batches.steps(1, WARM + MEASURED):
         engine.train_step(coming.micro_batches, learning_rate=1e-4)
@@ -106,17 +108,17 @@ def ours(work: Work, meter: Meter, *, compiled: bool = False) -> None:
 
 def bare(work: Work, meter: Meter) -> None:
     """Our micro-batches, attention and loss with nothing round them: forward, backward, all-reduce, clip, AdamW."""
-    F.linear = torch._C._nn.linear  # an earlier ZeRO-3 engine of this process has put DeepSpeed's in its place
-    engine, batches = _engine(work, stage=0)
+    engine, batches = _engine(work, prepared_for(work.asked, 0))
     model = engine.wrapped
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     engine.deepspeed = model
     made = [batches.of_step(step) for step in range(1, WARM + MEASURED + 1)]
     meter.mark()
     for step in made:
-        for batch in step:
-            loss, _ = engine._forward(batch, engine.weights(batch))
-            (loss / 1000.0).backward()
+        with torchs_linear():
+            for batch in step:
+                loss, _ = engine._forward(batch, engine.weights(batch))
+                (loss / 1000.0).backward()
         flat = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         dist.all_reduce(flat)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,9 +127,7 @@ def bare(work: Work, meter: Meter) -> None:
         meter.mark()
 
 
-def _engine(work: Work, *, stage: int | None = None, compiled: bool = False) -> tuple[Any, StepBatches]:
-    stage = work.asked.stage if stage is None else stage
-    prepared = prepared_for(work.asked, stage, "model.compile=true") if compiled else prepared_for(work.asked, stage)
+def _engine(work: Work, prepared: Prepared) -> tuple[Any, StepBatches]:
     ranks = work.asked.ranks
     engine = build_engine(prepared, work.asked.model, ranks=ranks, say=lambda text: None)
     rows = row_format(prepared.plan, prepared)

@@ -104,15 +104,8 @@ def parts_of_a_start(folder: Path, *, repeats: int) -> dict[str, Any]:
         for kind in ("tokenises", "finds its tokens", "heavy"):
             store = folder / (f"store-{turn}" if kind == "tokenises" else "store-0")
             sets = _settings(folder / f"run-{kind.split()[0]}-{turn}", store)
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.startup",
-                "--start",
-                *sets,
-                *(["--heavy"] if kind == "heavy" else []),
-            ]
-            cpu, wall, printed = timed(command)
+            heavy = ["--heavy"] if kind == "heavy" else []
+            cpu, wall, printed = timed([sys.executable, "-m", "benchmarks.startup", "--start", *sets, *heavy])
             told = json.loads(printed.splitlines()[-1])
             runs.setdefault(kind, []).append(told | {"cpu": cpu, "wall": wall})
             print(kind, round(cpu, 2), "CPU s", round(wall, 2), "s", flush=True)

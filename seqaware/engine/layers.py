@@ -13,6 +13,7 @@ layer's graph, and so would checkpoints and tiles: there its norms and its MLP a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,20 +71,27 @@ def _compile(modules: Iterable[nn.Module]) -> None:
         module.forward = torch.compile(module.forward, dynamic=True)
 
 
-def _by_torchs_linear(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, in which `F.linear` is torch's own while it runs.
+@contextmanager
+def torchs_linear() -> Iterator[None]:
+    """Inside, `F.linear` is torch's own: ZeRO-3 puts a function of DeepSpeed's in its place for the whole process."""
+    everywhere, F.linear = F.linear, torch._C._nn.linear
+    try:
+        yield
+    finally:
+        F.linear = everywhere
 
-    ZeRO-3 puts a function of DeepSpeed's in its place for the whole process, lest autograd keep gathered weights for
-    the backward. It asks every weight for its number, and torch 2.11 compiles anew for each. A compiled function keeps
-    the parameter itself, whose gathered weights are given back meanwhile.
+
+def _by_torchs_linear(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, multiplying by torch's own linear function.
+
+    DeepSpeed's is there lest autograd keep gathered weights for the backward. It asks every weight for its number, and
+    torch 2.11 compiles anew for each. A compiled function keeps the parameter itself, whose gathered weights are given
+    back meanwhile.
     """
 
     def forward(*inputs: Any) -> Any:
-        everywhere, F.linear = F.linear, torch._C._nn.linear
-        try:
+        with torchs_linear():
             return compiled(*inputs)
-        finally:
-            F.linear = everywhere
 
     return forward
 

@@ -12,7 +12,8 @@ H hidden size, I intermediate size, A·D and G·D widths of queries and keys, V 
                        only while it goes backward
 
 The fused loss (objective/fused.py) holds dW in float32, dh, and of a chunk of C rows [C, V] in float32, over which the
-gradient is written. Its backward holds dW twice, the second in the model's dtype.
+gradient is written. Its backward holds dW twice, the second in the model's dtype, but for a large narrow one
+(objective/weight_gradient.py).
 """
 
 from __future__ import annotations
