@@ -18,7 +18,7 @@ from seqaware.training.watch import words
 from seqaware.training.watch.card import Card, read_card
 from seqaware.training.watch.host import Life, memory_kills
 from seqaware.training.watch.launch_folder import LaunchFolder, card_in
-from seqaware.training.watch.peers import Peers
+from seqaware.training.watch.peers import Peer, Peers
 from seqaware.training.watch.word import tell_first
 
 _PERIOD = 1.0
@@ -47,16 +47,25 @@ def guard(folder: LaunchFolder, size: int) -> None:
     while True:
         peers.look_around(0.0)
         here = peers.here()
-        dead = [peer for peer in here if peer.missed and peer.card.rank in (peers.first_gone or [peer.card.rank])]
-        if dead:
+        if any(peer.missed for peer in here):
+            dead = _first_dead(peers)
             shared = _shared(dead[0].card)
             if not _somebody_left(peers, size, shared):
                 tell_first(words.of_the_dead(dead, memory_kills=memory_kills() - kills, shared=shared), folder, shared)
             return
-        peers.first_gone.clear()  # they have ended as they should
         if not folder.path.exists() or (here and all(peer.life is Life.GONE for peer in here)):
             return
         peers.wait(_PERIOD)
+
+
+def _first_dead(peers: Peers) -> list[Peer]:
+    """Whom the launcher has ended the others for. Several, where nobody can say which of them was the first."""
+    peers.wait(0.0)
+    peers.look_around(0.0)  # some may have ended during the look before
+    missed = {peer.card.rank: peer for peer in peers.here() if peer.missed}
+    unheard = [peer for peer in missed.values() if not peer.awaited]
+    in_order = [missed[rank] for rank in peers.gone if rank in missed]
+    return unheard or in_order[:1] or list(missed.values())
 
 
 def _shared(card: Card) -> Path | None:

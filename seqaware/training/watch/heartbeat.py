@@ -137,6 +137,8 @@ def start_heartbeat(address: RankAddress, base: Path | None = None, *, host: str
         ConfigError: that folder cannot be used.
     """
     keep_screen()
-    heartbeat = WatchedHeartbeat(address, open_launch_folder(address, base), host=host)
+    folder = open_launch_folder(address, base)
+    with folder.take_place(address.rank):
+        heartbeat = WatchedHeartbeat(address, folder, host=host)
     heartbeat.start()
     return heartbeat

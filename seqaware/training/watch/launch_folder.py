@@ -3,17 +3,20 @@
     <temporary files>/seqaware-<uid>/<host>-<pid namespace>-<parent's pid>-<its start>-<port>/
         rank-0003.json   who it is and how it stands     rank-0003.dial   where it is, to the moment
         rank-0003.log    until the run's folder is known     told             the first word about the end of the launch
+        starting         locked by the rank that takes its place
 
 Siblings share their parent whatever launched them: deepspeed's launch.py, torchrun's agent, slurmstepd, mpirun's proxy.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +56,25 @@ class LaunchFolder:
     def told(self) -> bool:
         return (self.path / TOLD).exists()
 
+    @contextmanager
+    def take_place(self, rank: int) -> Iterator[None]:
+        """Forget ranks that were here before and are gone, and let `rank` write its own files; one rank at a time.
+
+        torchrun starts its ranks again, and perhaps more of them. Siblings that came before us in this launch are
+        alive; one that is not has ended before anybody could watch it.
+        """
+        with (self.path / "starting").open("a") as lock:
+            # Where a file system has no locks, ranks that start within the same moment may be in each other's way.
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            over = [card.rank for card in self.cards() if card.rank == rank or card.process.life() is Life.GONE]
+            for path in (path for each in over for path in self._of_earlier_launch(each)):
+                path.unlink(missing_ok=True)
+            yield
+
+    def _of_earlier_launch(self, rank: int) -> tuple[Path, ...]:
+        return self.card(rank), self.dial(rank), self.log(rank), self.path / TOLD
+
     def keep(self, rank: int) -> None:
         """Show whoever clears old temporary files away that these are in use."""
         for path in (self.path.parent, self.path, self.card(rank), self.dial(rank), self.log(rank)):
@@ -85,7 +107,7 @@ def card_in(shared: Path, rank: int) -> Path:
 
 
 def open_launch_folder(address: RankAddress, base: Path | None = None) -> LaunchFolder:
-    """Make or find the folder of this launch, free of what an earlier launch left under the same name.
+    """Make or find the folder of this launch. An earlier one may have left something there: see `take_place`.
 
     Args:
         base: instead of the folder for temporary files.
@@ -106,9 +128,7 @@ def open_launch_folder(address: RankAddress, base: Path | None = None) -> Launch
     except OSError as error:
         do = "point TMPDIR at a folder of this host that you may write"
         raise ConfigError("the folder for temporary files cannot be used", got=error, do=do) from error
-    folder = LaunchFolder(users / name)
-    _forget_earlier_launch(folder, address.rank)
-    return folder
+    return LaunchFolder(users / name)
 
 
 def _starter(address: RankAddress) -> HostProcess:
@@ -116,19 +136,6 @@ def _starter(address: RankAddress) -> HostProcess:
         return HostProcess.of_myself()  # it has no siblings, and a person may start several from one shell
     # srun's tasks on a host are one process group; between slurmstepd and each may stand a script, or a container.
     return above_own_group() if address.launcher == "srun" else HostProcess.of(os.getppid())
-
-
-def _forget_earlier_launch(folder: LaunchFolder, rank: int) -> None:
-    """Forget the ranks that were here before and are gone: torchrun starts its ranks again, and perhaps more of them.
-
-    Siblings that came before us in this launch are alive. One that is not has ended before anybody could watch it.
-    """
-    for card in folder.cards():
-        earlier = card.rank == rank or card.process.life() is Life.GONE
-        # A sibling that starts with us may just have put its own card there.
-        if earlier and read_card(folder.card(card.rank)) == card:
-            for path in (folder.card(card.rank), folder.dial(card.rank), folder.log(card.rank), folder.path / TOLD):
-                path.unlink(missing_ok=True)
 
 
 def _sweep(users: Path, prefix: str) -> None:

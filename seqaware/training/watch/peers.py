@@ -44,6 +44,7 @@ class Peer:
     Attributes:
         here: whether it runs on this host. life: of its process; ranks of other hosts are taken to run.
         exit_status: as its parent gets it, if it was seen in time.
+        awaited: whether the kernel tells when it ends; not of one that was gone when we met it.
         idle, silent: how long neither its main thread nor its monitor has moved.
     """
 
@@ -52,6 +53,7 @@ class Peer:
     here: bool
     life: Life = Life.RUNNING
     exit_status: int | None = None
+    awaited: bool = False
     idle: Stillness = field(default_factory=Stillness)
     silent: Stillness = field(default_factory=Stillness)
 
@@ -68,19 +70,20 @@ class Peers:
         size: of the launch. but: the rank that looks, which is not its own peer.
 
     Attributes:
-        first_gone: the ranks whose end woke a wait first, at one time: what a launcher then ends is not among them.
+        gone: ranks of this host whose end a wait has seen, in the order in which they ended, however late it looked.
     """
 
     def __init__(self, folder: LaunchFolder, *, size: int, but: int | None = None) -> None:
         self._folder = folder
         self._size = size
         self._but = but
-        self.first_gone: list[int] = []
+        self.gone: list[int] = []
         self._watched: dict[int, int] = {}
         self._known: dict[int, Peer] = {}
-        self._poll = select.poll()
+        # It gives what has happened in the order in which it happened; `select.poll` gives it by descriptor.
+        self._poll = select.epoll()
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._poll.register(self._wake_read, select.POLLIN)
+        self._poll.register(self._wake_read, select.EPOLLIN)
 
     def all(self) -> list[Peer]:
         return [self._known[rank] for rank in sorted(self._known)]
@@ -91,7 +94,7 @@ class Peers:
 
     def wait(self, seconds: float) -> bool:
         """Wait, at most until a process of this host ends or `wake` is called; whether that was so."""
-        events = self._poll.poll(seconds * 1000.0)
+        events = self._poll.poll(seconds)
         for descriptor, _ in events:
             if descriptor == self._wake_read:
                 with suppress(BlockingIOError):
@@ -100,8 +103,7 @@ class Peers:
                 # It stays readable for good: once is enough.
                 self._poll.unregister(descriptor)
                 os.close(descriptor)
-        ended = [self._watched.pop(descriptor) for descriptor, _ in events if descriptor in self._watched]
-        self.first_gone = self.first_gone or ended
+        self.gone += [self._watched.pop(descriptor) for descriptor, _ in events if descriptor in self._watched]
         return bool(events)
 
     def wake(self) -> None:
@@ -141,12 +143,19 @@ class Peers:
         if peer is None or peer.card.process != card.process:
             peer = self._known[card.rank] = Peer(card, card.place, here)
             if here:
-                # Where the kernel has no such descriptors, its end is seen at the next look.
-                with suppress(OSError):
-                    descriptor = os.pidfd_open(card.process.pid)
-                    self._watched[descriptor] = card.rank
-                    self._poll.register(descriptor, select.POLLIN)
+                self._await(peer)
         return peer
+
+    def _await(self, peer: Peer) -> None:
+        # Where the kernel has no such descriptors, its end is seen at the next look.
+        with suppress(OSError):
+            descriptor = os.pidfd_open(peer.card.process.pid)
+            if peer.card.process.life() is Life.GONE:
+                os.close(descriptor)
+                return
+            self._watched[descriptor] = peer.card.rank
+            self._poll.register(descriptor, select.EPOLLIN)
+            peer.awaited = True
 
     def _see(self, peer: Peer, card: Card, *, place: Place, elapsed: float) -> None:
         peer.card, peer.place = card, place

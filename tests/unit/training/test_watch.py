@@ -257,8 +257,28 @@ def test_ranks_that_are_gone_before_one_starts_are_forgotten(tmp_path: Path) -> 
     _card(0, process=HostProcess.of_myself()).write(folder.card(0))
     _card(1).write(folder.card(1))
     assert claim(folder.path, "how the launch before ended")
-    assert open_launch_folder(replace(_address(), rank=2), tmp_path) == folder
-    assert [card.rank for card in folder.cards()] == [0] and not folder.told()
+    with folder.take_place(2):
+        assert [card.rank for card in folder.cards()] == [0] and not folder.told()
+
+
+def test_a_rank_that_starts_keeps_what_its_sibling_has_just_written(tmp_path: Path) -> None:
+    """Both find the card of an earlier rank 1, and one of them is that rank by now."""
+    folder = open_launch_folder(_address(), tmp_path)
+    _card(1).write(folder.card(1))
+    within = threading.Event()
+
+    def start() -> None:
+        with folder.take_place(1):
+            within.set()
+            OwnRank(replace(_address(), rank=1), folder)
+
+    sibling = threading.Thread(target=start)
+    with folder.take_place(0):
+        sibling.start()
+        assert not within.wait(0.3)
+        assert folder.cards() == []
+    sibling.join()
+    assert [card.rank for card in folder.cards()] == [1] and folder.dial(1).exists() and folder.log(1).exists()
 
 
 def test_folders_of_launches_that_are_over_are_swept_after_a_day(tmp_path: Path) -> None:

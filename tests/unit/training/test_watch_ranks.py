@@ -293,25 +293,41 @@ def _under_mpirun(size: int) -> list[dict[str, object]]:
     return [{"launcher": "mpirun"} for _ in range(size)]
 
 
-@scenario
-def a_launcher_that_kills_all_at_once_leaves_time_to_name_the_first(tmp_path: Path) -> None:
+def _killed_one_after_another(tmp_path: Path, *, guard_is_late: bool) -> str:
+    """What is shown once a launcher has ended ranks 0 and 2 for rank 1, as soon as it had heard of its end."""
     with launch(tmp_path / "ranks", 3, options=_under_mpirun(3)) as ranks:
         for rank in range(3):
             ranks.tell(rank, f"settle {tmp_path / 'run'}", "phase backward 17")
-        time.sleep(2.0)  # the guard is there
+        _wait_for(lambda: _watched_by_guards(tmp_path) == 3)
+        (guard,) = _guards(tmp_path)
+        if guard_is_late:
+            os.kill(guard, signal.SIGSTOP)
         for rank in (1, 0, 2):
             ranks.send(rank, signal.SIGKILL)
-            time.sleep(0.004)
+            os.waitid(os.P_PID, ranks.ranks[rank].pid, os.WEXITED | os.WNOWAIT)
+        os.kill(guard, signal.SIGCONT)
         _wait_for(lambda: "same command" in ranks.screen)
-        screen = ranks.screen
+        return ranks.screen
+
+
+@scenario
+def a_launcher_that_kills_all_at_once_leaves_time_to_name_the_first(tmp_path: Path) -> None:
+    screen = _killed_one_after_another(tmp_path, guard_is_late=False)
     assert _first_line(screen).startswith("rank 1 of 3") and "at step 17, in backward" in _first_line(screen)
+    assert "rank 0" not in screen and "rank 2" not in screen
+
+
+@scenario
+def a_guard_that_comes_late_still_names_the_first(tmp_path: Path) -> None:
+    screen = _killed_one_after_another(tmp_path, guard_is_late=True)
+    assert _first_line(screen).startswith("rank 1 of 3")
     assert "rank 0" not in screen and "rank 2" not in screen
 
 
 @scenario
 def a_launcher_that_ends_all_after_one_that_left_is_no_alarm(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2, options=_under_mpirun(2)) as ranks:
-        time.sleep(2.0)
+        _wait_for(lambda: _watched_by_guards(tmp_path) == 2)
         ranks.order(0, "end 85")
         assert ranks.codes(0) == [85]
         ranks.send(1, signal.SIGKILL)
@@ -322,8 +338,7 @@ def a_launcher_that_ends_all_after_one_that_left_is_no_alarm(tmp_path: Path) -> 
 @scenario
 def a_guard_ends_with_its_ranks(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2, options=_under_mpirun(2)) as ranks:
-        _wait_for(lambda: len(_guards(tmp_path)) == 1)
-        time.sleep(2.0)
+        _wait_for(lambda: _watched_by_guards(tmp_path) == 2)
         for rank in range(2):
             ranks.order(rank, "end 0")
             assert ranks.codes(rank) == [0]
@@ -331,13 +346,23 @@ def a_guard_ends_with_its_ranks(tmp_path: Path) -> None:
         assert ranks.screen == ""
 
 
-def _guards(folder: Path) -> list[Path]:
-    """The guards of a test's launches, as entries of /proc."""
+def _guards(folder: Path) -> list[int]:
+    """The processes that are guards of a test's launches."""
     found = []
     for entry in Path("/proc").glob("[0-9]*/cmdline"):
         with suppress(OSError):
             line = entry.read_text()
-            found += [entry] if "watch.guard" in line and str(folder) in line else []
+            found += [int(entry.parent.name)] if "watch.guard" in line and str(folder) in line else []
+    return found
+
+
+def _watched_by_guards(folder: Path) -> int:
+    """How many processes the guards have asked the kernel to tell them about."""
+    found = 0
+    for guard in _guards(folder):
+        for entry in Path(f"/proc/{guard}/fd").iterdir():
+            with suppress(OSError):
+                found += "pidfd" in str(entry.readlink())
     return found
 
 
