@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.timing import machine
+from benchmarks.machine import machine
 from tests import launch, tiny
 
 STEPS, VOCABULARY = 6, 16384
@@ -93,7 +93,7 @@ def main() -> None:
             peak = export(_newest(workshop, f"zero{stage}-0-False"), Path(scratch, f"model-{stage}"))
             own = peak["anonymous_mb"] - imports
             exports.append({"zero": stage, "model_mb": parameters * 4 / 1e6, "own_mb": own, **peak})
-    result = {"parameters": parameters, "checkpoints": rows, "exports": exports, "machine": machine("cpu")}
+    result = {"parameters": parameters, "checkpoints": rows, "exports": exports, "machine": machine()}
     _show(result)
     if arguments.out:
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")

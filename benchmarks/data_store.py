@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import tempfile
 import time
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tokenizers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.machine import machine
 from seqaware.config.schema import Config
 from seqaware.data.encode import ExampleEncoder
 from seqaware.data.encode_pool import CHUNK_RECORDS
@@ -178,15 +177,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         result = {
-            "machine": {
-                "platform": platform.platform(),
-                "processor": platform.processor() or platform.machine(),
-                "cores": len(os.sched_getaffinity(0)),
-                "load_before": [round(each, 2) for each in os.getloadavg()],
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                "tokenizers": tokenizers.__version__,
-            },
+            "machine": machine(),
+            "load_before": [round(each, 2) for each in os.getloadavg()],
             "reads": measure_reads(write_store(folder)),
             "tokenising": measure_tokenising(folder),
         }

@@ -34,7 +34,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.timing import FAILURES, first_line, machine
+from benchmarks.machine import machine
+from benchmarks.timing import FAILURES, first_line
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu.json"

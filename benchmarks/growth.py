@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from benchmarks.machine import machine
 from benchmarks.memory import MODEL, Case, build_counter, compared, planned, prepare, train
-from benchmarks.timing import machine, seconds
+from benchmarks.timing import seconds
 from seqaware.engine.device_figures import seconds_of_product
 from seqaware.plan.hardware import GIB, Device
 from seqaware.plan.throughput import step_time
@@ -134,7 +135,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="seqaware-growth-") as name:
         rows = measure(wanted, device, Path(name))
     rates = {"products_per_second": device.wide_flops, "bytes_per_second": device.memory_rate}
-    result = {"machine": machine("cpu"), "thread": rates, "model": MODEL, "runs": rows, "exponents": exponents(rows)}
+    result = {"machine": machine(), "thread": rates, "model": MODEL, "runs": rows, "exponents": exponents(rows)}
     asked.out.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result["exponents"], indent=1))
 

@@ -111,9 +111,9 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144"})
     with tempfile.TemporaryDirectory() as name:
         found = measure(Path(name), turns=asked.turns, policies=asked.policies)
-    from benchmarks.timing import machine
+    from benchmarks.machine import machine
 
-    shown = {"machine": machine("cpu"), "model": SHAPE, "lengths": LENGTHS, "turns": asked.turns, "policies": found}
+    shown = {"machine": machine(), "model": SHAPE, "lengths": LENGTHS, "turns": asked.turns, "policies": found}
     asked.out.write_text(json.dumps(shown, indent=1) + "\n")
     print(json.dumps(found, indent=1))
 

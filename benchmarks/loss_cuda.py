@@ -27,7 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.timing import FAILURES, first_line, machine, peak_bytes, taking_turns
+from benchmarks.machine import machine
+from benchmarks.timing import FAILURES, first_line, peak_bytes, taking_turns
 from seqaware.objective.cross_entropy import Head
 from seqaware.objective.fused import fused_cross_entropy
 from seqaware.objective.softmax_pass import choose_kernel

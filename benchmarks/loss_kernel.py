@@ -20,9 +20,7 @@ bfloat16 values; one GEMM gets the exact gradient of the logits, rounded to bflo
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -37,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import loss_cuda
+from benchmarks.machine import machine
 from seqaware.objective import fused
 from seqaware.objective.cross_entropy import Head
 from seqaware.objective.fused import fused_cross_entropy
@@ -192,18 +191,12 @@ def weight_gradient_errors(size: Size) -> dict[str, float]:
     }
 
 
-def machine() -> dict[str, object]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
+def arithmetic() -> dict[str, object]:
+    """How this processor multiplies."""
     return {
-        "cpu": ", ".join(sorted(models)) or platform.processor(),
-        "cores": sum(line.startswith("processor") for line in lines),
+        "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16_is_multiplied_in": str(operand_dtype(torch.bfloat16, torch.device("cpu"))),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     }
 
 
@@ -278,7 +271,8 @@ def main() -> int:
         return 0
     verdicts = [{**asdict(gate), "holds": gate.holds} for gate in gates]
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"machine": machine(), **figures, "gates": verdicts}, indent=2) + "\n")
+    named = {"machine": machine(), "arithmetic": arithmetic(), **figures, "gates": verdicts}
+    RESULTS.write_text(json.dumps(named, indent=2) + "\n")
     return 0 if all(gate.holds for gate in gates) else 1
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import shutil
 import socket
@@ -22,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.machine import machine
 from seqaware.config.load import load_config
 from seqaware.plan.layout import Layout, layout_of
 from seqaware.plan.memory import UPDATE, MemoryEstimate, memory
@@ -245,19 +244,6 @@ def launch(ranks: int, command: list[str]) -> None:
         sys.exit(f"the ranks failed:\n{done.stderr[-4000:]}")
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    packages = ("torch", "deepspeed", "transformers")
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(models) or None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in packages},
-    }
-
-
 def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
     model = {**MODEL, "micro_batch_tokens": MICRO_TOKENS, "max_seq_length": LENGTH}
     return {"machine": machine(), "model": model, "zero": ZERO, "layouts": rows}
@@ -268,10 +254,20 @@ def earlier(path: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     before = json.loads(path.read_text())
-    same = {key: value for key, value in result([]).items() if key != "layouts"}
-    if any(before.get(key) != value for key, value in same.items()):
+    if _measured(before) != _measured(result([])):
         return {}
     return {row["layout"]: row for row in before["layouts"]}
+
+
+def _measured(results: dict[str, Any]) -> dict[str, Any]:
+    """What is measured, where, and with which packages: all that a row depends on."""
+    place, packages = results["machine"], ("torch", "deepspeed", "transformers")
+    return {
+        "processor": [place[key] for key in ("system", "cpu", "cores", "python")],
+        "packages": [place["versions"].get(package) for package in packages],
+        "model": results["model"],
+        "zero": results["zero"],
+    }
 
 
 def show(rows: list[dict[str, Any]]) -> None:

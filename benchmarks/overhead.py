@@ -183,10 +183,10 @@ def main() -> None:
         if os.environ["RANK"] == "0":
             Path(out).write_text(json.dumps(figures))
         return
-    from benchmarks.timing import machine
+    from benchmarks.machine import machine
 
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
-    found["machine"] = machine("cpu")
+    found["machine"] = machine()
     for ranks in asked.ranks:
         for stage in asked.stages:
             name = f"ZeRO-{stage}, {ranks} ranks, {asked.docs} documents a step"

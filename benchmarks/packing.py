@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
@@ -17,12 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.machine import machine
 from seqaware.data.order import Permutation, StepOrder
 from seqaware.data.packing import layout_step, pack
 
@@ -135,20 +134,6 @@ def measure_order() -> dict[str, Any]:
         "boundaries_of_an_epoch": best_seconds(lambda: new_order().steps_in_epoch(0)),
         "steps": order.steps_in_epoch(0),
         "one_step": best_seconds(lambda: order.documents(0, order.steps_in_epoch(0) // 2)),
-    }
-
-
-def machine() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": len(models) or None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "numba": numba.__version__,
     }
 
 

@@ -12,10 +12,8 @@ a pair of ranks that runs all of them after each other; every second turn runs t
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.machine import machine
 from benchmarks.packing import draw
 from tests.launch import ROOT, environment, free_port
 from tests.tiny import WORDS, train_tokenizer
@@ -141,10 +140,8 @@ def main() -> None:
     if asked.table:
         print(tables(json.loads(asked.table.read_text())))
         return
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers", "trl")}
     results: dict[str, Any] = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions,
+        "machine": machine(),
         "model": {**SHAPE, "vocab_size": VOCABULARY},
         "lengths": LENGTHS,
         "runs": [{"lengths": name, "zero": stage, "turns": []} for name in asked.lengths for stage in asked.stages],

@@ -139,9 +139,9 @@ def main() -> None:
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         runs.append(json.loads(printed.splitlines()[-1]))
         print(json.dumps(runs[-1], indent=1), flush=True)
-    from benchmarks.timing import machine
+    from benchmarks.machine import machine
 
-    shown = {"machine": machine("cpu"), "mean_tokens": MEAN_TOKENS, "runs": runs, "exponents": exponents(runs)}
+    shown = {"machine": machine(), "mean_tokens": MEAN_TOKENS, "runs": runs, "exponents": exponents(runs)}
     RESULTS.write_text(json.dumps(shown, indent=1) + "\n")
 
 

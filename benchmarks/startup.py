@@ -167,10 +167,10 @@ def main() -> None:
     if asked.start is not None:
         start(asked.start, heavy=asked.heavy)
         return
-    from benchmarks.timing import machine
+    from benchmarks.machine import machine
 
     found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found |= {"machine": machine("cpu"), "repeats": asked.repeats}
+    found |= {"machine": machine(), "repeats": asked.repeats}
     sections = {"starts": parts_of_a_start, "commands": commands}
     with tempfile.TemporaryDirectory() as name:
         for section, measure in sections.items():

@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import datetime
 import gc
-import importlib.metadata
-import platform
 import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-PACKAGES = [
-    "torch",
-    "triton",
-    "deepspeed",
-    "transformers",
-    "accelerate",
-    "datasets",
-    "trl",
-    "liger-kernel",
-    "cut-cross-entropy",
-    "flash-attn",
-    "numpy",
-]
 # What stops one contestant and says nothing about the others.
 FAILURES = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, AssertionError, OSError)
 
@@ -78,27 +62,3 @@ def peak_bytes(work: Callable[[], object], device: str) -> int | None:
 
 def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:300]}"
-
-
-def machine(device: str) -> dict[str, object]:
-    """What the figures were taken on."""
-    named: dict[str, object] = {
-        "python": platform.python_version(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-    }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        named |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
-        named["capability"] = f"{properties.major}.{properties.minor}"
-        named["cuda"] = torch.version.cuda
-    else:
-        named["cpu"] = platform.processor() or platform.machine()
-    named["versions"] = {name: version for name in PACKAGES if (version := installed(name)) is not None}
-    return named
-
-
-def installed(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
