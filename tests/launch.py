@@ -31,7 +31,7 @@ def environment(**extra: str) -> dict[str, str]:
     here = str(Path(sys.executable).parent)
     return {
         **env,
-        "PATH": f"{here}:{env['PATH']}",
+        "PATH": f"{here}:{ROOT / 'tests' / 'compiler'}:{env['PATH']}",
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
