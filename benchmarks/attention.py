@@ -31,6 +31,7 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.timing import seconds as seconds_between
+from seqaware.config.packages import FLASH_MODULES
 from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
 from seqaware.engine.attention_choice import choose_backend
 from seqaware.errors import ConfigError
@@ -132,7 +133,7 @@ def contestants(problem: Problem, device: str, dtype: torch.dtype) -> tuple[dict
     """Those that run here, and why the others do not."""
     running: dict[str, Attend] = {"per document": problem.ours("sdpa_per_document")}
     absent: dict[str, str] = {}
-    for backend in ("varlen", "flash_attention_2", "flash_attention_3"):
+    for backend in ("varlen", *FLASH_MODULES):
         try:
             choose_backend(backend, device=device, dtype=dtype, head_dim=problem.size.head_dim)
             running[backend] = problem.ours(backend)

@@ -30,10 +30,10 @@ class ModelConfig(Section):
     """Name of the trained model: in its model card, and of the run's folder if output.dir is not written."""
     dtype: DType = "auto"
     """Weights while computing: auto (bfloat16 on GPUs that have it, else float32), float32, bfloat16 or float16."""
-    attention: Literal["auto", "sdpa_per_document", "varlen", "flash_attention_2", "flash_attention_3", "eager"] = (
-        "auto"
-    )
-    """How attention is computed; packed documents never see each other whichever it is."""
+    attention: Literal[
+        "auto", "sdpa_per_document", "varlen", "flash_attention_2", "flash_attention_3", "flash_attention_4", "eager"
+    ] = "auto"
+    """How attention is computed; packed documents never see each other whichever it is. auto leaves version 4 alone."""
     loss_kernel: Literal["fused", "plain"] = "fused"
     """fused never holds the logits of all tokens at once; plain is the reference."""
     activation_checkpointing: CheckpointingPolicy = "none"

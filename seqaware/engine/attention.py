@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from seqaware.config.packages import FLASH_MODULES
 from seqaware.engine.attention_choice import AttentionChoice as AttentionChoice
 from seqaware.engine.attention_choice import choose_backend as choose_backend
 from seqaware.engine.ranks import SequenceGroup
@@ -113,6 +115,9 @@ class AttentionCall:
     softcap: float | None
 
 
+Backend = Callable[[Tensor, Tensor, Tensor, Documents, AttentionCall], Tensor]
+
+
 def _sdpa_per_document(
     q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall
 ) -> Tensor:
@@ -167,11 +172,19 @@ def _band_mask(length: int, window: int | None, device: torch.device) -> Tensor:
 
 def _varlen(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
     if call.dropout > 0:
-        raise ConfigError("varlen attention has no dropout", do="set model.dropout: 0 or model.attention: eager")
-    groups = q_NAD.shape[1] // k_NGD.shape[1]
-    if groups > 1 and not takes_grouped_heads(q_NAD.device, q_NAD.dtype):
-        k_NGD, v_NGD = k_NGD.repeat_interleave(groups, dim=1), v_NGD.repeat_interleave(groups, dim=1)
+        raise _no_dropout("varlen attention")
+    grouped = q_NAD.shape[1] != k_NGD.shape[1]
+    if grouped and not takes_grouped_heads(q_NAD.device, q_NAD.dtype):
+        return _varlen_repeating_heads(q_NAD, k_NGD, v_NGD, documents, call)
     return _varlen_call(q_NAD, k_NGD, v_NGD, documents, call)
+
+
+def _varlen_repeating_heads(
+    q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall
+) -> Tensor:
+    groups = q_NAD.shape[1] // k_NGD.shape[1]
+    k_NAD, v_NAD = k_NGD.repeat_interleave(groups, dim=1), v_NGD.repeat_interleave(groups, dim=1)
+    return _varlen_call(q_NAD, k_NAD, v_NAD, documents, call)
 
 
 def _varlen_call(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
@@ -192,13 +205,21 @@ def varlen_function() -> tuple[Callable[..., Any], frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def try_backend(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+def try_backend(backend: str, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> None:
     """Find out now what the backend can, and not inside the first layer.
 
     A layer that is recomputed in the backward must not do anything at first that it does not do again.
+
+    Raises:
+        ConfigError: flash_attention_4, which is young, fails or gives something else than the loop over documents.
     """
     if backend == "varlen":
         takes_grouped_heads(device, dtype)
+    if backend == "flash_attention_4":
+        # Its kernels work on blocks of up to 192 tokens.
+        wrong = _wrong(BACKENDS[backend], _sdpa_per_document, device, dtype, head_dim=head_dim, lengths=(250, 5, 1))
+        if wrong is not None:
+            raise ConfigError("model.attention: flash_attention_4 does not work here", got=wrong, do="write auto")
 
 
 @cache
@@ -207,37 +228,49 @@ def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
 
     Its kernels do; whether the function in front of them lets such tensors through differs between versions.
     """
+    return _wrong(_varlen_call, _varlen_repeating_heads, device, dtype, head_dim=64, lengths=(5, 3)) is None
+
+
+def _wrong(
+    tried: Backend, known: Backend, device: torch.device, dtype: torch.dtype, *, head_dim: int, lengths: tuple[int, ...]
+) -> str | None:
+    """In what `tried` differs from `known` on a few documents with grouped heads, or fails; None if in nothing."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((8, 4, 64), (8, 2, 64), (8, 2, 64))
+    tokens = sum(lengths)
+    shapes = ((tokens, 4, head_dim), (tokens, 2, head_dim), (tokens, 2, head_dim))
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
-    documents = Documents(torch.tensor([0, 5, 8], dtype=torch.int32, device=device), (5, 3), "varlen")
-    call = AttentionCall(scale=0.125, dropout=0.0, window=None, softcap=None)
+    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    documents = Documents(borders, lengths, "tried")
+    call = AttentionCall(scale=head_dim**-0.5, dropout=0.0, window=None, softcap=None)
+
+    def outcome(backend: Backend) -> tuple[Tensor, ...]:
+        output = backend(q, k, v, documents, call)
+        return output, *torch.autograd.grad(output.float().sum(), (q, k, v))
+
     with torch.enable_grad():
-        wide_k, wide_v = (tensor.repeat_interleave(2, dim=1) for tensor in (k, v))
-        expected = _varlen_call(q, wide_k, wide_v, documents, call)
-        wanted = torch.autograd.grad(expected.float().sum(), (q, k, v))
+        expected = outcome(known)
         try:
-            grouped = _varlen_call(q, k, v, documents, call)
-            found = torch.autograd.grad(grouped.float().sum(), (q, k, v))
-        except (RuntimeError, ValueError):
-            return False
+            found = outcome(tried)
+        except (RuntimeError, ValueError, TypeError, AssertionError, ImportError, AttributeError) as error:
+            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     # Eight roundings of values of a few units: what is wrong is wrong by whole units.
     tolerance = 8 * torch.finfo(dtype).eps
-    pairs = zip((grouped, *found), (expected, *wanted), strict=True)
-    return all(torch.allclose(a.float(), b.float(), rtol=tolerance, atol=8 * tolerance) for a, b in pairs)
+    for name, got, want in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
+        if not torch.allclose(got.float(), want.float(), rtol=tolerance, atol=8 * tolerance):
+            return f"{name} is off by {float((got.detach().float() - want.detach().float()).abs().max()):.3g}"
+    return None
 
 
-def _flash(package: str) -> Callable[..., Tensor]:
+def _flash(module: str) -> Backend:
     def flash(q_NAD: Tensor, k_NGD: Tensor, v_NGD: Tensor, documents: Documents, call: AttentionCall) -> Tensor:
-        function = importlib.import_module(package).flash_attn_varlen_func
-        known = inspect.signature(function).parameters
-        arguments: dict[str, Any] = {
-            "causal": True,
-            "softmax_scale": call.scale,
-            "window_size": (-1 if call.window is None else call.window - 1, 0 if call.window is not None else -1),
-        }
-        if "dropout_p" in known:
+        function = importlib.import_module(module).flash_attn_varlen_func
+        arguments: dict[str, Any] = {"causal": True, "softmax_scale": call.scale}
+        if call.dropout > 0:
+            if "dropout_p" not in inspect.signature(function).parameters:
+                raise _no_dropout(module)
             arguments["dropout_p"] = call.dropout
+        if call.window is not None:
+            arguments["window_size"] = (call.window - 1, 0)
         if call.softcap is not None:
             arguments["softcap"] = call.softcap
         arguments |= dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k"), documents.cu_seqlens)
@@ -249,12 +282,15 @@ def _flash(package: str) -> Callable[..., Tensor]:
     return flash
 
 
-BACKENDS: dict[str, Callable[[Tensor, Tensor, Tensor, Documents, AttentionCall], Tensor]] = {
+def _no_dropout(what: str) -> ConfigError:
+    return ConfigError(f"{what} has no dropout", do="set model.dropout: 0 or model.attention: eager")
+
+
+BACKENDS: dict[str, Backend] = {
     "sdpa_per_document": _sdpa_per_document,
     "eager": _eager,
     "varlen": _varlen,
-    "flash_attention_2": _flash("flash_attn"),
-    "flash_attention_3": _flash("flash_attn_interface"),
+    **{version: _flash(module) for version, module in FLASH_MODULES.items()},
 }
 
 # No mask function is registered beside it: transformers then builds no mask at all for this attention.

@@ -1,7 +1,8 @@
 """Which attention a run uses, and why: the fastest exact one that this machine, dtype and model allow.
 
-flash_attention_3   package flash_attn_interface, on Hopper GPUs
-flash_attention_2   package flash_attn
+flash_attention_4   module flash_attn.cute, on Hopper GPUs and later; only where it is asked for, and then tried first
+flash_attention_3   module flash_attn_interface, on Hopper GPUs
+flash_attention_2   module flash_attn
 varlen              torch.nn.attention.varlen, part of torch
 sdpa_per_document   a loop over the documents, anywhere; on a CPU it beats every mask
 eager               softmax written out: the reference
@@ -10,15 +11,16 @@ eager               softmax written out: the reference
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from seqaware.config.packages import FLASH_MODULES, is_installed
 from seqaware.errors import ConfigError
 
-# All three GPU backends are kernels of Dao's FlashAttention, with these limits.
+# All GPU backends are kernels of Dao's FlashAttention, with these limits.
 _MOST_HEAD_DIM = 256
 _HEAD_DIM_GRANULE = 8
 _AMPERE, _HOPPER = (8, 0), (9, 0)
@@ -98,18 +100,14 @@ def _varlen_obstacle(need: _Need) -> str | None:
     return _import_obstacle("torch.nn.attention.varlen", "varlen_attn")
 
 
-def _flash_2_obstacle(need: _Need) -> str | None:
-    return need.obstacle(at_least=_AMPERE) or _import_obstacle("flash_attn", "flash_attn_varlen_func")
-
-
-def _flash_3_obstacle(need: _Need) -> str | None:
-    return need.obstacle(at_least=_HOPPER) or _import_obstacle("flash_attn_interface", "flash_attn_varlen_func")
+def _flash_obstacle(need: _Need, *, version: str, at_least: tuple[int, int]) -> str | None:
+    return need.obstacle(at_least=at_least) or _import_obstacle(FLASH_MODULES[version], "flash_attn_varlen_func")
 
 
 def _import_obstacle(module: str, function: str) -> str | None:
     """Not only whether it is there: a package that was built for another torch fails when it is imported."""
-    if importlib.util.find_spec(module) is None:
-        return f"needs the package {module.partition('.')[0]}, which is not installed"
+    if not is_installed(module):
+        return f"needs the package {module}, which is not installed"
     try:
         found = hasattr(importlib.import_module(module), function)
     except (ImportError, OSError, RuntimeError) as error:
@@ -123,6 +121,8 @@ def _dotted(capability: tuple[int, int]) -> str:
 
 _OBSTACLES: dict[str, Callable[[_Need], str | None]] = {
     "varlen": _varlen_obstacle,
-    "flash_attention_2": _flash_2_obstacle,
-    "flash_attention_3": _flash_3_obstacle,
+    **{
+        version: partial(_flash_obstacle, version=version, at_least=least)
+        for version, least in zip(FLASH_MODULES, (_AMPERE, _HOPPER, _HOPPER), strict=True)
+    },
 }

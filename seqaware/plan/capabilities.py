@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from seqaware.config.packages import FLASH_MODULES
 from seqaware.config.schema import SCHEMES, Config
 from seqaware.errors import ConfigError
 from seqaware.plan.facts import World
@@ -20,7 +21,7 @@ AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "objective": (*SCHEMES, "own"),
         "loss_kernel": ("fused", "plain"),
-        "attention": ("auto", "sdpa_per_document", "eager", "varlen", "flash_attention_2", "flash_attention_3"),
+        "attention": ("auto", "sdpa_per_document", "eager", "varlen", *FLASH_MODULES),
         "rows": ("packed", "single"),
         "sequence": ("whole", "shared"),
         "adapters": ("none", "lora", "dora", "quantized"),
@@ -57,7 +58,7 @@ class _Rule:
     do: str
 
 
-_GPU_KERNELS = ("varlen", "flash_attention_2", "flash_attention_3")
+_GPU_KERNELS = ("varlen", *FLASH_MODULES)
 _RULES = (
     _Rule(
         ("attention", _GPU_KERNELS),

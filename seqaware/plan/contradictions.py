@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from seqaware.config.packages import FLASH_MODULES, is_installed
 from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.capabilities import choices_of, refusals
@@ -90,7 +90,7 @@ def _of_optimizer(optimizer: OptimizerConfig, zero: Mapping[str, Any], world: Wo
             f"{name} runs on the GPU, and the DeepSpeed config offloads the optimizer to {offloaded}",
             do="write training.optimizer.type: cpu_adam, or take a ds_config without offload_optimizer",
         )
-    if kind == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None:
+    if kind == "adamw_8bit" and not is_installed("bitsandbytes"):
         yield ConfigError(f"{name} needs bitsandbytes, which is not installed", do="pip install bitsandbytes")
     if kind == "cpu_adam" and world.device == "cuda" and not offloaded:
         yield ConfigError(
@@ -126,13 +126,13 @@ def _of_communication(zero: Mapping[str, Any]) -> Iterator[ConfigError]:
 
 def _of_packages(config: Config, world: World) -> Iterator[ConfigError]:
     attention, lora = config.model.attention, config.lora
-    package = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}.get(attention)
-    if package and world.device == "cuda" and importlib.util.find_spec(package) is None:
-        yield ConfigError(f"model.attention {attention} needs {package}, which is not installed", do="write auto")
+    module = FLASH_MODULES.get(attention)
+    if module and world.device == "cuda" and not is_installed(module):
+        yield ConfigError(f"model.attention {attention} needs {module}, which is not installed", do="write auto")
     if lora is None or lora.quantize_base == "none":
         return
     name = f"lora.quantize_base {lora.quantize_base}"
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_installed("bitsandbytes"):
         yield ConfigError(f"{name} needs bitsandbytes, which is not installed", do="pip install bitsandbytes")
     if lora.dora and lora.quantize_base == "int8":
         yield ConfigError(

@@ -7,7 +7,6 @@ line anyway.
 
 from __future__ import annotations
 
-import importlib.util
 import netrc
 import queue
 import threading
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 from seqaware.config.output import LoggingConfig
+from seqaware.config.packages import is_installed
 from seqaware.errors import ConfigError
 from seqaware.masking import masked
 
@@ -63,7 +63,7 @@ def check_trackers(logging: LoggingConfig, environment: Mapping[str, str]) -> No
     """
     for name in logging.trackers:
         module, package = _PACKAGES[name]
-        if importlib.util.find_spec(module) is None:
+        if not is_installed(module):
             raise ConfigError(
                 f"logging.trackers names {name}, whose package is not installed",
                 got=f"no module {module}",

@@ -70,7 +70,7 @@ def build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) -> 
     text_config = model.model.config.get_text_config()
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     choice = choose_backend(config.attention, device=ranks.device.type, dtype=options.dtype, head_dim=head_dim)
-    try_backend(choice.backend, ranks.device, options.dtype)
+    try_backend(choice.backend, ranks.device, options.dtype, head_dim=head_dim)
     say(f"attention   {choice.backend} ({choice.reason})")
     say(f"loss        {_loss_words(config.loss_kernel, ranks.device, options.dtype)}")
     return Engine(plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend)

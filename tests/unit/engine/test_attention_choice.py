@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+from seqaware.config.packages import FLASH_MODULES, is_installed
 from seqaware.engine import attention
 from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
 from seqaware.engine.attention_choice import choose_backend
@@ -147,16 +149,74 @@ def test_a_recomputed_layer_holds_no_trial_of_the_backend(monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError):
         gradients()
     attention.takes_grouped_heads.cache_clear()
-    attention.try_backend("varlen", torch.device("cpu"), torch.float64)
+    attention.try_backend("varlen", torch.device("cpu"), torch.float64, head_dim=8)
     for got, want in zip(gradients(), _outcome("varlen", 2, None)[1:], strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+def _installed(monkeypatch: pytest.MonkeyPatch, version: str, function: Callable[..., Any]) -> None:
+    package = ModuleType(FLASH_MODULES[version])
+    package.flash_attn_varlen_func = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, FLASH_MODULES[version], package)
+
+
+FLASH = {
+    "flash_attention_2": varlen_fakes.flash_attn_varlen_func,
+    "flash_attention_4": varlen_fakes.flash_attn_4_varlen_func,
+}
+
+
 @pytest.mark.parametrize("window", [None, 4])
-def test_flash_attention_gives_what_the_loop_gives(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = ModuleType("flash_attn")
-    package.flash_attn_varlen_func = varlen_fakes.flash_attn_varlen_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", package)
-    ours, expected = _outcome("flash_attention_2", 2, window), _outcome("sdpa_per_document", 2, window)
+@pytest.mark.parametrize("version", FLASH)
+def test_flash_attention_gives_what_the_loop_gives(
+    version: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _installed(monkeypatch, version, FLASH[version])
+    ours, expected = _outcome(version, 2, window), _outcome("sdpa_per_document", 2, window)
     for got, want in zip(ours, expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_dropout_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    _installed(monkeypatch, "flash_attention_4", varlen_fakes.flash_attn_4_varlen_func)
+    tensors, documents = _problem(key_heads=2)
+    call = AttentionCall(scale=0.3, dropout=0.1, window=None, softcap=None)
+    with pytest.raises(ConfigError, match="has no dropout"):
+        BACKENDS["flash_attention_4"](*tensors, documents, call)
+
+
+def test_version_4_is_taken_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, **{"flash_attn.cute": "works"})
+    choose = partial(choose_backend, device="cuda", dtype=BF16, head_dim=64)
+    assert choose("auto", capability=HOPPER).backend == "varlen"
+    assert choose("flash_attention_4", capability=HOPPER).backend == "flash_attention_4"
+    with pytest.raises(ConfigError, match="needs compute capability"):
+        choose("flash_attention_4", capability=AMPERE)
+
+
+def _of_other_documents(*tensors: Tensor, **options: Any) -> tuple[Tensor, None]:
+    whole = torch.tensor([0, tensors[0].shape[0]], dtype=torch.int32)
+    options |= {"cu_seqlens_q": whole, "max_seqlen_q": int(whole[-1])}
+    return varlen_fakes.flash_attn_4_varlen_func(*tensors, **options)
+
+
+def _failing(*tensors: Tensor, **options: Any) -> tuple[Tensor, None]:
+    raise AssertionError("Unsupported compute capability\nand more")
+
+
+@pytest.mark.parametrize(
+    ("function", "said"), [(_of_other_documents, "output is off by"), (_failing, "AssertionError: Unsupported compute")]
+)
+def test_version_4_is_tried_before_it_is_trusted(
+    function: Callable[..., Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trial = partial(attention.try_backend, "flash_attention_4", torch.device("cpu"), torch.float32, head_dim=64)
+    _installed(monkeypatch, "flash_attention_4", varlen_fakes.flash_attn_4_varlen_func)
+    trial()
+    _installed(monkeypatch, "flash_attention_4", function)
+    with pytest.raises(ConfigError, match=f"does not work here; got {said}"):
+        trial()
+
+
+def test_a_module_in_a_package_that_is_not_there_is_not_installed() -> None:
+    assert is_installed("torch.nn") and not is_installed("torch.nowhere") and not is_installed("nowhere.at.all")

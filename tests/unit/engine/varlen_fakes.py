@@ -84,6 +84,28 @@ def torch_2_11_wrong(*tensors: Any, scale: float | None = None, window_size: tup
     return torch_2_11(query, key, value, *rest, scale=scale, window_size=window_size)
 
 
+def flash_attn_4_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None),
+    softcap: float = 0.0,
+) -> tuple[Tensor, None]:
+    """Of flash_attn.cute: other defaults, no dropout, and the log-sum-exp beside the result."""
+    assert qv is None and cu_seqlens_q is not None and max_seqlen_q is not None and softcap == 0.0
+    _checked(cu_seqlens_q, max_seqlen_q)
+    assert causal and softmax_scale is not None and window_size in ((None, None), (3, 0))
+    left = -1 if window_size[0] is None else window_size[0]
+    return banded(q, k, v, cu_seqlens_q, scale=softmax_scale, left=left), None
+
+
 def flash_attn_varlen_func(
     q: Tensor,
     k: Tensor,

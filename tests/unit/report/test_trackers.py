@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import threading
 import time
@@ -122,7 +123,7 @@ def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     check_trackers(LoggingConfig(trackers=("wandb",), wandb_mode="offline"), home)
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password abc\n")
     check_trackers(online, home)
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"whose package is not installed.*pip install mlflow-skinny"):
         check_trackers(LoggingConfig(trackers=("mlflow",)), home)
 
