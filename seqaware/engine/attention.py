@@ -205,6 +205,24 @@ def varlen_function() -> tuple[Callable[..., Any], frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
+def attention_of(model: PreTrainedModel, asked: str, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
+    """The attention that this model runs with: chosen for its heads and dropout, and tried.
+
+    Args:
+        asked: `model.attention`. dtype: of the weights.
+
+    Raises:
+        ConfigError: what was asked for cannot do it here.
+    """
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # Everyone's spelling, and GPT-2's.
+    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0
+    choice = choose_backend(asked, device=device.type, dtype=dtype, head_dim=head_dim, dropout=dropout)
+    try_backend(choice.backend, device, dtype, head_dim=head_dim)
+    return choice
+
+
 def try_backend(backend: str, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> None:
     """Find out now what the backend can, and not inside the first layer.
 

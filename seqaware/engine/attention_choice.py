@@ -37,14 +37,15 @@ class AttentionChoice:
 
 @dataclass(frozen=True)
 class _Need:
-    """What the kernels are to run on: device type, dtype, head size, and the GPU's compute capability, if known."""
+    """What the kernels are to do: device type, dtype, head size, the GPU's compute capability if known, dropout."""
 
     device: str
     dtype: torch.dtype
     head_dim: int
     capability: tuple[int, int] | None
+    dropout: float
 
-    def obstacle(self, *, at_least: tuple[int, int]) -> str | None:
+    def obstacle(self, *, at_least: tuple[int, int], drops: bool = False) -> str | None:
         """What a FlashAttention kernel for GPUs of this capability would not take."""
         if self.device != "cuda":
             return "needs a GPU"
@@ -55,6 +56,8 @@ class _Need:
         if self.head_dim > _MOST_HEAD_DIM or self.head_dim % _HEAD_DIM_GRANULE:
             limits = f"up to {_MOST_HEAD_DIM}, in steps of {_HEAD_DIM_GRANULE}"
             return f"takes heads of {limits}; this model has {self.head_dim}"
+        if self.dropout > 0 and not drops:
+            return f"has no dropout; this model's attention has {self.dropout:g}"
         return None
 
 
@@ -65,19 +68,21 @@ def choose_backend(
     dtype: torch.dtype,
     head_dim: int,
     capability: tuple[int, int] | None = None,
+    dropout: float = 0.0,
 ) -> AttentionChoice:
     """Pick the fastest backend that is exact here, or check the one that was asked for.
 
     Args:
         asked: `auto` or a backend.
         device: cpu or cuda. capability: of the GPU; None asks the current one, if there is one.
+        dropout: of the attention's probabilities.
 
     Raises:
-        ConfigError: the backend that was asked for cannot run on this device, dtype or head size.
+        ConfigError: the backend that was asked for cannot run on this device, dtype or head size, or has no dropout.
     """
     if capability is None and device == "cuda" and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
-    need = _Need(device, dtype, head_dim, capability)
+    need = _Need(device, dtype, head_dim, capability, dropout)
     if asked != "auto":
         obstacle = _OBSTACLES[asked](need) if asked in _OBSTACLES else None
         if obstacle is not None:
@@ -101,7 +106,8 @@ def _varlen_obstacle(need: _Need) -> str | None:
 
 
 def _flash_obstacle(need: _Need, *, version: str, at_least: tuple[int, int]) -> str | None:
-    return need.obstacle(at_least=at_least) or _import_obstacle(FLASH_MODULES[version], "flash_attn_varlen_func")
+    obstacle = need.obstacle(at_least=at_least, drops=version == "flash_attention_2")
+    return obstacle or _import_obstacle(FLASH_MODULES[version], "flash_attn_varlen_func")
 
 
 def _import_obstacle(module: str, function: str) -> str | None:

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from seqaware.engine.address import RankAddress
-from seqaware.engine.attention import choose_backend, try_backend
+from seqaware.engine.attention import attention_of
 from seqaware.engine.engine import Engine
 from seqaware.engine.layers import arrange_layers
 from seqaware.engine.lora import Adapters
@@ -67,10 +67,7 @@ def build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) -> 
         say(f"adapters    on {len(adapters.targets.linear)} layers, {trained}")
     arrange_layers(loaded, config, sharded=plan.zero_stage == 3)
     model = WeightedCausalLM(loaded, loss_kernel=config.loss_kernel, adapters=adapters)
-    text_config = model.model.config.get_text_config()
-    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    choice = choose_backend(config.attention, device=ranks.device.type, dtype=options.dtype, head_dim=head_dim)
-    try_backend(choice.backend, ranks.device, options.dtype, head_dim=head_dim)
+    choice = attention_of(model.model, config.attention, device=ranks.device, dtype=options.dtype)
     say(f"attention   {choice.backend} ({choice.reason})")
     say(f"loss        {_loss_words(config.loss_kernel, ranks.device, options.dtype)}")
     return Engine(plan, ranks=ranks, model=model, weighting=prepared.weighting, attention_backend=choice.backend)

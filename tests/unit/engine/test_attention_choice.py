@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from seqaware.config.packages import FLASH_MODULES, is_installed
 from seqaware.engine import attention
 from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
-from seqaware.engine.attention_choice import choose_backend
+from seqaware.engine.attention_choice import AttentionChoice, choose_backend
 from seqaware.errors import ConfigError
 from tests.unit.engine import varlen_fakes
 
@@ -86,6 +87,18 @@ def test_what_no_gpu_kernel_takes_goes_document_by_document(dtype: torch.dtype, 
     assert choice.backend == "sdpa_per_document" and said in choice.reason
     with pytest.raises(ConfigError, match=said):
         choose_backend("varlen", device="cuda", dtype=dtype, head_dim=head_dim, capability=HOPPER)
+
+
+def test_who_drops_out_is_given_attention_that_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = partial(choose_backend, device="cuda", dtype=BF16, head_dim=64, capability=HOPPER, dropout=0.1)
+    install(monkeypatch, flash_attn_interface="works")
+    choice = choose("auto")
+    assert choice.backend == "sdpa_per_document"
+    assert "flash_attention_3 has no dropout; this model's attention has 0.1" in choice.reason
+    with pytest.raises(ConfigError, match="varlen cannot run here: it has no dropout"):
+        choose("varlen")
+    install(monkeypatch, flash_attn="works")
+    assert choose("auto").backend == "flash_attention_2"
 
 
 def test_a_cpu_says_why() -> None:
@@ -164,6 +177,29 @@ FLASH = {
     "flash_attention_2": varlen_fakes.flash_attn_varlen_func,
     "flash_attention_4": varlen_fakes.flash_attn_4_varlen_func,
 }
+
+
+def test_a_model_is_asked_for_its_heads_and_dropout_and_what_is_chosen_is_tried(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def chosen(backend: str, **need: Any) -> AttentionChoice:
+        asked.append(need)
+        return AttentionChoice("flash_attention_4", backend)
+
+    monkeypatch.setattr(attention, "choose_backend", chosen)
+    monkeypatch.setattr(attention, "try_backend", lambda *tried, **more: asked.append((*tried, more)))
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=48, n_head=3, vocab_size=16, attn_pdrop=0.2))
+    llama = LlamaConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, head_dim=24, vocab_size=16)
+    cpu = torch.device("cpu")
+    for model, head_dim, dropout in ((gpt2, 16, 0.2), (LlamaForCausalLM(llama), 24, 0.0)):
+        assert attention.attention_of(model, "auto", device=cpu, dtype=BF16).backend == "flash_attention_4"
+        assert asked == [
+            {"device": "cpu", "dtype": BF16, "head_dim": head_dim, "dropout": dropout},
+            ("flash_attention_4", cpu, BF16, {"head_dim": head_dim}),
+        ]
+        asked.clear()
 
 
 @pytest.mark.parametrize("window", [None, 4])
