@@ -3,6 +3,7 @@
     python -m benchmarks.gpu                on an H100 or H200; writes results/gpu.json after every item
     python -m benchmarks.gpu --toy          all of it on this CPU at toy size; writes a file only with --out
     python -m benchmarks.gpu --only loss    some of the items
+    python -m benchmarks.gpu --attention flash_attention_4      instead of what auto takes
 
 Every item is a process with a time of its own: what fails or takes too long is named, and costs the others nothing.
 While one has the GPU the next imports what it needs.
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,28 @@ BUDGETS = {
 TOY_BUDGETS = {name: 200 for name in BUDGETS if "8b" not in name}
 
 
-def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any]], None]) -> None:
+@dataclass(frozen=True)
+class Place:
+    """On what an item runs, and where its files lie; with which attention it trains."""
+
+    device: str
+    folder: Path
+    attention: str
+
+    @property
+    def toy(self) -> bool:
+        return self.device == "cpu"
+
+    def arguments(self) -> list[str]:
+        return ["--device", self.device, "--folder", str(self.folder), "--attention", self.attention]
+
+    def budget(self, name: str) -> int:
+        return TOY_BUDGETS[name] if self.toy else BUDGETS[name]
+
+
+def item(name: str, place: Place, found: Callable[[dict[str, Any]], None]) -> None:
     """Run one item in this process; `found` hears each figure as soon as there is one."""
-    toy = device == "cpu"
+    device, toy = place.device, place.toy
     match name.split("-"):
         case ["rates"]:
             found(_rates(device))
@@ -82,35 +102,35 @@ def item(name: str, *, device: str, folder: Path, found: Callable[[dict[str, Any
         case ["train", shape, zero]:
             from benchmarks.gpu_training import ours
 
-            ours(_work(shape, stage=int(zero[-1]), name=name, device=device, folder=folder), found)
+            ours(_work(name, place, shape=shape, stage=int(zero[-1])), found)
         case ["kept"]:
             from benchmarks.gpu_training import kept_of_a_layer
 
-            kept_of_a_layer(_work("1b", stage=1, name=name, device=device, folder=folder), found)
+            kept_of_a_layer(_work(name, place, shape="1b"), found)
         case ["longest", shape]:
-            _longest(_work(shape, stage=1, name=name, device=device, folder=folder), found)
+            _longest(_work(name, place, shape=shape), found)
         case ["loop" | "trl"]:
             from benchmarks import gpu_peers
 
-            work = _work("1b", stage=1, name=name, device=device, folder=folder)
+            work = _work(name, place, shape="1b")
             work = replace(work, rows=work.rows[:1])
             (gpu_peers.trl if name == "trl" else gpu_peers.minimal_loop)(work, found)
 
 
-def _work(shape: str, *, stage: int, name: str, device: str, folder: Path) -> Any:
+def _work(name: str, place: Place, *, shape: str, stage: int = 1) -> Any:
     """An item's work, for which the model lies ready."""
     from benchmarks.gpu_training import MICRO_TOKENS, SHAPES, Work, make_model
 
-    if device == "cpu":
-        work = Work(SHAPES["toy"], stage, (128, 256), device, 1.0, folder)
+    if place.toy:
+        work = Work(SHAPES["toy"], stage, (128, 256), place.device, 1.0, place.folder)
     else:
         # Starting, making or loading the model and tokenising the rows take more than half of an item's time.
         seconds = BUDGETS[name] * 0.25
         # The large model's update takes a second and a half of a hundred: as in a real run, it comes after more tokens.
         passes = 4 if shape == "8b" else 2
-        work = Work(SHAPES[shape], stage, (8192, MICRO_TOKENS), device, seconds, folder, passes)
+        work = Work(SHAPES[shape], stage, (8192, MICRO_TOKENS), place.device, seconds, place.folder, passes)
     make_model(work)
-    return work
+    return replace(work, attention=place.attention)
 
 
 def _rates(device: str) -> dict[str, Any]:
@@ -151,23 +171,23 @@ def _longest(work: Any, found: Callable[[dict[str, Any]], None]) -> None:
         found({"longest_measured": many, "longest_by_extrapolation": int(many + room / slope)})
 
 
-def start_item(name: str, *, device: str, folder: Path) -> subprocess.Popen[bytes]:
+def start_item(name: str, place: Place) -> subprocess.Popen[bytes]:
     """Its process, which imports and then waits for its turn."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--item", name, "--folder", str(folder), "--device", device]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--item", name, *place.arguments()]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path[1:]])}
-    if device == "cpu":
+    if place.toy:
         environment |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     if name == "trl":  # accelerate takes DeepSpeed for one process only if both are told of in the environment
         environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    (folder / f"{name}.jsonl").touch()
-    with (folder / f"{name}.log").open("w") as log:
+    (place.folder / f"{name}.jsonl").touch()
+    with (place.folder / f"{name}.log").open("w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
-def finish_item(name: str, process: subprocess.Popen[bytes], *, device: str, folder: Path) -> dict[str, Any]:
+def finish_item(name: str, process: subprocess.Popen[bytes], place: Place) -> dict[str, Any]:
     """Give it its turn: its figures, and what ended it early."""
-    budget, start = TOY_BUDGETS[name] if device == "cpu" else BUDGETS[name], time.monotonic()
+    folder, budget, start = place.folder, place.budget(name), time.monotonic()
     (folder / f"{name}.turn").touch()
     try:
         code = process.wait(timeout=budget)
@@ -200,24 +220,25 @@ def main() -> int:
         "--toy", action="store_true", help="toy sizes on this CPU; proves nothing but that all of it runs"
     )
     parser.add_argument("--only", nargs="+", choices=list(BUDGETS), default=list(BUDGETS), metavar="ITEM")
+    parser.add_argument("--attention", default="auto", help="model.attention of our runs")
     parser.add_argument("--out", type=Path, help="where the results go; default: results/gpu.json")
     for hidden in ("--item", "--folder", "--device"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.item:
-        return _child(arguments.item, device=arguments.device, folder=Path(arguments.folder))
+        return _child(arguments.item, Place(arguments.device, Path(arguments.folder), arguments.attention))
     device = "cpu" if arguments.toy else "cuda"
     out = arguments.out or (None if arguments.toy else RESULTS)
     results: dict[str, Any] = {"machine": machine(device), "items": {}}
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
         names = [name for name in arguments.only if device == "cuda" or name in TOY_BUDGETS]
-        where: dict[str, Any] = {"device": device, "folder": Path(folder)}
-        coming = start_item(names[0], **where)
+        place = Place(device, Path(folder), arguments.attention)
+        coming = start_item(names[0], place)
         for name, following in zip(names, [*names[1:], None], strict=True):
             process = coming
             if following is not None:
-                coming = start_item(following, **where)
-            results["items"][name] = finish_item(name, process, **where)
+                coming = start_item(following, place)
+            results["items"][name] = finish_item(name, process, place)
             print(name, json.dumps(results["items"][name]), flush=True)
             if out is not None:
                 out.write_text(json.dumps(results, indent=2) + "\n")
@@ -235,20 +256,20 @@ def _imports(name: str) -> None:
         from benchmarks import gpu_peers  # noqa: F401
 
 
-def _child(name: str, *, device: str, folder: Path) -> int:
+def _child(name: str, place: Place) -> int:
     from seqaware.engine.ranks import prepare_environment
 
     prepare_environment()
     _imports(name)
-    while not (folder / f"{name}.turn").exists():
+    while not (place.folder / f"{name}.turn").exists():
         time.sleep(0.05)
 
     def found(figure: dict[str, Any]) -> None:
-        with (folder / f"{name}.jsonl").open("a") as file:
+        with (place.folder / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(figure) + "\n")
 
     try:
-        item(name, device=device, folder=folder, found=found)
+        item(name, place, found)
     except ImportError as error:
         found({"absent": first_line(error)})
     except FAILURES as error:

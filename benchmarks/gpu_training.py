@@ -98,7 +98,7 @@ SHAPES = {
 class Work:
     """What one process measures: a shape, a ZeRO stage, and rows of these lengths; seconds for all of it.
 
-    micro_batches: with MICRO_TOKENS each they make the tokens of a step.
+    micro_batches: with MICRO_TOKENS each they make the tokens of a step. attention: ours, not the peers'.
     """
 
     shape: Shape
@@ -108,6 +108,7 @@ class Work:
     seconds: float
     folder: Path
     micro_batches: int = 2
+    attention: str = "auto"
 
     @property
     def layers(self) -> int:
@@ -175,6 +176,7 @@ def run_files(work: Work, row: int, **model: Any) -> tuple[Path, Path]:
         "model": {
             "base_name": str(work.model),
             "dtype": "bfloat16",
+            "attention": work.attention,
             **model,
         },
         "dataset": {"name": str(make_rows(work, row)), "store_dir": str(work.folder / "stores"), "workers": 1},

@@ -263,8 +263,8 @@ def _measured(results: dict[str, Any]) -> dict[str, Any]:
     """What is measured, where, and with which packages: all that a row depends on."""
     place, packages = results["machine"], ("torch", "deepspeed", "transformers")
     return {
-        "processor": [place[key] for key in ("system", "cpu", "cores", "python")],
-        "packages": [place["versions"].get(package) for package in packages],
+        "processor": [place.get(key) for key in ("system", "cpu", "cores", "python")],
+        "packages": [place.get("versions", {}).get(package) for package in packages],
         "model": results["model"],
         "zero": results["zero"],
     }

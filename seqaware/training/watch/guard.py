@@ -4,11 +4,12 @@ MPICH's mpirun sends them SIGKILL within milliseconds: no rank lives long enough
 guard has a session of its own, so that it is not sent the same, and nothing to do but to wait. It ends with the last
 rank; mpirun waits until nobody holds its standard error any more.
 
-    python -m seqaware.training.watch.guard FOLDER SIZE
+    python -m seqaware.training.watch.guard FOLDER SIZE STARTER
 """
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,30 +31,35 @@ def is_needed(address: RankAddress) -> bool:
     return address.launcher == "mpirun" and address.size > 1
 
 
-def start_guard(address: RankAddress, folder: LaunchFolder) -> None:
-    """Start the guard of this host; one rank of it does."""
-    subprocess.Popen(
-        [sys.executable, "-m", _MODULE, str(folder.path), str(address.size)],
+def start_guard(address: RankAddress, folder: LaunchFolder) -> int:
+    """Start the guard of this host; one rank of it does. Returns its process's number."""
+    return subprocess.Popen(
+        [sys.executable, "-m", _MODULE, str(folder.path), str(address.size), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
-    )
+    ).pid
 
 
-def guard(folder: LaunchFolder, size: int) -> None:
-    """Watch until all ranks of this host have ended; say which was the first, if it ended without a word."""
+def guard(folder: LaunchFolder, *, size: int, starter: int) -> None:
+    """Watch until all ranks of this host have ended; say which was the first, if it ended without a word.
+
+    Args:
+        size: ranks of the launch. starter: the number of the rank's process that started this one.
+    """
     peers = Peers(folder, size=size)
     kills = memory_kills()
     while True:
         peers.look_around(0.0)
         here = peers.here()
-        if any(peer.missed for peer in here):
-            dead = _first_dead(peers)
+        if any(peer.missed for peer in here) and (dead := _first_dead(peers)):
             shared = _shared(dead[0].card)
             if not _somebody_left(peers, size, shared):
                 tell_first(words.of_the_dead(dead, memory_kills=memory_kills() - kills, shared=shared), folder, shared)
             return
-        if not folder.path.exists() or (here and all(peer.life is Life.GONE for peer in here)):
+        over = not folder.path.exists() or (here and all(peer.life is Life.GONE for peer in here))
+        # They could write nothing, and by now may all be gone.
+        if over or (not here and os.getppid() != starter):
             return
         peers.wait(_PERIOD)
 
@@ -65,7 +71,7 @@ def _first_dead(peers: Peers) -> list[Peer]:
     missed = {peer.card.rank: peer for peer in peers.here() if peer.missed}
     unheard = [peer for peer in missed.values() if not peer.awaited]
     in_order = [missed[rank] for rank in peers.gone if rank in missed]
-    return unheard or in_order[:1] or list(missed.values())
+    return sorted(unheard + in_order[:1], key=lambda peer: peer.card.rank) or list(missed.values())
 
 
 def _shared(card: Card) -> Path | None:
@@ -83,8 +89,8 @@ def _somebody_left(peers: Peers, size: int, shared: Path | None) -> bool:
 
 
 def main() -> None:
-    folder, size = sys.argv[1:]
-    guard(LaunchFolder(Path(folder)), int(size))
+    folder, size, starter = sys.argv[1:]
+    guard(LaunchFolder(Path(folder)), size=int(size), starter=int(starter))
 
 
 if __name__ == "__main__":

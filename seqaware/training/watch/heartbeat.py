@@ -19,7 +19,7 @@ from typing import Any
 from seqaware.engine.address import RankAddress
 from seqaware.training.watch.failing import fail
 from seqaware.training.watch.guard import is_needed, start_guard
-from seqaware.training.watch.launch_folder import LaunchFolder, open_launch_folder
+from seqaware.training.watch.launch_folder import LaunchFolder, open_launch_folder, unusable
 from seqaware.training.watch.monitor import Monitor
 from seqaware.training.watch.own_rank import OwnRank
 from seqaware.training.watch.peers import missed_now
@@ -82,7 +82,7 @@ class WatchedHeartbeat(Heartbeat):
         if is_needed(self.own.address):
             self.own.guarded = True
             if self.own.address.local_rank == 0:
-                start_guard(self.own.address, self.own.folder)
+                self.own.guard = start_guard(self.own.address, self.own.folder)
         self._monitor.start()
 
     def phase(self, name: str, step: int | None = None) -> None:
@@ -134,11 +134,14 @@ def start_heartbeat(address: RankAddress, base: Path | None = None, *, host: str
         base: where ranks of one host meet, instead of the folder for temporary files. host: this host's name.
 
     Raises:
-        ConfigError: that folder cannot be used.
+        ConfigError: that folder cannot be used, or another launch is using it.
     """
     keep_screen()
     folder = open_launch_folder(address, base)
-    with folder.take_place(address.rank):
-        heartbeat = WatchedHeartbeat(address, folder, host=host)
+    try:
+        with folder.take_place(address.rank):
+            heartbeat = WatchedHeartbeat(address, folder, host=host)
+    except OSError as error:
+        raise unusable(error) from error
     heartbeat.start()
     return heartbeat

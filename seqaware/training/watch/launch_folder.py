@@ -27,6 +27,8 @@ from seqaware.training.watch.host import HostProcess, Life, above_own_group, hos
 
 TOLD = "told"
 _SECONDS_KEPT = 24 * 3600.0
+# A sibling writes its files in milliseconds. One that is stopped meanwhile is no reason to stand still, unseen.
+_LONGEST_WAIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,20 +62,31 @@ class LaunchFolder:
     def take_place(self, rank: int) -> Iterator[None]:
         """Forget ranks that were here before and are gone, and let `rank` write its own files; one rank at a time.
 
-        torchrun starts its ranks again, and perhaps more of them. Siblings that came before us in this launch are
-        alive; one that is not has ended before anybody could watch it.
+        torchrun starts its ranks again, and perhaps more of them. The first that comes finds nobody alive, and forgets
+        all; whoever is gone while siblings live was of this launch, and what it has told holds.
+
+        Raises:
+            ConfigError: a living process is this rank.
         """
         with (self.path / "starting").open("a") as lock:
-            # Where a file system has no locks, ranks that start within the same moment may be in each other's way.
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            over = [card.rank for card in self.cards() if card.rank == rank or card.process.life() is Life.GONE]
-            for path in (path for each in over for path in self._of_earlier_launch(each)):
-                path.unlink(missing_ok=True)
+            _lock(lock.fileno())
+            cards = self.cards()
+            lively = [card for card in cards if card.process.life() is not Life.GONE]
+            if any(card.rank == rank and card.process != HostProcess.of_myself() for card in lively):
+                what = "another launch of the same parent process has the same port and is running on this host"
+                raise ConfigError(what, got=f"rank {rank} in {self.path}", do="give one of them another master port")
+            if not any(card.rank != rank for card in lively):
+                (self.path / TOLD).unlink(missing_ok=True)
+                self._forget(cards)
+            self._forget([card for card in cards if card.rank == rank])
             yield
 
-    def _of_earlier_launch(self, rank: int) -> tuple[Path, ...]:
-        return self.card(rank), self.dial(rank), self.log(rank), self.path / TOLD
+    def _forget(self, cards: list[Card]) -> None:
+        for card in cards:
+            # Where a file system has no locks, a sibling that starts with us may just have put its own card there.
+            if read_card(self.card(card.rank)) == card:
+                for path in (self.card(card.rank), self.dial(card.rank), self.log(card.rank)):
+                    path.unlink(missing_ok=True)
 
     def keep(self, rank: int) -> None:
         """Show whoever clears old temporary files away that these are in use."""
@@ -94,9 +107,10 @@ def claim(folder: Path, text: str) -> bool:
         descriptor = os.open(folder / TOLD, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
     except FileExistsError:
         return False
-    except FileNotFoundError:
-        return True  # somebody has cleared the folder away, and with it all that was told
-    os.write(descriptor, text.encode(errors="replace"))
+    except OSError:
+        return True  # the folder is gone or cannot be written: told twice is better than not at all
+    with suppress(OSError):  # a full disk
+        os.write(descriptor, text.encode(errors="replace"))
     os.close(descriptor)
     return True
 
@@ -126,9 +140,26 @@ def open_launch_folder(address: RankAddress, base: Path | None = None) -> Launch
         name = f"{host_name()}-{namespace}-{starter.pid}-{starter.started}-{address.master_port}"
         (users / name).mkdir(exist_ok=True)
     except OSError as error:
-        do = "point TMPDIR at a folder of this host that you may write"
-        raise ConfigError("the folder for temporary files cannot be used", got=error, do=do) from error
+        raise unusable(error) from error
     return LaunchFolder(users / name)
+
+
+def unusable(error: OSError) -> ConfigError:
+    """What is told where ranks cannot meet in the folder for temporary files."""
+    do = "point TMPDIR at a folder of this host that you may write"
+    return ConfigError("the folder for temporary files cannot be used", got=error, do=do)
+
+
+def _lock(descriptor: int) -> None:
+    """Be alone until the file is closed, where the file system has locks."""
+    until = time.monotonic() + _LONGEST_WAIT
+    while time.monotonic() < until:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            return
 
 
 def _starter(address: RankAddress) -> HostProcess:

@@ -196,7 +196,9 @@ class Monitor(threading.Thread):
             if peer.card.status == "running" and (peer.life is Life.STOPPED or peer.silent.seconds > _MUTE_SECONDS):
                 peer.card.process.kill()
         for child in children():
-            child.kill()
+            # The guard may be about to tell how the launch ended. It ends by itself.
+            if child.pid != self._own.guard:
+                child.kill()
         self._own.finish_speaking()
         with suppress(OSError):
             if os.isatty(1):

@@ -28,7 +28,8 @@ class OwnRank:
     Attributes:
         shared: the attempt's folder, which ranks on other hosts see too; None before the run's folder is claimed.
         hang_seconds: how long a rank may stand still; None: for ever.
-        guarded: whether a process beside the ranks tells of those that die: see guard.py.
+        guarded: whether a process beside the ranks tells of those that die: see guard.py. guard: the number of that
+            process, where this rank has started it.
         failing: whether the main thread is about to end with an exception: it does not hang.
     """
 
@@ -40,6 +41,7 @@ class OwnRank:
         self.shared: Path | None = None
         self.hang_seconds: float | None = None
         self.guarded = False
+        self.guard: int | None = None
         self.failing = False
         self._lock = Lock()
         self._speaking = Lock()

@@ -147,14 +147,14 @@ class Peers:
         return peer
 
     def _await(self, peer: Peer) -> None:
-        # Where the kernel has no such descriptors, its end is seen at the next look.
-        with suppress(OSError):
+        # Where the kernel has no such descriptors, or this Python was built without them, its end is seen at a look.
+        with suppress(OSError, AttributeError):
             descriptor = os.pidfd_open(peer.card.process.pid)
             if peer.card.process.life() is Life.GONE:
                 os.close(descriptor)
                 return
-            self._watched[descriptor] = peer.card.rank
             self._poll.register(descriptor, select.EPOLLIN)
+            self._watched[descriptor] = peer.card.rank
             peer.awaited = True
 
     def _see(self, peer: Peer, card: Card, *, place: Place, elapsed: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 
 from seqaware.engine.address import RankAddress
 from seqaware.errors import ConfigError
-from seqaware.training.watch import failing, words
+from seqaware.training.watch import failing, launch_folder, monitor, words
 from seqaware.training.watch.card import Card, Stuck, code_of, read_card
 from seqaware.training.watch.dial import NO_STEP, Dial, Place, read_place
+from seqaware.training.watch.guard import guard
 from seqaware.training.watch.hang import Standing, awaited, look_at_main_thread
-from seqaware.training.watch.heartbeat import Heartbeat
+from seqaware.training.watch.heartbeat import Heartbeat, start_heartbeat
 from seqaware.training.watch.host import HostProcess, Life, ending
 from seqaware.training.watch.launch_folder import TOLD, claim, open_launch_folder
 from seqaware.training.watch.monitor import Monitor
@@ -28,6 +30,9 @@ from seqaware.training.watch.peers import Peer, Peers, Stillness, missed_now
 from seqaware.training.watch.rank_log import RankLog, last_lines
 
 HANG = 60.0
+PATIENCE = 20.0
+# A living process that is not this one.
+_SHELL = HostProcess.of(os.getppid())
 FORWARD = Place(beats=9, moves=40, step=17, turn=3, phase="forward")
 BACKWARD = Place(beats=9, moves=41, step=17, turn=4, phase="backward")
 
@@ -254,20 +259,103 @@ def test_launches_of_one_parent_meet_in_folders_of_their_own(tmp_path: Path) -> 
 
 def test_ranks_that_are_gone_before_one_starts_are_forgotten(tmp_path: Path) -> None:
     folder = open_launch_folder(_address(), tmp_path)
-    _card(0, process=HostProcess.of_myself()).write(folder.card(0))
+    _card(0).write(folder.card(0))
     _card(1).write(folder.card(1))
     assert claim(folder.path, "how the launch before ended")
     with folder.take_place(2):
-        assert [card.rank for card in folder.cards()] == [0] and not folder.told()
+        assert folder.cards() == [] and not folder.told()
+
+
+def test_a_rank_that_starts_late_leaves_what_its_launch_has_told(tmp_path: Path) -> None:
+    folder = open_launch_folder(_address(), tmp_path)
+    _card(0, process=_SHELL).write(folder.card(0))
+    _card(1, status="failed").write(folder.card(1))
+    assert claim(folder.path, "rank 1 has failed")
+    with folder.take_place(2):
+        assert [card.rank for card in folder.cards()] == [0, 1] and folder.told()
+
+
+def test_two_launches_do_not_share_a_folder(tmp_path: Path) -> None:
+    folder = open_launch_folder(_address(), tmp_path)
+    _card(0, process=HostProcess.of_myself()).write(folder.card(0))
+    with folder.take_place(0):
+        pass  # the same process once more
+    _card(0, process=_SHELL).write(folder.card(0))
+    with pytest.raises(ConfigError, match="another launch of the same parent process"), folder.take_place(0):
+        pass
+    assert folder.card(0).exists()
+
+
+def test_a_sibling_that_is_stopped_while_it_starts_does_not_hold_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_folder, "_LONGEST_WAIT", 0.2)
+    folder = open_launch_folder(_address(), tmp_path)
+    with folder.take_place(0), folder.take_place(1):
+        pass
+
+
+def test_a_folder_that_cannot_be_written_any_more_is_told(tmp_path: Path) -> None:
+    folder = open_launch_folder(_address(), tmp_path)
+    (folder.path / "starting").mkdir()
+    with pytest.raises(ConfigError, match=r"cannot be used; got .*; point TMPDIR"):
+        start_heartbeat(_address(), tmp_path)
+
+
+def test_a_word_on_a_full_disk_is_told_rather_than_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    assert claim(tmp_path, "one") and not claim(tmp_path, "two")
+    monkeypatch.setattr(os, "open", full)
+    assert claim(tmp_path / "elsewhere", "three")
+
+
+def test_a_rank_that_leaves_ends_its_children_but_not_the_guard_that_may_be_speaking(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = OwnRank(_address(), open_launch_folder(_address(), tmp_path))
+    own.guard = 11
+    ended: list[int] = []
+    monkeypatch.setattr(monitor, "children", lambda: [HostProcess(11, 1), HostProcess(12, 1)])
+    monkeypatch.setattr(HostProcess, "kill", lambda process: ended.append(process.pid))
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code))
+    Monitor(own)._leave(1)
+    assert ended == [12, 1]
+
+
+def test_a_guard_of_ranks_that_can_write_nothing_ends_with_who_started_it(tmp_path: Path) -> None:
+    folder = open_launch_folder(_address(), tmp_path)
+    watching = threading.Thread(target=guard, args=(folder,), kwargs={"size": 2, "starter": -1}, daemon=True)
+    watching.start()
+    watching.join(PATIENCE)
+    assert not watching.is_alive()
+
+
+def test_a_python_without_descriptors_of_processes_sees_the_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    folder = open_launch_folder(_address(), tmp_path)
+    process = subprocess.Popen(["sleep", "60"])
+    _card(1, process=HostProcess.of(process.pid)).write(folder.card(1))
+    peers = Peers(folder, size=2, but=0)
+    peers.look_around(1.0)
+    process.kill()
+    process.wait()
+    peers.look_around(1.0)
+    assert [peer.missed for peer in peers.here()] == [True] and peers.gone == []
 
 
 def test_a_rank_that_starts_keeps_what_its_sibling_has_just_written(tmp_path: Path) -> None:
     """Both find the card of an earlier rank 1, and one of them is that rank by now."""
     folder = open_launch_folder(_address(), tmp_path)
     _card(1).write(folder.card(1))
-    within = threading.Event()
+    asking, within = threading.Event(), threading.Event()
 
     def start() -> None:
+        asking.set()
         with folder.take_place(1):
             within.set()
             OwnRank(replace(_address(), rank=1), folder)
@@ -275,7 +363,7 @@ def test_a_rank_that_starts_keeps_what_its_sibling_has_just_written(tmp_path: Pa
     sibling = threading.Thread(target=start)
     with folder.take_place(0):
         sibling.start()
-        assert not within.wait(0.3)
+        assert asking.wait(PATIENCE) and not within.wait(0.3)
         assert folder.cards() == []
     sibling.join()
     assert [card.rank for card in folder.cards()] == [1] and folder.dial(1).exists() and folder.log(1).exists()

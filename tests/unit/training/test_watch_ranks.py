@@ -325,6 +325,23 @@ def a_guard_that_comes_late_still_names_the_first(tmp_path: Path) -> None:
 
 
 @scenario
+def a_rank_that_nobody_had_met_hides_no_other(tmp_path: Path) -> None:
+    """Rank 2 has come since the guard looked last, and dies after rank 1: which of them was the first is not known."""
+    folder, options = tmp_path / "ranks", _under_mpirun(3)
+    with launch(folder, 3, options=options, only=(0, 1)) as early:
+        _wait_for(lambda: _watched_by_guards(tmp_path) == 2)
+        (guard,) = _guards(tmp_path)
+        os.kill(guard, signal.SIGSTOP)
+        with launch(folder, 3, options=options, only=(2,)) as late:
+            for process in (early.ranks[1], early.ranks[0], late.ranks[0]):
+                process.kill()
+                os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+            os.kill(guard, signal.SIGCONT)
+            _wait_for(lambda: "same command" in early.screen)
+    assert "rank 1 of 3" in early.screen and "rank 2 of 3" in early.screen and "rank 0" not in early.screen
+
+
+@scenario
 def a_launcher_that_ends_all_after_one_that_left_is_no_alarm(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2, options=_under_mpirun(2)) as ranks:
         _wait_for(lambda: _watched_by_guards(tmp_path) == 2)

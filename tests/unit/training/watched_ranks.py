@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,19 +83,20 @@ def launch(
     port: int = 29500,
     options: list[dict[str, object]] | None = None,
     stderr: int | None = None,
+    only: Sequence[int] | None = None,
 ) -> Iterator[Launch]:
     """Start `size` ranks that meet in `folder`; whatever still runs at the end is killed.
 
     Args:
         port: another one makes another launch of the same parent. options: of each rank, see fake_rank.py.
-        stderr: their standard error, instead of a file.
+        stderr: their standard error, instead of a file. only: these of the ranks.
     """
     folder.mkdir(exist_ok=True)
     screen = folder / f"screen-{port}.txt"
     started = Launch(folder, screen)
     each = options or [{} for _ in range(size)]
     with screen.open("a") as file:
-        for rank in range(size):
+        for rank in range(size) if only is None else only:
             arguments = [str(rank), str(size), str(port), str(folder), json.dumps(each[rank])]
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.unit.training.fake_rank", *arguments],
@@ -108,7 +109,7 @@ def launch(
             )
             started.ranks.append(process)
     try:
-        for rank in range(size):
+        for rank in range(len(started.ranks)):
             assert started._answer(rank) == "ready", started.screen
         yield started
     finally:
