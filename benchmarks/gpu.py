@@ -229,7 +229,9 @@ def main() -> int:
         return _child(arguments.item, Place(arguments.device, Path(arguments.folder), arguments.attention))
     device = "cpu" if arguments.toy else "cuda"
     out = arguments.out or (None if arguments.toy else RESULTS)
-    results: dict[str, Any] = {"machine": machine(device), "items": {}}
+    if arguments.attention != "auto" and out == RESULTS:
+        parser.error("--attention: write --out too, for results/gpu.json has the figures of auto")
+    results: dict[str, Any] = {"machine": machine(device), "attention": arguments.attention, "items": {}}
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
         names = [name for name in arguments.only if device == "cuda" or name in TOY_BUDGETS]
         place = Place(device, Path(folder), arguments.attention)

@@ -19,6 +19,11 @@ FLASH_MODULES: Mapping[str, str] = MappingProxyType(
 def is_installed(module: str) -> bool:
     """Whether the module is there; it need not be one that can be imported. Nothing is imported but its packages."""
     try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False  # not even the package around it
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError as error:
+        # Its package is not there; or it is, and lacks what it needs itself.
+        return error.name is None or not f"{module}.".startswith(f"{error.name}.")
+    except Exception:  # noqa: BLE001 what the start of a foreign package may raise
+        return True
+    # A folder of other modules, such as flash_attn where only flash_attn.cute is installed, has no origin.
+    return found is not None and found.origin is not None

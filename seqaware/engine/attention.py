@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import itertools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -25,8 +24,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from seqaware.config.packages import FLASH_MODULES
-from seqaware.engine.attention_choice import AttentionChoice as AttentionChoice
-from seqaware.engine.attention_choice import choose_backend as choose_backend
+from seqaware.engine.attention_trial import Trial
 from seqaware.engine.ranks import SequenceGroup
 from seqaware.engine.sequence_parallel import gather_tokens, scatter_tokens
 from seqaware.errors import ConfigError
@@ -205,78 +203,20 @@ def varlen_function() -> tuple[Callable[..., Any], frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def attention_of(model: PreTrainedModel, asked: str, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
-    """The attention that this model runs with: chosen for its heads and dropout, and tried.
-
-    Args:
-        asked: `model.attention`. dtype: of the weights.
-
-    Raises:
-        ConfigError: what was asked for cannot do it here.
-    """
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # Everyone's spelling, and GPT-2's.
-    dropout = getattr(config, "attention_dropout", None) or getattr(config, "attn_pdrop", None) or 0.0
-    choice = choose_backend(asked, device=device.type, dtype=dtype, head_dim=head_dim, dropout=dropout)
-    try_backend(choice.backend, device, dtype, head_dim=head_dim)
-    return choice
-
-
-def try_backend(backend: str, device: torch.device, dtype: torch.dtype, *, head_dim: int) -> None:
-    """Find out now what the backend can, and not inside the first layer.
-
-    A layer that is recomputed in the backward must not do anything at first that it does not do again.
-
-    Raises:
-        ConfigError: flash_attention_4, which is young, fails or gives something else than the loop over documents.
-    """
-    if backend == "varlen":
-        takes_grouped_heads(device, dtype)
-    if backend == "flash_attention_4":
-        # Its kernels work on blocks of up to 192 tokens.
-        wrong = _wrong(BACKENDS[backend], _sdpa_per_document, device, dtype, head_dim=head_dim, lengths=(250, 5, 1))
-        if wrong is not None:
-            raise ConfigError("model.attention: flash_attention_4 does not work here", got=wrong, do="write auto")
-
-
 @cache
 def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether varlen_attn takes fewer key heads than query heads, forward and backward. Asked by trying.
 
-    Its kernels do; whether the function in front of them lets such tensors through differs between versions.
+    Its kernels do; whether the function in front of them lets such tensors through differs between versions. Ask before
+    the first layer: one that is recomputed in the backward must not do anything at first that it does not do again.
     """
-    return _wrong(_varlen_call, _varlen_repeating_heads, device, dtype, head_dim=64, lengths=(5, 3)) is None
-
-
-def _wrong(
-    tried: Backend, known: Backend, device: torch.device, dtype: torch.dtype, *, head_dim: int, lengths: tuple[int, ...]
-) -> str | None:
-    """In what `tried` differs from `known` on a few documents with grouped heads, or fails; None if in nothing."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = sum(lengths)
-    shapes = ((tokens, 4, head_dim), (tokens, 2, head_dim), (tokens, 2, head_dim))
-    q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
-    borders = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    documents = Documents(borders, lengths, "tried")
-    call = AttentionCall(scale=head_dim**-0.5, dropout=0.0, window=None, softcap=None)
-
-    def outcome(backend: Backend) -> tuple[Tensor, ...]:
-        output = backend(q, k, v, documents, call)
-        return output, *torch.autograd.grad(output.float().sum(), (q, k, v))
-
-    with torch.enable_grad():
-        expected = outcome(known)
-        try:
-            found = outcome(tried)
-        except (RuntimeError, ValueError, TypeError, AssertionError, ImportError, AttributeError) as error:
-            return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    # Eight roundings of values of a few units: what is wrong is wrong by whole units.
-    tolerance = 8 * torch.finfo(dtype).eps
-    for name, got, want in zip(("output", "dq", "dk", "dv"), found, expected, strict=True):
-        if not torch.allclose(got.float(), want.float(), rtol=tolerance, atol=8 * tolerance):
-            return f"{name} is off by {float((got.detach().float() - want.detach().float()).abs().max()):.3g}"
-    return None
+    trial = Trial((4, 2, 64), (5, 3), device, dtype)
+    documents = Documents(trial.borders(), trial.lengths, "varlen")
+    options: dict[str, Any] = {
+        "documents": documents,
+        "call": AttentionCall(scale=0.125, dropout=0.0, window=None, softcap=None),
+    }
+    return trial.difference(partial(_varlen_call, **options), partial(_varlen_repeating_heads, **options)) is None
 
 
 def _flash(module: str) -> Backend:

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from seqaware.config.packages import FLASH_MODULES, is_installed
+from seqaware.engine.attention import BACKENDS, AttentionCall, Documents, takes_grouped_heads
+from seqaware.engine.attention_trial import Trial
 from seqaware.errors import ConfigError
 
 # All GPU backends are kernels of Dao's FlashAttention, with these limits.
@@ -59,6 +62,47 @@ class _Need:
         if self.dropout > 0 and not drops:
             return f"has no dropout; this model's attention has {self.dropout:g}"
         return None
+
+
+def attention_of(model: PreTrainedModel, asked: str, *, device: torch.device, dtype: torch.dtype) -> AttentionChoice:
+    """The attention that this model runs with: chosen for its heads and dropout, and tried.
+
+    Args:
+        asked: `model.attention`. dtype: of the weights.
+
+    Raises:
+        ConfigError: what was asked for cannot do it here; or flash_attention_4, which is young, fails or gives
+            something else than the loop over the documents.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    # Everyone's spelling, GPT-2's, BERT's.
+    spellings = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    dropout = max(getattr(config, spelling, None) or 0.0 for spelling in spellings)
+    choice = choose_backend(asked, device=device.type, dtype=dtype, head_dim=head_dim, dropout=dropout)
+    if choice.backend == "varlen":
+        takes_grouped_heads(device, dtype)
+    if choice.backend == "flash_attention_4":
+        shape = (heads, getattr(config, "num_key_value_heads", None) or heads, head_dim)
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        for window in {None, getattr(config, "sliding_window", None)}:
+            call = AttentionCall(scale=head_dim**-0.5, dropout=0.0, window=window, softcap=softcap)
+            _try_version_4(call, shape=shape, device=device, dtype=dtype)
+    return choice
+
+
+def _try_version_4(
+    call: AttentionCall, *, shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+) -> None:
+    # Longer than a kernel's block; of one token; in between; and longer than a window, if that is not too long.
+    lengths = (250, 1, 5) if call.window is None else (250, 1, 5, min(call.window + 50, 2_000))
+    trial = Trial(shape, lengths, device, dtype)
+    options = {"documents": Documents(trial.borders(), lengths, "flash_attention_4"), "call": call}
+    known = BACKENDS["sdpa_per_document" if call.softcap is None else "eager"]
+    wrong = trial.difference(partial(BACKENDS["flash_attention_4"], **options), partial(known, **options))
+    if wrong is not None:
+        raise ConfigError("model.attention: flash_attention_4 does not work here", got=wrong, do="write auto")
 
 
 def choose_backend(
@@ -116,7 +160,7 @@ def _import_obstacle(module: str, function: str) -> str | None:
         return f"needs the package {module}, which is not installed"
     try:
         found = hasattr(importlib.import_module(module), function)
-    except (ImportError, OSError, RuntimeError) as error:
+    except Exception as error:  # noqa: BLE001 what the start of a foreign package may raise
         return f"is installed but cannot be imported: {str(error).partition(chr(10))[0]}"
     return None if found else f"has no {function} in the version that is installed"
 

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from seqaware.engine.address import RankAddress
-from seqaware.engine.attention import attention_of
+from seqaware.engine.attention_choice import attention_of
 from seqaware.engine.engine import Engine
 from seqaware.engine.layers import arrange_layers
 from seqaware.engine.lora import Adapters

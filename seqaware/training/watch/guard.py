@@ -50,9 +50,11 @@ def guard(folder: LaunchFolder, *, size: int, starter: int) -> None:
     peers = Peers(folder, size=size)
     kills = memory_kills()
     while True:
+        peers.wait(0.0)  # a wait that was interrupted may have heard nothing
+        heard = peers.gone.copy()
         peers.look_around(0.0)
         here = peers.here()
-        if any(peer.missed for peer in here) and (dead := _first_dead(peers)):
+        if any(peer.missed for peer in here) and (dead := _first_dead(peers, heard)):
             shared = _shared(dead[0].card)
             if not _somebody_left(peers, size, shared):
                 tell_first(words.of_the_dead(dead, memory_kills=memory_kills() - kills, shared=shared), folder, shared)
@@ -64,14 +66,20 @@ def guard(folder: LaunchFolder, *, size: int, starter: int) -> None:
         peers.wait(_PERIOD)
 
 
-def _first_dead(peers: Peers) -> list[Peer]:
-    """Whom the launcher has ended the others for. Several, where nobody can say which of them was the first."""
+def _first_dead(peers: Peers, heard: list[int]) -> list[Peer]:
+    """Whom the launcher has ended the others for. Several, where nobody can say which of them was the first.
+
+    Args:
+        heard: the ranks whose end was heard of before the look that found somebody missed.
+    """
+    unheard = any(peer.missed and not peer.awaited for peer in peers.here())
     peers.wait(0.0)
     peers.look_around(0.0)  # some may have ended during the look before
     missed = {peer.card.rank: peer for peer in peers.here() if peer.missed}
-    unheard = [peer for peer in missed.values() if not peer.awaited]
-    in_order = [missed[rank] for rank in peers.gone if rank in missed]
-    return sorted(unheard + in_order[:1], key=lambda peer: peer.card.rank) or list(missed.values())
+    # Who was gone when we met it, in that look, has ended before all that we have heard of since.
+    in_order = [rank for rank in (heard if unheard else peers.gone) if rank in missed]
+    first = [rank for rank, peer in missed.items() if not peer.awaited or rank in in_order[:1]]
+    return [missed[rank] for rank in first or missed]
 
 
 def _shared(card: Card) -> Path | None:

@@ -139,7 +139,7 @@ def start_heartbeat(address: RankAddress, base: Path | None = None, *, host: str
     keep_screen()
     folder = open_launch_folder(address, base)
     try:
-        with folder.take_place(address.rank):
+        with folder.take_place(address.rank, size=address.size):
             heartbeat = WatchedHeartbeat(address, folder, host=host)
     except OSError as error:
         raise unusable(error) from error

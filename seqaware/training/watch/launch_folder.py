@@ -59,26 +59,30 @@ class LaunchFolder:
         return (self.path / TOLD).exists()
 
     @contextmanager
-    def take_place(self, rank: int) -> Iterator[None]:
+    def take_place(self, rank: int, *, size: int) -> Iterator[None]:
         """Forget ranks that were here before and are gone, and let `rank` write its own files; one rank at a time.
 
-        torchrun starts its ranks again, and perhaps more of them. The first that comes finds nobody alive, and forgets
-        all; whoever is gone while siblings live was of this launch, and what it has told holds.
+        torchrun starts its ranks again, and perhaps more or fewer of them. A card of this very rank, or of a launch of
+        another size, is an earlier launch's, and so is what was told. A sibling that is gone while others live, or
+        whose launch has seen none of this rank before, is of this launch, and what it has told holds.
 
         Raises:
-            ConfigError: a living process is this rank.
+            ConfigError: another launch is running in this folder.
         """
         with (self.path / "starting").open("a") as lock:
             _lock(lock.fileno())
             cards = self.cards()
+            mine = [card for card in cards if card.rank == rank]
+            earlier = [card for card in cards if card.rank == rank or card.size != size]
             lively = [card for card in cards if card.process.life() is not Life.GONE]
-            if any(card.rank == rank and card.process != HostProcess.of_myself() for card in lively):
-                what = "another launch of the same parent process has the same port and is running on this host"
-                raise ConfigError(what, got=f"rank {rank} in {self.path}", do="give one of them another master port")
-            if not any(card.rank != rank for card in lively):
+            for card in earlier:
+                if card in lively and card.process != HostProcess.of_myself():
+                    what = "another launch of the same parent process has the same port and is running on this host"
+                    raise ConfigError(what, got=f"{card.name()}, in {self.path}", do="give one another master port")
+            if earlier:
                 (self.path / TOLD).unlink(missing_ok=True)
-                self._forget(cards)
-            self._forget([card for card in cards if card.rank == rank])
+            alone = all(card.rank == rank for card in lively)
+            self._forget(cards if mine and alone else earlier)
             yield
 
     def _forget(self, cards: list[Card]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seqaware.engine.attention import Documents, choose_backend, standard_attention
+from seqaware.engine.attention import Documents, standard_attention
+from seqaware.engine.attention_choice import choose_backend
 from seqaware.errors import ConfigError
 from tests.unit.engine.models import FAMILIES, VOCABULARY, tiny
 

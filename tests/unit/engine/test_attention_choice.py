@@ -7,6 +7,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,12 +15,20 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BioGptConfig,
+    BioGptForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from seqaware.config.packages import FLASH_MODULES, is_installed
-from seqaware.engine import attention
+from seqaware.engine import attention, attention_choice
 from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
-from seqaware.engine.attention_choice import AttentionChoice, choose_backend
+from seqaware.engine.attention_choice import AttentionChoice, attention_of, choose_backend
+from seqaware.engine.attention_trial import Trial
 from seqaware.errors import ConfigError
 from tests.unit.engine import varlen_fakes
 
@@ -162,7 +171,7 @@ def test_a_recomputed_layer_holds_no_trial_of_the_backend(monkeypatch: pytest.Mo
     with pytest.raises(CheckpointError):
         gradients()
     attention.takes_grouped_heads.cache_clear()
-    attention.try_backend("varlen", torch.device("cpu"), torch.float64, head_dim=8)
+    attention.takes_grouped_heads(torch.device("cpu"), torch.float64)
     for got, want in zip(gradients(), _outcome("varlen", 2, None)[1:], strict=True):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
@@ -179,27 +188,43 @@ FLASH = {
 }
 
 
-def test_a_model_is_asked_for_its_heads_and_dropout_and_what_is_chosen_is_tried(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    asked: list[Any] = []
+CPU = torch.device("cpu")
 
-    def chosen(backend: str, **need: Any) -> AttentionChoice:
+
+def _model(**changes: Any) -> LlamaForCausalLM:
+    sizes = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 8, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, head_dim=24, vocab_size=16, intermediate_size=16, **changes))
+
+
+def _chosen(monkeypatch: pytest.MonkeyPatch, backend: str) -> list[dict[str, Any]]:
+    """What the choice is asked; it takes this backend, though this is a CPU."""
+    asked: list[dict[str, Any]] = []
+
+    def choose(name: str, **need: Any) -> AttentionChoice:
         asked.append(need)
-        return AttentionChoice("flash_attention_4", backend)
+        return AttentionChoice(backend, name)
 
-    monkeypatch.setattr(attention, "choose_backend", chosen)
-    monkeypatch.setattr(attention, "try_backend", lambda *tried, **more: asked.append((*tried, more)))
+    monkeypatch.setattr(attention_choice, "choose_backend", choose)
+    return asked
+
+
+def test_a_model_is_asked_for_its_heads_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = _chosen(monkeypatch, "sdpa_per_document")
     gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=48, n_head=3, vocab_size=16, attn_pdrop=0.2))
-    llama = LlamaConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=2, head_dim=24, vocab_size=16)
-    cpu = torch.device("cpu")
-    for model, head_dim, dropout in ((gpt2, 16, 0.2), (LlamaForCausalLM(llama), 24, 0.0)):
-        assert attention.attention_of(model, "auto", device=cpu, dtype=BF16).backend == "flash_attention_4"
-        assert asked == [
-            {"device": "cpu", "dtype": BF16, "head_dim": head_dim, "dropout": dropout},
-            ("flash_attention_4", cpu, BF16, {"head_dim": head_dim}),
-        ]
-        asked.clear()
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 8}
+    biogpt = BioGptForCausalLM(BioGptConfig(vocab_size=16, attention_probs_dropout_prob=0.3, **sizes))
+    for model in (gpt2, biogpt, _model()):
+        attention_of(model, "auto", device=CPU, dtype=BF16)
+    assert [(need["head_dim"], need["dropout"]) for need in asked] == [(16, 0.2), (8, 0.3), (24, 0.0)]
+
+
+def test_varlen_is_asked_for_grouped_heads_before_the_first_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_fakes.torch_2_13)
+    _chosen(monkeypatch, "varlen")
+    attention_of(_model(), "auto", device=CPU, dtype=torch.float32)
+    assert attention.takes_grouped_heads.cache_info().misses == 1
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -230,29 +255,76 @@ def test_version_4_is_taken_only_where_it_is_asked_for(monkeypatch: pytest.Monke
         choose("flash_attention_4", capability=AMPERE)
 
 
-def _of_other_documents(*tensors: Tensor, **options: Any) -> tuple[Tensor, None]:
-    whole = torch.tensor([0, tensors[0].shape[0]], dtype=torch.int32)
-    options |= {"cu_seqlens_q": whole, "max_seqlen_q": int(whole[-1])}
-    return varlen_fakes.flash_attn_4_varlen_func(*tensors, **options)
+def _seeing_the_next(*tensors: Tensor, **options: Any) -> tuple[Tensor, None]:
+    """Later tokens of a document see one that comes after them."""
+    q, k, v = tensors
+    output, _ = varlen_fakes.flash_attn_4_varlen_func(q, k, v, **options)
+    later = torch.arange(q.shape[0]) % 250 > 128
+    leak = v.roll(-1, 0).repeat_interleave(q.shape[1] // v.shape[1], dim=1) / 250
+    return torch.where(later[:, None, None], output + leak, output), None
+
+
+def _without_windows(*tensors: Tensor, **options: Any) -> tuple[Tensor, None]:
+    return varlen_fakes.flash_attn_4_varlen_func(*tensors, **{**options, "window_size": (None, None)})
+
+
+class CompilerError(Exception):
+    """As kernels that are compiled as they are called raise it."""
 
 
 def _failing(*tensors: Tensor, **options: Any) -> tuple[Tensor, None]:
-    raise AssertionError("Unsupported compute capability\nand more")
+    raise CompilerError("Unsupported compute capability\nand more")
 
 
 @pytest.mark.parametrize(
-    ("function", "said"), [(_of_other_documents, "output is off by"), (_failing, "AssertionError: Unsupported compute")]
+    ("function", "said"),
+    [
+        (_seeing_the_next, "output is off by"),
+        (_without_windows, "output is off by"),
+        (_failing, "CompilerError: Unsupported compute"),
+    ],
 )
 def test_version_4_is_tried_before_it_is_trusted(
     function: Callable[..., Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial = partial(attention.try_backend, "flash_attention_4", torch.device("cpu"), torch.float32, head_dim=64)
+    _chosen(monkeypatch, "flash_attention_4")
+    model = _model()
+    model.config.sliding_window = 4
+    trial = partial(attention_of, model, "flash_attention_4", device=CPU, dtype=torch.float32)
     _installed(monkeypatch, "flash_attention_4", varlen_fakes.flash_attn_4_varlen_func)
-    trial()
+    assert trial().backend == "flash_attention_4"
     _installed(monkeypatch, "flash_attention_4", function)
     with pytest.raises(ConfigError, match=f"does not work here; got {said}"):
         trial()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_right_kernels_pass_the_trial_in_any_dtype(dtype: torch.dtype, head_dim: int) -> None:
+    trial = Trial((4, 2, head_dim), (250, 1, 5), CPU, dtype)
+    call = AttentionCall(scale=head_dim**-0.5, dropout=0.0, window=None, softcap=None)
+    options: dict[str, Any] = {"documents": Documents(trial.borders(), trial.lengths, "eager"), "call": call}
+    ways = (partial(BACKENDS[name], **options) for name in ("eager", "sdpa_per_document"))
+    assert trial.difference(*ways) is None
+
+
 def test_a_module_in_a_package_that_is_not_there_is_not_installed() -> None:
     assert is_installed("torch.nn") and not is_installed("torch.nowhere") and not is_installed("nowhere.at.all")
+
+
+@pytest.mark.parametrize("line", ["import einops_of_another_year", "raise OSError('undefined symbol')"])
+def test_a_package_that_is_broken_is_told_as_such(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    choose = partial(choose_backend, device="cuda", dtype=BF16, head_dim=64, capability=HOPPER)
+    with pytest.raises(ConfigError, match="needs the package flash_attn, which is not installed"):
+        choose("flash_attention_2")  # a folder around version 4 is no version 2
+    with pytest.raises(ConfigError, match="has no flash_attn_varlen_func"):
+        choose("flash_attention_4")
+    for name in ("flash_attn", "flash_attn.cute"):
+        sys.modules.pop(name)
+    importlib.invalidate_caches()
+    (tmp_path / "flash_attn" / "__init__.py").write_text(line)
+    with pytest.raises(ConfigError, match="is installed but cannot be imported"):
+        choose("flash_attention_4")

@@ -257,33 +257,41 @@ def test_launches_of_one_parent_meet_in_folders_of_their_own(tmp_path: Path) -> 
     assert first.parent.stat().st_mode & 0o777 == 0o700
 
 
-def test_ranks_that_are_gone_before_one_starts_are_forgotten(tmp_path: Path) -> None:
-    folder = open_launch_folder(_address(), tmp_path)
-    _card(0).write(folder.card(0))
-    _card(1).write(folder.card(1))
-    assert claim(folder.path, "how the launch before ended")
-    with folder.take_place(2):
-        assert folder.cards() == [] and not folder.told()
+# Cards that are there: (rank, size, whether its process lives); what a rank of 3 then finds, and whether it was told.
+_STARTS = {
+    "all start again": ([(0, 3, False), (1, 3, False), (2, 3, False)], 1, [], False),
+    "fewer than before": ([(0, 4, False), (1, 4, False), (3, 4, False)], 2, [], False),
+    "more than before": ([(0, 2, False), (1, 2, False)], 2, [], False),
+    "one starts again beside those that live": ([(0, 3, True), (1, 3, False), (2, 3, False)], 1, [0, 2], False),
+    "a sibling has failed while another lives": ([(0, 3, True), (1, 3, False)], 2, [0, 1], True),
+    "the only sibling so far has failed": ([(0, 3, False)], 2, [0], True),
+}
 
 
-def test_a_rank_that_starts_late_leaves_what_its_launch_has_told(tmp_path: Path) -> None:
-    folder = open_launch_folder(_address(), tmp_path)
-    _card(0, process=_SHELL).write(folder.card(0))
-    _card(1, status="failed").write(folder.card(1))
-    assert claim(folder.path, "rank 1 has failed")
-    with folder.take_place(2):
-        assert [card.rank for card in folder.cards()] == [0, 1] and folder.told()
+@pytest.mark.parametrize("name", _STARTS)
+def test_a_rank_forgets_earlier_launches_and_nothing_of_its_own(tmp_path: Path, name: str) -> None:
+    cards, rank, left, told = _STARTS[name]
+    folder = open_launch_folder(_address(3), tmp_path)
+    for each, size, lives in cards:
+        _card(each, size=size, **({"process": _SHELL} if lives else {})).write(folder.card(each))
+        folder.dial(each).touch()
+    assert claim(folder.path, "how it ended")
+    with folder.take_place(rank, size=3):
+        assert [card.rank for card in folder.cards()] == left and folder.told() == told
+        assert all(folder.dial(each).exists() == (each in left) for each, *_ in cards)
 
 
-def test_two_launches_do_not_share_a_folder(tmp_path: Path) -> None:
-    folder = open_launch_folder(_address(), tmp_path)
-    _card(0, process=HostProcess.of_myself()).write(folder.card(0))
-    with folder.take_place(0):
+@pytest.mark.parametrize(("card", "rank"), [((0, 3), 0), ((0, 2), 2)])
+def test_two_launches_do_not_share_a_folder(tmp_path: Path, card: tuple[int, int], rank: int) -> None:
+    folder = open_launch_folder(_address(3), tmp_path)
+    number, size = card
+    _card(number, size=size, process=HostProcess.of_myself()).write(folder.card(number))
+    with folder.take_place(rank, size=3):
         pass  # the same process once more
-    _card(0, process=_SHELL).write(folder.card(0))
-    with pytest.raises(ConfigError, match="another launch of the same parent process"), folder.take_place(0):
+    _card(number, size=size, process=_SHELL).write(folder.card(number))
+    with pytest.raises(ConfigError, match="another launch of the same parent"), folder.take_place(rank, size=3):
         pass
-    assert folder.card(0).exists()
+    assert folder.card(number).exists()
 
 
 def test_a_sibling_that_is_stopped_while_it_starts_does_not_hold_the_others(
@@ -291,7 +299,7 @@ def test_a_sibling_that_is_stopped_while_it_starts_does_not_hold_the_others(
 ) -> None:
     monkeypatch.setattr(launch_folder, "_LONGEST_WAIT", 0.2)
     folder = open_launch_folder(_address(), tmp_path)
-    with folder.take_place(0), folder.take_place(1):
+    with folder.take_place(0, size=2), folder.take_place(1, size=2):
         pass
 
 
@@ -356,12 +364,12 @@ def test_a_rank_that_starts_keeps_what_its_sibling_has_just_written(tmp_path: Pa
 
     def start() -> None:
         asking.set()
-        with folder.take_place(1):
+        with folder.take_place(1, size=2):
             within.set()
             OwnRank(replace(_address(), rank=1), folder)
 
     sibling = threading.Thread(target=start)
-    with folder.take_place(0):
+    with folder.take_place(0, size=2):
         sibling.start()
         assert asking.wait(PATIENCE) and not within.wait(0.3)
         assert folder.cards() == []
