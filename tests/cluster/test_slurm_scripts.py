@@ -40,7 +40,7 @@ exec "$@"
 _TWO_RANKS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 _ONE_CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
 _LISTEN = (
-    "((attempt == 0)) || exit 0; trap 'touch heard-$SLURM_JOB_ID-$SLURM_PROCID; exit 85' USR2 TERM; "
+    "((attempt == 0)) || exit 0; trap ': > heard-$SLURM_JOB_ID-$SLURM_PROCID; exit 85' USR2 TERM; "
     "touch listening-$SLURM_JOB_ID-$SLURM_PROCID; sleep 60 & wait"
 )
 
