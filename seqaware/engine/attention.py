@@ -211,12 +211,14 @@ def takes_grouped_heads(device: torch.device, dtype: torch.dtype) -> bool:
     the first layer: one that is recomputed in the backward must not do anything at first that it does not do again.
     """
     trial = Trial((4, 2, 64), (5, 3), device, dtype)
-    documents = Documents(trial.borders(), trial.lengths, "varlen")
-    options: dict[str, Any] = {
-        "documents": documents,
-        "call": AttentionCall(scale=0.125, dropout=0.0, window=None, softcap=None),
-    }
-    return trial.difference(partial(_varlen_call, **options), partial(_varlen_repeating_heads, **options)) is None
+    call = AttentionCall(scale=0.125, dropout=0.0, window=None, softcap=None)
+    return difference(_varlen_call, _varlen_repeating_heads, trial=trial, call=call) is None
+
+
+def difference(tried: Backend, known: Backend, *, trial: Trial, call: AttentionCall) -> str | None:
+    """In what a backend differs from one that is known to be right on the trial's documents; None if in nothing."""
+    options: dict[str, Any] = {"documents": Documents(trial.borders(), trial.lengths, "tried"), "call": call}
+    return trial.difference(partial(tried, **options), partial(known, **options))
 
 
 def _flash(module: str) -> Backend:

@@ -19,7 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from seqaware.config.packages import FLASH_MODULES, is_installed
-from seqaware.engine.attention import BACKENDS, AttentionCall, Documents, takes_grouped_heads
+from seqaware.engine.attention import BACKENDS, AttentionCall, difference, takes_grouped_heads
 from seqaware.engine.attention_trial import Trial
 from seqaware.errors import ConfigError
 
@@ -97,10 +97,9 @@ def _try_version_4(
 ) -> None:
     # Longer than a kernel's block; of one token; in between; and longer than a window, if that is not too long.
     lengths = (250, 1, 5) if call.window is None else (250, 1, 5, min(call.window + 50, 2_000))
-    trial = Trial(shape, lengths, device, dtype)
-    options = {"documents": Documents(trial.borders(), lengths, "flash_attention_4"), "call": call}
     known = BACKENDS["sdpa_per_document" if call.softcap is None else "eager"]
-    wrong = trial.difference(partial(BACKENDS["flash_attention_4"], **options), partial(known, **options))
+    trial = Trial(shape, lengths, device, dtype)
+    wrong = difference(BACKENDS["flash_attention_4"], known, trial=trial, call=call)
     if wrong is not None:
         raise ConfigError("model.attention: flash_attention_4 does not work here", got=wrong, do="write auto")
 

@@ -303,9 +303,7 @@ def test_version_4_is_tried_before_it_is_trusted(
 def test_right_kernels_pass_the_trial_in_any_dtype(dtype: torch.dtype, head_dim: int) -> None:
     trial = Trial((4, 2, head_dim), (250, 1, 5), CPU, dtype)
     call = AttentionCall(scale=head_dim**-0.5, dropout=0.0, window=None, softcap=None)
-    options: dict[str, Any] = {"documents": Documents(trial.borders(), trial.lengths, "eager"), "call": call}
-    ways = (partial(BACKENDS[name], **options) for name in ("eager", "sdpa_per_document"))
-    assert trial.difference(*ways) is None
+    assert attention.difference(BACKENDS["eager"], BACKENDS["sdpa_per_document"], trial=trial, call=call) is None
 
 
 def test_a_module_in_a_package_that_is_not_there_is_not_installed() -> None:

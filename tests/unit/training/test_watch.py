@@ -28,9 +28,9 @@ from seqaware.training.watch.monitor import Monitor
 from seqaware.training.watch.own_rank import OwnRank
 from seqaware.training.watch.peers import Peer, Peers, Stillness, missed_now
 from seqaware.training.watch.rank_log import RankLog, last_lines
+from tests.unit.training.watched_ranks import PATIENCE
 
 HANG = 60.0
-PATIENCE = 20.0
 # A living process that is not this one.
 _SHELL = HostProcess.of(os.getppid())
 FORWARD = Place(beats=9, moves=40, step=17, turn=3, phase="forward")
