@@ -15,7 +15,8 @@ While one has the GPU the next imports what it needs.
                32k tokens (gpu_training.py says how MFU is counted). One GPU cannot hold the optimizer's states of 8
                billion weights; that shape is measured with as many of its 32 layers as fit, and their number is told
 - kept         what activation checkpointing costs and saves on the 1B shape, nothing compiled
-- longest-…    memory of one document of 32k, 64k, … tokens, and the length at which this GPU would be full
+- longest-…    time and memory of one document of 32k, 64k, … tokens beside the plan's, and the length at which
+               this GPU would be full (gpu_longest.py)
 - loop, trl    a minimal DeepSpeed loop and TRL's trainer on the same model and texts, rows of 8k
 """
 
@@ -51,10 +52,10 @@ BUDGETS = {
     "train-1b-zero3": 40,
     "loop": 32,
     "trl": 32,
-    "longest-1b": 32,
+    "longest-1b": 30,
     "kept": 48,
     "attention": 34,
-    "longest-8b": 32,
+    "longest-8b": 42,
 }
 # At toy size both shapes are one.
 TOY_BUDGETS = {name: 200 for name in BUDGETS if "8b" not in name}
@@ -81,7 +82,7 @@ class Place:
 
 def item(name: str, place: Place, found: Callable[[dict[str, Any]], None]) -> None:
     """Run one item in this process; `found` hears each figure as soon as there is one."""
-    device, toy = place.device, place.toy
+    device, toy, begun = place.device, place.toy, time.monotonic()
     match name.split("-"):
         case ["rates"]:
             found(_rates(device))
@@ -108,7 +109,9 @@ def item(name: str, place: Place, found: Callable[[dict[str, Any]], None]) -> No
 
             kept_of_a_layer(_work(name, place, shape="1b"), found)
         case ["longest", shape]:
-            _longest(_work(name, place, shape=shape), found)
+            from benchmarks.gpu_longest import longest
+
+            longest(_work(name, place, shape=shape), found, until=begun + 0.9 * place.budget(name))
         case ["loop" | "trl"]:
             from benchmarks import gpu_peers
 
@@ -145,30 +148,6 @@ def _rates(device: str) -> dict[str, Any]:
     product = min(seconds(lambda: torch.mm(a, b), device) for _ in range(10))
     copy = min(seconds(lambda: target.copy_(source), device) for _ in range(10))
     return {"teraflops": 2 * size**3 / product / 1e12, "copied_bytes_per_second": 2 * source.nbytes / copy}
-
-
-def _longest(work: Any, found: Callable[[dict[str, Any]], None]) -> None:
-    """Peaks of one document of doubling length, while the time lasts; memory grows with a straight line."""
-    import torch
-
-    from benchmarks.gpu_training import step_over_one_document
-
-    step, until = step_over_one_document(work), time.monotonic() + work.seconds
-    points: list[tuple[int, int]] = []
-    tokens = work.rows[-1]
-    while time.monotonic() < until and len(points) < (2 if work.device == "cpu" else 6):
-        try:
-            points.append((tokens, step(tokens)))
-        except torch.OutOfMemoryError as error:
-            found({"tokens": tokens, "failed": first_line(error)})
-            break
-        found({"tokens": tokens, "peak_bytes": points[-1][1]})
-        tokens *= 2
-    if work.device == "cuda" and len(points) > 1:
-        (few, low), (many, high) = points[-2:]
-        slope = (high - low) / (many - few)
-        room = 0.95 * torch.cuda.get_device_properties(0).total_memory - high
-        found({"longest_measured": many, "longest_by_extrapolation": int(many + room / slope)})
 
 
 def start_item(name: str, place: Place) -> subprocess.Popen[bytes]:

@@ -18,7 +18,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from seqaware.plan.hardware import DEVICES
+from seqaware.plan.hardware import DEVICES, Device
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "demo" / "tokenizer"
@@ -130,11 +130,19 @@ class Work:
         return max(self.rows)
 
 
+def plan_device(device: str) -> Device:
+    """What the plan reckons with for this GPU, with the memory that torch reports; a CPU is taken for an H100."""
+    if device == "cpu":
+        return DEVICES["h100"]
+    card = torch.cuda.get_device_properties(0)
+    known = next((each for key, each in DEVICES.items() if key in card.name.lower()), DEVICES["h100"])
+    return replace(known, memory=card.total_memory)
+
+
 def peak_flops(device: str) -> float:
     """Dense bfloat16 of the vendor's sheet; of a CPU what a product reaches here."""
     if device == "cuda":
-        name = torch.cuda.get_device_name(0).lower()
-        return next((each.narrow_flops for key, each in DEVICES.items() if key in name), DEVICES["h100"].narrow_flops)
+        return plan_device(device).narrow_flops
     a = torch.randn(512, 512)
     start = time.perf_counter()
     torch.mm(a, a)
@@ -210,10 +218,10 @@ def measured(work: Work, row: int, *, batches: Iterator[list[Any]], step: Step, 
     if work.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for index, micro_batches in enumerate(batches):
-        _synchronize(work.device)
+        synchronize(work.device)
         start = time.perf_counter()
         step(micro_batches)
-        _synchronize(work.device)
+        synchronize(work.device)
         seconds = time.perf_counter() - start
         if index >= WARM_UP:
             lengths = [length for batch in micro_batches for length in _documents_of(batch)]
@@ -239,7 +247,7 @@ def _documents_of(batch: Any) -> list[int]:
     return lengths[:-1] if sum(lengths) > batch.tokens else lengths
 
 
-def _synchronize(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -290,46 +298,3 @@ def kept_of_a_layer(work: Work, found: Found) -> None:
         found({"activation_checkpointing": policy, **measured(work, row, batches=batches, step=step, until=until)})
         del engine, step
         gc.collect()
-
-
-def step_over_one_document(work: Work) -> Callable[[int], int]:
-    """A training step over one document of so many tokens, with every way of saving activations; bytes at its peak."""
-    from seqaware.data.batch import Batch
-    from seqaware.engine.ranks import connect, find_address
-    from seqaware.training.assembly import build_engine
-
-    prepared, _ = batches_of(work, work.rows[0], activation_checkpointing="full", mlp_tile_tokens=4096)
-    engine = build_engine(prepared, str(work.model), ranks=connect(find_address()), say=lambda text: None)
-
-    def batch(tokens: int) -> Batch:
-        places = torch.arange(tokens).unsqueeze(0)
-        ids = torch.randint(0, work.shape.vocabulary, (1, tokens))
-        labels = torch.cat((ids[:, 1:], torch.full((1, 1), -100)), dim=1)
-        k = torch.where(labels >= 0, places + 1, 0).int()
-        borders = torch.tensor([0, tokens])
-        return Batch(
-            input_ids=ids,
-            position_ids=places,
-            labels=labels,
-            k=k,
-            length=torch.where(k > 0, tokens - 1, 0).int(),
-            token_weight=None,
-            cu_seqlens=borders.int(),
-            sequence_offsets=borders,
-            loss_rows=torch.arange(tokens - 1),
-            lengths=(tokens,),
-            sequences=1,
-            tokens=tokens,
-            supervised_tokens=tokens - 1,
-            document_names=("one",),
-        )
-
-    def step(tokens: int) -> int:
-        if work.device == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        engine.train_step([batch(tokens)], learning_rate=1e-5)
-        _synchronize(work.device)
-        return torch.cuda.max_memory_allocated() if work.device == "cuda" else 0
-
-    return step

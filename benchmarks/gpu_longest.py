@@ -1,0 +1,113 @@
+"""The longest document that one GPU can train on, for gpu.py.
+
+A step over one document is measured at doubling lengths, with every way of saving activations that stays on the GPU.
+Beside each stands what `seqaware plan` reckons for it, and at the end the length at which the GPU would be full: by the
+line through the two longest that were measured, with 5 % left to the allocator, and by the plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from benchmarks.gpu_training import Found, Work, batches_of, plan_device, run_files, synchronize
+from benchmarks.timing import first_line
+from seqaware.config.load import load_config
+from seqaware.data.batch import Batch
+from seqaware.engine.ranks import connect, find_address
+from seqaware.plan.hardware import Device
+from seqaware.plan.layout import Layout, layout_of
+from seqaware.plan.memory import memory
+from seqaware.plan.search import largest_micro_batch
+from seqaware.plan.throughput import step_time
+from seqaware.training.assembly import build_engine
+from seqaware.training.dry_run import plan_without_torch
+
+SAVING = {"activation_checkpointing": "full", "mlp_tile_tokens": 4096}
+
+
+def longest(work: Work, found: Found, *, until: float) -> None:
+    """Steps over one document of doubling length, as long as the next one would end by then (by time.monotonic).
+
+    A short one comes first and is not told of: in it kernels are compiled and the optimizer's states made. Twice the
+    tokens take at most four times as long.
+    """
+    layout, device = planned(work), plan_device(work.device)
+    step, tokens, spent = step_over_one_document(work), max(work.rows), 0.0
+    step(min(work.rows))
+    points: list[tuple[int, int]] = []
+    while len(points) < (2 if work.device == "cpu" else 6) and time.monotonic() + 4 * spent < until:
+        begun = time.monotonic()
+        try:
+            points.append((tokens, step(tokens)))
+        except torch.OutOfMemoryError as error:
+            found({"tokens": tokens, "failed": first_line(error)})
+            break
+        spent = time.monotonic() - begun
+        found({"tokens": tokens, "peak_bytes": points[-1][1], "seconds": spent, **estimate(layout, device, tokens)})
+        tokens *= 2
+    if work.device == "cuda" and len(points) > 1:
+        (few, low), (many, high) = points[-2:]
+        by_line = int(many + (device.usable - high) * (many - few) / (high - low))
+        found({"longest_measured": many, "longest_by_extrapolation": by_line})
+    found({"longest_planned": largest_micro_batch(layout, device)})
+
+
+def planned(work: Work) -> Layout:
+    """What the plan knows of the same YAML and ds_config."""
+    yaml, zero = run_files(work, min(work.rows), **SAVING)
+    plan = plan_without_torch(load_config(yaml), deepspeed_path=zero, ranks=1, gpu=work.device == "cuda")
+    layout = layout_of(plan)
+    assert layout is not None, "the model's sizes are known"
+    return layout
+
+
+def estimate(layout: Layout, device: Device, tokens: int) -> dict[str, float]:
+    """The plan's for a step over one document of so many tokens."""
+    stretched = replace(layout, micro_batch_tokens=tokens, longest=tokens)
+    seconds = step_time(stretched, device, step_tokens=tokens).seconds
+    return {"planned_peak_bytes": memory(stretched).peak, "planned_seconds": seconds}
+
+
+def step_over_one_document(work: Work) -> Callable[[int], int]:
+    """A training step over one document of so many tokens; bytes at its peak, 0 on a CPU."""
+    prepared, _ = batches_of(work, min(work.rows), **SAVING)
+    engine = build_engine(prepared, str(work.model), ranks=connect(find_address()), say=lambda text: None)
+
+    def step(tokens: int) -> int:
+        if work.device == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        engine.train_step([one_document(tokens, work.shape.vocabulary)], learning_rate=1e-5)
+        synchronize(work.device)
+        return torch.cuda.max_memory_allocated() if work.device == "cuda" else 0
+
+    return step
+
+
+def one_document(tokens: int, vocabulary: int) -> Batch:
+    """A micro-batch of random tokens that are all one document."""
+    places = torch.arange(tokens).unsqueeze(0)
+    ids = torch.randint(0, vocabulary, (1, tokens))
+    labels = torch.cat((ids[:, 1:], torch.full((1, 1), -100)), dim=1)
+    k = torch.where(labels >= 0, places + 1, 0).int()
+    borders = torch.tensor([0, tokens])
+    return Batch(
+        input_ids=ids,
+        position_ids=places,
+        labels=labels,
+        k=k,
+        length=torch.where(k > 0, tokens - 1, 0).int(),
+        token_weight=None,
+        cu_seqlens=borders.int(),
+        sequence_offsets=borders,
+        loss_rows=torch.arange(tokens - 1),
+        lengths=(tokens,),
+        sequences=1,
+        tokens=tokens,
+        supervised_tokens=tokens - 1,
+        document_names=("one",),
+    )
