@@ -26,7 +26,7 @@ def check_contradictions(config: Config, raw: Mapping[str, Any], *, world: World
         *refusals(choices_of(config, stage=stage_of(raw), world=world, dtype=dtype)),
         *_of_precision(world, dtype),
         *_of_optimizer(config.training.optimizer, zero, world),
-        *offload_contradictions(zero, optimizer=config.training.optimizer.type),
+        *offload_contradictions(zero, optimizer=config.training.optimizer.type, elsewhere=world.elsewhere),
         *_of_communication(zero),
         *communication_contradictions(raw, world, dtype=dtype),
         *_of_packages(config, world),
@@ -90,7 +90,7 @@ def _of_optimizer(optimizer: OptimizerConfig, zero: Mapping[str, Any], world: Wo
             f"{name} runs on the GPU, and the DeepSpeed config offloads the optimizer to {offloaded}",
             do="write training.optimizer.type: cpu_adam, or take a ds_config without offload_optimizer",
         )
-    if kind == "adamw_8bit" and not is_installed("bitsandbytes"):
+    if kind == "adamw_8bit" and _lacks("bitsandbytes", world):
         yield ConfigError(f"{name} needs bitsandbytes, which is not installed", do="pip install bitsandbytes")
     if kind == "cpu_adam" and world.device == "cuda" and not offloaded:
         yield ConfigError(
@@ -127,14 +127,19 @@ def _of_communication(zero: Mapping[str, Any]) -> Iterator[ConfigError]:
 def _of_packages(config: Config, world: World) -> Iterator[ConfigError]:
     attention, lora = config.model.attention, config.lora
     module = FLASH_MODULES.get(attention)
-    if module and world.device == "cuda" and not is_installed(module):
+    if module and world.device == "cuda" and _lacks(module, world):
         yield ConfigError(f"model.attention {attention} needs {module}, which is not installed", do="write auto")
     if lora is None or lora.quantize_base == "none":
         return
     name = f"lora.quantize_base {lora.quantize_base}"
-    if not is_installed("bitsandbytes"):
+    if _lacks("bitsandbytes", world):
         yield ConfigError(f"{name} needs bitsandbytes, which is not installed", do="pip install bitsandbytes")
     if lora.dora and lora.quantize_base == "int8":
         yield ConfigError(
             f"{name} loses the scales of its weights where DoRA measures them", do="write nf4, or lora.dora: false"
         )
+
+
+def _lacks(module: str, world: World) -> bool:
+    """What a run elsewhere has installed is not known here."""
+    return not world.elsewhere and not is_installed(module)

@@ -29,6 +29,7 @@ class World:
         size: all ranks. local_size: ranks on one node. nodes: machines.
         bf16: the device computes in bfloat16.
         sequence: ranks that share one sequence; each such group is one data-parallel rank.
+        elsewhere: this is none of its machines, whose packages and drives cannot be looked at.
     """
 
     size: int
@@ -37,6 +38,7 @@ class World:
     device: Literal["cpu", "cuda"]
     bf16: bool
     sequence: int = 1
+    elsewhere: bool = False
 
     @property
     def groups(self) -> int:

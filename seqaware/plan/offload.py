@@ -47,8 +47,14 @@ def offload_device(zero: Mapping[str, Any], what: str) -> str | None:
     return None if device == "none" else str(device)
 
 
-def offload_contradictions(zero: Mapping[str, Any], *, optimizer: str) -> Iterator[ConfigError]:
-    """Offloading that cannot work, or would train something else. optimizer: its type."""
+def offload_contradictions(
+    zero: Mapping[str, Any], *, optimizer: str, elsewhere: bool = False
+) -> Iterator[ConfigError]:
+    """Offloading that cannot work, or would train something else.
+
+    Args:
+        optimizer: its type. elsewhere: the drives are not this machine's.
+    """
     stage = zero.get("stage", 0)
     for what, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         key = f"{_PREFIX}.{what}"
@@ -64,7 +70,7 @@ def offload_contradictions(zero: Mapping[str, Any], *, optimizer: str) -> Iterat
         if stage < lowest:
             yield ConfigError(f"{key} needs ZeRO stage {lowest} or more", got=f"stage {stage}")
         if device == "nvme":
-            yield from _of_nvme(key, stage, zero[what].get("nvme_path"))
+            yield from _of_nvme(key, stage, zero[what].get("nvme_path"), elsewhere=elsewhere)
     if offload_device(zero, "offload_optimizer"):
         yield from _of_optimizer_block(zero["offload_optimizer"], optimizer)
     if zero.get("zenflow") is not None:
@@ -74,18 +80,26 @@ def offload_contradictions(zero: Mapping[str, Any], *, optimizer: str) -> Iterat
         )
 
 
-def _of_nvme(key: str, stage: int, path: object) -> Iterator[ConfigError]:
-    do = f"write {key}.nvme_path: a folder on the drive"
+def _of_nvme(key: str, stage: int, path: object, *, elsewhere: bool) -> Iterator[ConfigError]:
     if stage != 3:
         yield ConfigError(f"{key}.device nvme needs ZeRO stage 3", got=f"stage {stage}")
     if not isinstance(path, str):
-        yield ConfigError(f"{key}.nvme_path is missing", do=do)
-    elif not Path(path).is_dir():
-        yield ConfigError(f"{key}.nvme_path is not a folder on this machine", got=path, do=do)
+        yield ConfigError(f"{key}.nvme_path is missing", do=_name_a_folder(key))
+    elif not elsewhere:
+        yield from _of_drive(key, path)
+
+
+def _of_drive(key: str, path: str) -> Iterator[ConfigError]:
+    if not Path(path).is_dir():
+        yield ConfigError(f"{key}.nvme_path is not a folder on this machine", got=path, do=_name_a_folder(key))
     elif not os.access(path, os.W_OK | os.X_OK):
-        yield ConfigError(f"{key}.nvme_path cannot be written", got=path, do=do)
+        yield ConfigError(f"{key}.nvme_path cannot be written", got=path, do=_name_a_folder(key))
     if find_library("aio") is None:
         yield ConfigError(f"{key}.device nvme needs libaio, which is not installed", do="apt install libaio-dev")
+
+
+def _name_a_folder(key: str) -> str:
+    return f"write {key}.nvme_path: a folder on the drive"
 
 
 def _of_optimizer_block(block: Mapping[str, Any], optimizer: str) -> Iterator[ConfigError]:

@@ -43,7 +43,8 @@ class Gpus:
                 got=f"{self.all} and {of_node}",
                 do=f"write {self.all - self.all % of_node} or {self.all + of_node - self.all % of_node} GPUs",
             )
-        return World(size=self.all, local_size=of_node, nodes=self.all // of_node, device="cuda", bf16=True)
+        nodes = self.all // of_node
+        return World(size=self.all, local_size=of_node, nodes=nodes, device="cuda", bf16=True, elsewhere=True)
 
 
 def ask(config: Config, *, deepspeed_path: Path | None, gpus: Gpus, device: Device) -> Question:

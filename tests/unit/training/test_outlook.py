@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import pytest
 from seqaware.config.load import REPOSITORY, load_config
 from seqaware.errors import ConfigError
 from seqaware.plan.hardware import DEVICES
+from seqaware.plan.known_models import known_facts
 from seqaware.plan.outlook import outlook, overridden
+from seqaware.training.dry_run import plan_for
 from seqaware.training.outlook import Gpus, ask
 from tests.unit.data.test_store import document, write
 
@@ -49,6 +53,26 @@ def test_a_deepspeed_config_that_cannot_be_had_is_named_with_the_reason() -> Non
 def test_offloaded_states_are_shown_in_cpu_memory() -> None:
     path = REPOSITORY / "ds_configs" / "zero3_offload_cpu.json"
     assert "GiB for each GPU" in lines("llama8b_node", 8, deepspeed=path)["cpu memory"]
+
+
+def test_what_is_installed_here_and_drives_here_are_not_asked_for_a_plan_of_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("seqaware.plan.offload.find_library", lambda name: None)
+    monkeypatch.setattr("seqaware.plan.contradictions.is_installed", lambda module: False)
+    zero = json.loads((REPOSITORY / "ds_configs" / "zero3_offload_nvme.json").read_text())["zero_optimization"]
+    for block in ("offload_optimizer", "offload_param"):
+        zero[block]["nvme_path"] = "/a-drive-of-their-nodes"
+    path = tmp_path / "nvme.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    theirs = ("training.optimizer.type=cpu_adam", "model.attention=flash_attention_3")
+    assert "GiB for each GPU" in lines("llama8b_node", 8, *theirs, deepspeed=path)["drive"]
+    config = load_config(REPOSITORY / "train_configs" / "llama8b_node.yaml", theirs)
+    here = replace(Gpus(8, 8).world(), elsewhere=False)
+    with pytest.raises(ConfigError) as refused:
+        plan_for(config, world=here, deepspeed_path=path, model=known_facts("meta-llama/Llama-3.1-8B"))
+    for word in ("is not a folder on this machine", "needs libaio", "flash_attn_interface, which is not installed"):
+        assert word in str(refused.value)
 
 
 def test_nodes_must_be_full() -> None:
