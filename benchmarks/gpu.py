@@ -42,7 +42,7 @@ from benchmarks.timing import FAILURES, first_line
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu.json"
 
-# Seconds at most; in all under ten minutes, of which starting takes one.
+# Seconds at most; with what comes before the first of them, under ten minutes in all.
 BUDGETS = {
     "rates": 10,
     "loss": 64,
@@ -80,9 +80,9 @@ class Place:
         return TOY_BUDGETS[name] if self.toy else BUDGETS[name]
 
 
-def item(name: str, place: Place, found: Callable[[dict[str, Any]], None]) -> None:
-    """Run one item in this process; `found` hears each figure as soon as there is one."""
-    device, toy, begun = place.device, place.toy, time.monotonic()
+def item(name: str, place: Place, found: Callable[[dict[str, Any]], None], *, turn: float) -> None:
+    """Run one item in this process, whose turn began then; `found` hears each figure as soon as there is one."""
+    device, toy = place.device, place.toy
     match name.split("-"):
         case ["rates"]:
             found(_rates(device))
@@ -111,7 +111,7 @@ def item(name: str, place: Place, found: Callable[[dict[str, Any]], None]) -> No
         case ["longest", shape]:
             from benchmarks.gpu_longest import longest
 
-            longest(_work(name, place, shape=shape), found, until=begun + 0.9 * place.budget(name))
+            longest(_work(name, place, shape=shape), found, until=turn + 0.9 * place.budget(name))
         case ["loop" | "trl"]:
             from benchmarks import gpu_peers
 
@@ -181,6 +181,22 @@ def finish_item(name: str, process: subprocess.Popen[bytes], place: Place) -> di
     return {key: value for key, value in result.items() if value is not None}
 
 
+def results_before(out: Path | None, here: dict[str, Any], *, some: bool) -> dict[str, Any]:
+    """What the results begin with: those of the file where only some items are measured anew."""
+    if some and out is not None and out.is_file():
+        before: dict[str, Any] = json.loads(out.read_text())
+        return before
+    return {"machine": here, "items": {}}
+
+
+def from_where(name: str, place: Place, results: dict[str, Any]) -> dict[str, Any]:
+    """The command that makes an item's figures, and the machine if others' are of another one or another day."""
+    chosen = [] if place.attention == "auto" else ["--attention", place.attention]
+    command = ["python -m benchmarks.gpu", *(["--toy"] if place.toy else []), "--only", name, *chosen]
+    here = machine(place.device)
+    return {"command": " ".join(command), **({} if here == results["machine"] else {"machine": here})}
+
+
 def _memory_folder() -> str | None:
     """Where models are written fastest, if there is room for them."""
     shared = Path("/dev/shm")
@@ -198,7 +214,9 @@ def main() -> int:
     parser.add_argument(
         "--toy", action="store_true", help="toy sizes on this CPU; proves nothing but that all of it runs"
     )
-    parser.add_argument("--only", nargs="+", choices=list(BUDGETS), default=list(BUDGETS), metavar="ITEM")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(BUDGETS), metavar="ITEM", help="these, beside what the results hold of others"
+    )
     parser.add_argument("--attention", default="auto", help="model.attention of our runs")
     parser.add_argument("--out", type=Path, help="where the results go; default: results/gpu.json")
     for hidden in ("--item", "--folder", "--device"):
@@ -210,16 +228,16 @@ def main() -> int:
     out = arguments.out or (None if arguments.toy else RESULTS)
     if arguments.attention != "auto" and out == RESULTS:
         parser.error("--attention: write --out too, for results/gpu.json has the figures of auto")
-    results: dict[str, Any] = {"machine": machine(device), "attention": arguments.attention, "items": {}}
+    results = results_before(out, machine(device), some=arguments.only is not None)
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
-        names = [name for name in arguments.only if device == "cuda" or name in TOY_BUDGETS]
+        names = [name for name in arguments.only or BUDGETS if device == "cuda" or name in TOY_BUDGETS]
         place = Place(device, Path(folder), arguments.attention)
         coming = start_item(names[0], place)
         for name, following in zip(names, [*names[1:], None], strict=True):
             process = coming
             if following is not None:
                 coming = start_item(following, place)
-            results["items"][name] = finish_item(name, process, place)
+            results["items"][name] = {**from_where(name, place, results), **finish_item(name, process, place)}
             print(name, json.dumps(results["items"][name]), flush=True)
             if out is not None:
                 out.write_text(json.dumps(results, indent=2) + "\n")
@@ -242,15 +260,17 @@ def _child(name: str, place: Place) -> int:
 
     prepare_environment()
     _imports(name)
-    while not (place.folder / f"{name}.turn").exists():
+    turn = place.folder / f"{name}.turn"
+    while not turn.exists():
         time.sleep(0.05)
+    begun = time.monotonic() - (time.time() - turn.stat().st_mtime)
 
     def found(figure: dict[str, Any]) -> None:
         with (place.folder / f"{name}.jsonl").open("a") as file:
             file.write(json.dumps(figure) + "\n")
 
     try:
-        item(name, place, found)
+        item(name, place, found, turn=begun)
     except ImportError as error:
         found({"absent": first_line(error)})
     except FAILURES as error:

@@ -1,8 +1,8 @@
 """The longest document that one GPU can train on, for gpu.py.
 
 A step over one document is measured at doubling lengths, with every way of saving activations that stays on the GPU.
-Beside each stands what `seqaware plan` reckons for it, and at the end the length at which the GPU would be full: by the
-line through the two longest that were measured, with 5 % left to the allocator, and by the plan.
+Beside each stands what `seqaware plan` reckons for it. First of all comes the length at which the plan takes the GPU
+for full, which needs none; at the end, the same by the line through the two longest that were measured.
 """
 
 from __future__ import annotations
@@ -32,28 +32,31 @@ SAVING = {"activation_checkpointing": "full", "mlp_tile_tokens": 4096}
 def longest(work: Work, found: Found, *, until: float) -> None:
     """Steps over one document of doubling length, as long as the next one would end by then (by time.monotonic).
 
-    A short one comes first and is not told of: in it kernels are compiled and the optimizer's states made. Twice the
-    tokens take at most four times as long.
+    The shortest comes twice: in the first, which is not told of, kernels are compiled and the optimizer's states made.
+    How much longer the next one takes is taken from the plan.
     """
     layout, device = planned(work), plan_device(work.device)
-    step, tokens, spent = step_over_one_document(work), max(work.rows), 0.0
-    step(min(work.rows))
+    found({"longest_planned": largest_micro_batch(layout, device)})
+    step, tokens = step_over_one_document(work), min(work.rows)
+    step(tokens)
     points: list[tuple[int, int]] = []
-    while len(points) < (2 if work.device == "cpu" else 6) and time.monotonic() + 4 * spent < until:
-        begun = time.monotonic()
+    ends = 0.0
+    while len(points) < (2 if work.device == "cpu" else 8) and ends < until:
+        reckoned, begun = estimate(layout, device, tokens), time.monotonic()
         try:
             points.append((tokens, step(tokens)))
         except torch.OutOfMemoryError as error:
             found({"tokens": tokens, "failed": first_line(error)})
             break
-        spent = time.monotonic() - begun
-        found({"tokens": tokens, "peak_bytes": points[-1][1], "seconds": spent, **estimate(layout, device, tokens)})
+        seconds = time.monotonic() - begun
+        found({"tokens": tokens, "peak_bytes": points[-1][1], "seconds": seconds, **reckoned})
         tokens *= 2
+        growth = estimate(layout, device, tokens)["planned_seconds"] / reckoned["planned_seconds"]
+        ends = time.monotonic() + growth * seconds
     if work.device == "cuda" and len(points) > 1:
         (few, low), (many, high) = points[-2:]
         by_line = int(many + (device.usable - high) * (many - few) / (high - low))
         found({"longest_measured": many, "longest_by_extrapolation": by_line})
-    found({"longest_planned": largest_micro_batch(layout, device)})
 
 
 def planned(work: Work) -> Layout:

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from seqaware.plan import hardware
 from seqaware.plan.hardware import DEVICES, Device
 
 ROOT = Path(__file__).parent.parent
@@ -135,8 +136,9 @@ def plan_device(device: str) -> Device:
     if device == "cpu":
         return DEVICES["h100"]
     card = torch.cuda.get_device_properties(0)
-    known = next((each for key, each in DEVICES.items() if key in card.name.lower()), DEVICES["h100"])
-    return replace(known, memory=card.total_memory)
+    nearest = next((each for key, each in DEVICES.items() if key in card.name.lower()), DEVICES["h100"])
+    narrow = hardware.peak_flops(card.name, "bfloat16") or nearest.narrow_flops
+    return replace(nearest, memory=card.total_memory, narrow_flops=narrow)
 
 
 def peak_flops(device: str) -> float:
