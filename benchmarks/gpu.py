@@ -197,6 +197,12 @@ def from_where(name: str, place: Place, results: dict[str, Any]) -> dict[str, An
     return {"command": " ".join(command), **({} if here == results["machine"] else {"machine": here})}
 
 
+def _a_gpu_is_here() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def _memory_folder() -> str | None:
     """Where models are written fastest, if there is room for them."""
     shared = Path("/dev/shm")
@@ -225,6 +231,8 @@ def main() -> int:
     if arguments.item:
         return _child(arguments.item, Place(arguments.device, Path(arguments.folder), arguments.attention))
     device = "cpu" if arguments.toy else "cuda"
+    if device == "cuda" and not _a_gpu_is_here():
+        parser.error("torch sees no GPU here; --toy runs all of it on this CPU at toy size")
     out = arguments.out or (None if arguments.toy else RESULTS)
     if arguments.attention != "auto" and out == RESULTS:
         parser.error("--attention: write --out too, for results/gpu.json has the figures of auto")

@@ -17,6 +17,7 @@ from launcher.outcome import Watched, person_errors
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
 from seqaware.engine.ranks import disconnect, find_address, gpu_is_visible, prepare_environment
+from seqaware.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
 
@@ -36,7 +37,9 @@ def train(
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved Plan and stop.")] = False,
-    ranks: Annotated[int | None, typer.Option(metavar="N", help="With --dry-run: plan for this many ranks.")] = None,
+    ranks: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="With --dry-run: plan for this many ranks.")
+    ] = None,
     print_sbatch: Annotated[
         bool, typer.Option("--print-sbatch", help="Print this run's script for SLURM and stop.")
     ] = False,
@@ -61,6 +64,12 @@ def train(
     with person_errors():
         address = find_address()
     with person_errors(address.rank):
+        if ranks is not None and not dry_run:
+            raise ConfigError(
+                "--ranks plans for ranks and starts none",
+                got=f"--ranks {ranks} without --dry-run",
+                do=f"start {ranks} ranks by a launcher: deepspeed --num_gpus {ranks} launcher/train.py …",
+            )
         if print_sbatch:
             from launcher.sbatch import print_script
             from seqaware.plan.slurm import SlurmJob

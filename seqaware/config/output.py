@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import BeforeValidator, model_validator
 
 from seqaware.config.profile import ProfileConfig
 from seqaware.config.values import Count, CountOrZero, Flag, FromOne, Positive, Section, Text
+
+
+def _off(value: Any) -> Any:
+    """YAML reads a bare `off` as false."""
+    return "off" if value is False else value
 
 
 class OutputConfig(Section):
@@ -54,7 +59,7 @@ class FaultsConfig(Section):
 class LoggingConfig(Section):
     """What a run tells while it goes on. metrics.jsonl is always written."""
 
-    progress: Literal["auto", "bar", "lines", "off"] = "auto"
+    progress: Annotated[Literal["auto", "bar", "lines", "off"], BeforeValidator(_off)] = "auto"
     """auto: a bar on a terminal, lines in a file."""
     profile: ProfileConfig | None = None
     """Steps that torch's profiler records; null: none."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import ConfigDict, Field
 
 from seqaware.config.values import Count, Section
@@ -15,5 +17,5 @@ class ProfileConfig(Section):
 
     first: Count = Field(default=10, alias="from")
     """The first optimizer step that is recorded; take one after the warm-up of caches and compilers."""
-    steps: Count = 3
-    """How many steps are recorded, into profile/ in the run's folder."""
+    steps: Annotated[Count, Field(le=100)] = 3
+    """How many steps are recorded, into profile/ in the run's folder. What is recorded lies in memory until then."""

@@ -240,10 +240,12 @@ def _warmup_steps(schedule: ScheduleConfig, total: int | None, *, exact: bool, l
         lines.append(f"warm-up: {steps} steps = warmup_ratio {schedule.warmup_ratio:g} × {total} steps, rounded up")
         return steps
     steps = schedule.warmup_steps or 0
-    if total is not None and exact and steps > total:
+    # No data makes a run longer than max_steps.
+    total = total if exact else schedule.max_steps
+    if total is not None and steps > total:
         raise ConfigError(
             "training.schedule.warmup_steps is more than the run has",
-            got=f"{steps}, and the run has {total} steps",
+            got=f"{steps}, and the run has {'' if exact else 'at most '}{total} steps",
             do=f"write at most {total}, or a longer run",
         )
     lines.append(f"warm-up: {steps} steps, as written" if steps else "warm-up: none")

@@ -70,7 +70,7 @@ _RULES = (
         ("attention", _GPU_KERNELS),
         ("precision", ("float32",)),
         why="model.attention {} computes in bfloat16 or float16 only",
-        do="write model.attention: auto, or model.dtype: bfloat16",
+        do="write model.attention: auto, or on a GPU model.dtype: bfloat16",
     ),
     _Rule(
         ("optimizer", ("fused_adam", "adamw_8bit")),

@@ -78,6 +78,6 @@ def device_named(name: str) -> Device:
     Raises:
         ConfigError: it is not there.
     """
-    if name not in DEVICES:
+    if name.lower() not in DEVICES:
         raise ConfigError("--device is not one that is known here", got=name, do=f"write one of {', '.join(DEVICES)}")
-    return DEVICES[name]
+    return DEVICES[name.lower()]

@@ -175,6 +175,9 @@ def overridden(device: Device, *, memory_gib: float | None, link_gb: float | Non
     for name, value in (("--memory", memory_gib), ("--nvlink", link_gb), ("--network", network_gb)):
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{name} must be a number above zero", got=value)
+    if memory_gib is not None and memory_gib * GIB <= device.reserve:
+        least = f"{device.reserve / GIB:g} GiB, which contexts and communication take"
+        raise ConfigError(f"--memory must be above {least}", got=memory_gib)
     changes: dict[str, float] = {}
     if memory_gib is not None:
         changes["memory"] = int(memory_gib * GIB)

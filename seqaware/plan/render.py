@@ -175,6 +175,8 @@ def _cost(plan: Plan) -> Iterator[tuple[str, str]]:
     if estimate.host:
         yield "", f"and {estimate.host_peak / _GIB:.2f} GiB offloaded to the CPU"
     traffic = collectives(layout, micro_batches=1)
+    if not layout.decoder.exact:
+        yield "", "a model type that is not known here is counted as if it were a Llama of these sizes"
     if traffic:
         sent = ", ".join(f"{each.kind} {each.bytes / 1e9:.3g} GB" for each in traffic)
         yield "traffic", f"a step of one micro-batch, each rank: {sent}"

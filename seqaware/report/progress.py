@@ -31,9 +31,8 @@ class ProgressDisplay:
             style = "bar" if self.console.is_terminal else "lines"
         self._style = style
         self._total = total_steps
-        self._first = done
         self._times: deque[tuple[float, int]] = deque(maxlen=_STEPS_OF_PACE)
-        self._last_line = 0.0
+        self._last_line: float | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         if style == "bar":
@@ -53,7 +52,7 @@ class ProgressDisplay:
         self._bar.start()
 
     def step(self, line: Mapping[str, Any]) -> None:
-        """Show an optimizer step; `line` is what `metrics.jsonl` gets."""
+        """Show the newest optimizer step; `line` is what `metrics.jsonl` gets."""
         self._times.append((time.monotonic(), int(line["step"])))
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=line["step"], figures=_figures(line))
@@ -61,10 +60,9 @@ class ProgressDisplay:
             self._print_line(line)
 
     def _print_line(self, line: Mapping[str, Any]) -> None:
-        now = time.monotonic()
-        step = int(line["step"])
-        ends = step in (self._first + 1, self._total)
-        if not ends and now - self._last_line < _SECONDS_BETWEEN_LINES:
+        now, step = time.monotonic(), int(line["step"])
+        waits = self._last_line is not None and now - self._last_line < _SECONDS_BETWEEN_LINES
+        if waits and step != self._total:
             return
         self._last_line = now
         self.console.print(f"step {step:>{len(str(self._total))}}/{self._total}  {_figures(line)}{self._left(step)}")

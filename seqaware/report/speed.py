@@ -10,6 +10,7 @@ and no device is waited for. Waiting and memory are this rank's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,11 @@ class StepWork:
     squares: int
     places: int
 
+    @property
+    def padding_share(self) -> float:
+        """Places that hold no token, of those that are computed."""
+        return round(1.0 - self.tokens / self.places, 6)
+
 
 class Speedometer:
     """Turns work and seconds into figures.
@@ -41,19 +47,17 @@ class Speedometer:
     """
 
     def __init__(self, plan: Plan, device: torch.device) -> None:
-        self._layout = layout_of(plan)
+        layout = layout_of(plan)
+        # A guess at a model's arithmetic is no figure.
+        self._layout = layout if layout is not None and layout.decoder.exact else None
         self._device = device
         self._peak = plan.world.size * peak_rate(device, getattr(torch, plan.dtype))
 
-    def figures(self, work: StepWork, *, seconds: float, wait_share: float) -> dict[str, float]:
-        """The figures of one step; without mfu where the model's sizes are not known."""
+    def figures(self, works: Sequence[StepWork], *, seconds: float) -> dict[str, float]:
+        """Of the steps that took so long together; without mfu where the model's sizes are not known."""
         mfu = {}
         if self._layout is not None:
-            needed = useful_flops(self._layout, tokens=work.tokens, squares=work.squares)
+            tokens, squares = sum(work.tokens for work in works), sum(work.squares for work in works)
+            needed = useful_flops(self._layout, tokens=tokens, squares=squares)
             mfu["mfu"] = round(needed / (seconds * self._peak), 5)
-        return {
-            **mfu,
-            "wait_share": round(wait_share, 6),
-            "padding_share": round(1.0 - work.tokens / work.places, 6),
-            "peak_memory_gb": round(peak_memory(self._device) / 1e9, 3),
-        }
+        return {**mfu, "peak_memory_gb": round(peak_memory(self._device) / 1e9, 3)}

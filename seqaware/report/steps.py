@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,29 +63,40 @@ class StepReporter:
         self._pending.append(pending)
         return self.flush() if pending.step % self._log_every == 0 else []
 
-    def flush(self) -> list[dict[str, Any]]:
-        """Report the steps that wait, and return their lines."""
+    def flush(self, *, until: float | None = None) -> list[dict[str, Any]]:
+        """Report the steps that wait, and return their lines.
+
+        Args:
+            until: when they were over, by time.perf_counter; None: now.
+        """
+        if not self._pending:
+            return []
         figures = [waiting.result.sums.metrics(self._normalize_by) for waiting in self._pending]
         norms = [float(waiting.result.grad_norm) for waiting in self._pending]
-        now = time.perf_counter()
-        seconds = (now - self._clock) / max(1, len(self._pending))
+        now = time.perf_counter() if until is None else until
+        speed = self._speed(figures, seconds=now - self._clock)
         self._clock = now
-        # One share for all of them: the host cannot tell how the time went over to the device's queue, step by step.
-        waited = sum(waiting.waited for waiting in self._pending) / max(1, len(self._pending))
-        share = min(1.0, waited / seconds) if seconds else 0.0
         lines = [
-            {
-                **self._line(waiting, values, norm=norm, seconds=seconds),
-                **self._speedometer.figures(waiting.work, seconds=seconds, wait_share=share),
-            }
+            {**self._line(waiting, values, norm=norm), **speed, "padding_share": waiting.work.padding_share}
             for waiting, values, norm in zip(self._pending, figures, norms, strict=True)
         ]
         self._pending.clear()
-        for line in lines:
-            self._report(line)
+        self._report(lines)
         return lines
 
-    def _line(self, waiting: PendingStep, values: Figures, *, norm: float, seconds: float) -> dict[str, Any]:
+    def _speed(self, figures: Sequence[Figures], *, seconds: float) -> dict[str, float]:
+        """One for all the steps that wait: the host cannot tell how their time went over to the device's queue."""
+        tokens, supervised = (sum(each[name] for each in figures) for name in ("tokens", "supervised_tokens"))
+        waited = sum(waiting.waited for waiting in self._pending)
+        return {
+            "step_seconds": round(seconds / len(self._pending), 6),
+            "tokens_per_second": round(tokens / seconds, 3),
+            "supervised_tokens_per_second": round(supervised / seconds, 3),
+            **self._speedometer.figures([waiting.work for waiting in self._pending], seconds=seconds),
+            "wait_share": round(min(1.0, waited / seconds), 6),
+        }
+
+    def _line(self, waiting: PendingStep, values: Figures, *, norm: float) -> dict[str, Any]:
         counts = {name: int(values[name]) for name in ("sequences", "supervised_tokens", "tokens")}
         return {
             "kind": "step",
@@ -98,16 +109,14 @@ class StepReporter:
             **counts,
             "weight_sum": values["weight_sum"],
             "accuracy": values["accuracy"],
-            "step_seconds": round(seconds, 6),
-            "tokens_per_second": round(counts["tokens"] / seconds, 3),
-            "supervised_tokens_per_second": round(counts["supervised_tokens"] / seconds, 3),
         }
 
-    def _report(self, line: dict[str, Any]) -> None:
+    def _report(self, lines: list[dict[str, Any]]) -> None:
         if self._metrics is not None:
-            self._metrics.write(line)
+            for line in lines:
+                self._metrics.write(line)
         if self._progress is not None:
-            self._progress.step(line)
+            self._progress.step(lines[-1])
 
     def skip_time(self) -> None:
         """Forget the time since the last report: an evaluation or a checkpoint is no part of a step."""

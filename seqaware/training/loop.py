@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from seqaware.schedule import learning_rate
 from seqaware.training.batches import StepBatches, StepComing
 from seqaware.training.divergence import SpikeWatch
 from seqaware.training.interrupt import Asked, Interrupts
+from seqaware.training.profile import ProfileWindow
 from seqaware.training.watch.heartbeat import Heartbeat
 
 # The ranks' devices are compared now and then, first once they are warm.
@@ -44,7 +45,7 @@ class Due:
         pace: how fast each rank computes.
         not_finite: a step was not applied, because its loss or its gradient is not finite; course.done is before it.
         interrupts, votes: what this rank is asked to do, and what all are. spikes: holds losses against the usual.
-        profiled: around every step; records those that are to be looked at.
+        profile: records the steps that are to be looked at.
         hear_of_saving: tells what went wrong in the background. heartbeat: hears which step the training turns to.
     """
 
@@ -57,7 +58,7 @@ class Due:
     votes: Votes
     spikes: SpikeWatch
     hear_of_saving: Callable[[], None]
-    profiled: Callable[[int], AbstractContextManager[None]]
+    profile: ProfileWindow
     heartbeat: Heartbeat
 
 
@@ -83,24 +84,34 @@ class TrainingLoop:
             SpikeError: a loss is far above what it was; all steps so far are reported.
             Left: the run was asked to leave and has saved.
         """
-        due = self._due
-        save_every, evaluate_every = self._plan.config.output.save_every, self._plan.config.evaluation.every_steps
+        profile = self._due.profile
         self._reporter.skip_time()
-        for coming in self._batches.steps(self._course.done + 1, self._total):
-            step = coming.step
-            with due.profiled(step):
-                asked = self._step(coming)
-            due.hear_of_saving()
-            is_last = step == self._total
-            evaluate = Asked.EVALUATE in asked or (evaluate_every and step % evaluate_every == 0)
-            if evaluate and not is_last:
-                self._between_steps(due.evaluate, step)
-            if step % _PACE_STEPS == _PACE_FIRST:
-                self._between_steps(due.pace, step)
-            if Asked.LEAVE in asked and not is_last:
-                self._between_steps(due.leave, step)
-            elif is_last or Asked.SAVE in asked or (save_every and step % save_every == 0):
-                self._between_steps(due.save, step)
+        try:
+            for coming in self._batches.steps(self._course.done + 1, self._total):
+                if profile.begins(coming.step):
+                    self._between_steps(profile.start, coming.step)
+                with profile.named(coming.step):
+                    asked = self._step(coming)
+                if profile.ends(coming.step):
+                    self._between_steps(lambda step: profile.close(), coming.step)
+                self._after(coming.step, asked)
+        finally:
+            profile.close()  # a run that leaves or fails inside the window leaves a trace of the steps it made
+
+    def _after(self, step: int, asked: Asked) -> None:
+        """What is due between this step and the next."""
+        due, output, evaluation = self._due, self._plan.config.output, self._plan.config.evaluation
+        due.hear_of_saving()
+        is_last = step == self._total
+        evaluate = Asked.EVALUATE in asked or (evaluation.every_steps and step % evaluation.every_steps == 0)
+        if evaluate and not is_last:
+            self._between_steps(due.evaluate, step)
+        if step % _PACE_STEPS == _PACE_FIRST:
+            self._between_steps(due.pace, step)
+        if Asked.LEAVE in asked and not is_last:
+            self._between_steps(due.leave, step)
+        elif is_last or Asked.SAVE in asked or (output.save_every and step % output.save_every == 0):
+            self._between_steps(due.save, step)
 
     def _step(self, coming: StepComing) -> Asked:
         """One step, and what the ranks are asked to do after it."""
@@ -111,6 +122,7 @@ class TrainingLoop:
             course.done = step
             return Asked(due.votes.result())
         rate = scheduled_rate(self._plan, step)
+        begun = time.perf_counter()
         result = self._engine.train_step(micro_batches, learning_rate=rate)
         asked = Asked(due.votes.result())
         if result.applied:
@@ -118,9 +130,10 @@ class TrainingLoop:
             epoch = self._batches.epoch_after(step)
             self._see(self._reporter.step(PendingStep(step, epoch, rate, result, coming.work, coming.waited)))
         else:
-            self._see(self._reporter.flush())
+            self._see(self._reporter.flush(until=begun))
             due.not_finite(step, result, micro_batches)
             course.done = step
+            self._reporter.skip_time()
         return asked
 
     def _see(self, reported: Sequence[dict[str, Any]]) -> None:

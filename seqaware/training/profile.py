@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -14,45 +14,66 @@ from seqaware.training.process import Say
 
 
 class ProfileWindow:
-    """Records the steps that `logging.profile` names, on the rank that has one.
+    """Records the steps that `logging.profile` names. Every rank has one, and knows where it begins and ends.
 
     Args:
-        last: of the run. folder: where the trace is written, `steps-10-12.json`. Recorded steps are slower.
+        config: None records nothing. folder: where the trace is written, `steps-10-12.json`; None on the ranks that
+            leave none. last: step of the run. Recorded steps are slower.
     """
 
-    def __init__(self, config: ProfileConfig, folder: Path, *, last: int, device: torch.device, say: Say) -> None:
-        self._first, self._last = config.first, min(last, config.first + config.steps - 1)
+    def __init__(
+        self, config: ProfileConfig | None, folder: Path | None, *, last: int, device: torch.device, say: Say
+    ) -> None:
+        self._steps = range(config.first, min(last, config.first + config.steps - 1) + 1) if config else range(0)
         self._folder = folder
         self._say = say
         self._activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
         self._recording: profile | None = None
-        self._begun = 0
+        self._open = False
+        self._begun = self._reached = 0
 
-    @contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        """Around a step of the loop; a run that fails inside the window leaves a trace of the steps it made."""
-        if self._first <= step <= self._last and self._recording is None:
+    def begins(self, step: int) -> bool:
+        """Whether `start` is due before this step: the first of the window, or of what a resumed run has left of it."""
+        return step in self._steps and not self._open
+
+    def ends(self, step: int) -> bool:
+        """Whether `close` is due after this step."""
+        return self._open and step >= self._steps[-1]
+
+    def start(self, step: int) -> None:
+        """Record from this step on."""
+        self._open, self._begun, self._reached = True, step, step
+        if self._folder is not None:
             self._recording = profile(activities=self._activities, record_shapes=True)
             self._recording.start()
-            self._begun = step
-        over = True
-        try:
-            with torch.profiler.record_function(f"step {step}"):
-                yield
-            over = step >= self._last
-        finally:
-            if over:
-                self._close(step)
 
-    def _close(self, step: int) -> None:
-        """Write what was recorded, up to `step`, if anything was."""
+    @contextmanager
+    def named(self, step: int) -> Iterator[None]:
+        """Around a step, which the trace shows by its number."""
         if self._recording is None:
+            yield
             return
-        recording, self._recording = self._recording, None
-        recording.stop()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"steps-{self._begun}-{step}.json"
-        recording.export_chrome_trace(str(path))
-        self._say(f"profile     of the steps {self._begun} to {step}: open {path} at ui.perfetto.dev")
+        self._reached = step
+        with torch.profiler.record_function(f"step {step}"):
+            yield
+
+    def close(self) -> None:
+        """Write what was recorded, if anything was. A trace that cannot be written costs a warning and no run."""
+        recording, self._recording, self._open = self._recording, None, False
+        if recording is None or self._folder is None:
+            return
+        steps = f"of the steps {self._begun} to {self._reached}"
+        path = self._folder / f"steps-{self._begun}-{self._reached}.json"
+        try:
+            recording.stop()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            recording.export_chrome_trace(str(path))
+            path.stat()  # a full disk is told on stderr alone
+        except (OSError, RuntimeError) as error:
+            with suppress(OSError):
+                path.with_name(f"{path.name}.tmp").unlink()
+            self._say(f"warning     the profile {steps} could not be written; got {error}")
+        else:
+            self._say(f"profile     {steps}: open {path} at ui.perfetto.dev")

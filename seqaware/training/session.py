@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -103,7 +102,7 @@ class Session:
             votes=self.votes,
             spikes=self.spikes,
             hear_of_saving=self.hear_of_saving,
-            profiled=_profiled(self),
+            profile=_profile(self),
             heartbeat=self.process.heartbeat,
         )
         loop = TrainingLoop(
@@ -298,12 +297,13 @@ class Session:
         return next((reason for reason in reasons if reason), "asked to")
 
 
-def _profiled(session: Session) -> Callable[[int], AbstractContextManager[None]]:
-    config, process = session.plan.config.logging.profile, session.process
-    if config is None or not session.ranks.is_first:
-        return lambda step: nullcontext()
-    folder = session.folder.path / "profile"
-    return ProfileWindow(config, folder, last=session.total, device=session.ranks.device, say=process.say).around
+def _profile(session: Session) -> ProfileWindow:
+    config, say = session.plan.config.logging.profile, session.process.say
+    if config is not None and config.first > session.total:
+        ends = f"the run ends with step {session.total}"
+        say(f"warning     logging.profile.from is step {config.first}, and {ends}: nothing is recorded")
+    folder = session.folder.path / "profile" if session.ranks.is_first else None
+    return ProfileWindow(config, folder, last=session.total, device=session.ranks.device, say=say)
 
 
 def _reported_steps(folder: RunFolder) -> list[dict[str, object]]:

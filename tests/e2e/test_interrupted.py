@@ -25,8 +25,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     jump = str(weighted_rows(workshop, "jump", place=7, weight=500.0))
     runs = Launch(workshop)
     runs.add("whole", "whole")
-    runs.add("signal on rank 1", "signal", {"step": 3, "rank": 1, "signal": "SIGUSR2"})
-    runs.add("after the signal", "signal")
+    recorded = {"logging__profile": {"from": 2, "steps": 50}}
+    runs.add("signal on rank 1", "signal", {"step": 3, "rank": 1, "signal": "SIGUSR2"}, **recorded)
+    runs.add("after the signal", "signal", **recorded)
     runs.add("signal on rank 0", "term", {"step": 3, "rank": 0, "signal": "SIGTERM"})
     runs.add("stop file", "files", {"step": 1, "touch": "STOP"})
     runs.add("save file", "files", {"step": 2, "touch": "SAVE"})
@@ -64,6 +65,13 @@ def test_a_signal_to_one_rank_is_heard_by_all_and_the_rerun_is_the_whole_run(tol
     assert again.losses == whole.losses and list(again.losses) == list(range(1, STEPS + 1))
     expected, resumed = (load_file(run.folder / "model" / "model.safetensors") for run in (whole, again))
     assert all(resumed[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_a_run_that_leaves_while_it_is_profiled_leaves_the_trace(told: dict[str, Told]) -> None:
+    traces = sorted((told["signal on rank 1"].folder / "profile").iterdir())
+    assert [path.name for path in traces] == ["steps-2-3.json", f"steps-4-{STEPS}.json"]
+    for path in traces:
+        json.loads(path.read_text())
 
 
 def test_sigterm_leaves_a_checkpoint_of_the_same_step(told: dict[str, Told]) -> None:

@@ -14,18 +14,28 @@ from seqaware.errors import ConfigError
 from seqaware.training.profile import ProfileWindow
 
 
-def _trained(folder: Path, *, steps: int) -> list[str]:
+def _trained(folder: Path | None, *, steps: int, last: int | None = None) -> tuple[list[str], list[int]]:
+    """What was said, and the steps before which the window began and after which it ended."""
     said: list[str] = []
     config = ProfileConfig.model_validate({"from": 2, "steps": 2})
-    window = ProfileWindow(config, folder, last=steps, device=torch.device("cpu"), say=said.append)
+    window = ProfileWindow(config, folder, last=last or steps, device=torch.device("cpu"), say=said.append)
+    borders = []
     for step in range(1, steps + 1):
-        with window.around(step):
+        if window.begins(step):
+            window.start(step)
+            borders.append(step)
+        with window.named(step):
             torch.ones(2) @ torch.ones(2)
-    return said
+        if window.ends(step):
+            window.close()
+            borders.append(step)
+    window.close()
+    return said, borders
 
 
 def test_a_window_of_steps_becomes_one_trace(tmp_path: Path) -> None:
-    said = _trained(tmp_path / "profile", steps=5)
+    said, borders = _trained(tmp_path / "profile", steps=5)
+    assert borders == [2, 3] == _trained(None, steps=5)[1], "ranks without a trace know where the window is"
     (path,) = (tmp_path / "profile").iterdir()
     names = [event.get("name") for event in json.loads(path.read_text())["traceEvents"]]
     assert path.name == "steps-2-3.json" and len(said) == 1 and str(path) in said[0]
@@ -36,6 +46,22 @@ def test_a_window_of_steps_becomes_one_trace(tmp_path: Path) -> None:
 def test_a_run_that_is_over_inside_the_window_leaves_what_it_recorded(tmp_path: Path) -> None:
     _trained(tmp_path, steps=2)
     assert [path.name for path in tmp_path.iterdir()] == ["steps-2-2.json"]
+    _trained(tmp_path / "left", steps=2, last=5)
+    assert [path.name for path in (tmp_path / "left").iterdir()] == ["steps-2-2.json"]
+
+
+def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "profile").write_text("in the way")
+    (said,), _ = _trained(tmp_path / "profile", steps=3)
+    assert said.startswith("warning     the profile of the steps 2 to 3 could not be written; got [Errno 17]")
+
+    def full_disk(recording: object, path: str) -> None:
+        Path(f"{path}.tmp").write_text("{")
+
+    monkeypatch.setattr("torch.profiler.profile.export_chrome_trace", full_disk)
+    (said,), _ = _trained(tmp_path / "full", steps=3)
+    assert said.startswith("warning     the profile of the steps 2 to 3 could not be written")
+    assert not list((tmp_path / "full").iterdir())
 
 
 def test_from_is_written_and_read_as_from() -> None:
