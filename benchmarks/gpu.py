@@ -249,7 +249,7 @@ def main() -> int:
             print(name, json.dumps(results["items"][name]), flush=True)
             if out is not None:
                 out.write_text(json.dumps(results, indent=2) + "\n")
-    failed = [name for name, result in results["items"].items() if "ended" in result]
+    failed = [name for name in names if "ended" in results["items"][name]]
     print("all items ran" if not failed else f"ended early: {', '.join(failed)}")
     return 1 if failed else 0
 

@@ -23,6 +23,7 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from seqaware.config.load import load_config
 from seqaware.engine.layers import torchs_linear
@@ -267,6 +268,8 @@ def _train(trainer: Any, meter: Meter) -> None:
     trainer.training_step = counted
     trainer.add_callback(_Marks(meter))
     trainer.train()
+    # transformers goes on making every model for ZeRO-3, also for those who come next.
+    unset_hf_deepspeed_config()
     meter.tokens = seen[0]
 
 

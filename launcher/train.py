@@ -68,7 +68,9 @@ def train(
             raise ConfigError(
                 "--ranks plans for ranks and starts none",
                 got=f"--ranks {ranks} without --dry-run",
-                do=f"start {ranks} ranks by a launcher: deepspeed --num_gpus {ranks} launcher/train.py …",
+                do="write --nodes and --gpus-per-node"
+                if print_sbatch
+                else f"start {ranks} ranks by a launcher: deepspeed --num_gpus {ranks} launcher/train.py …",
             )
         if print_sbatch:
             from launcher.sbatch import print_script

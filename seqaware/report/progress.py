@@ -59,6 +59,10 @@ class ProgressDisplay:
         elif self._style == "lines":
             self._print_line(line)
 
+    def go_back(self) -> None:
+        """Steps that were shown come again: the pace is reckoned anew."""
+        self._times.clear()
+
     def _print_line(self, line: Mapping[str, Any]) -> None:
         now, step = time.monotonic(), int(line["step"])
         waits = self._last_line is not None and now - self._last_line < _SECONDS_BETWEEN_LINES

@@ -131,6 +131,8 @@ class StepReporter:
         """The run goes back to `step`: its later steps are told anew."""
         if self._metrics is not None:
             self._metrics.go_back(step)
+        if self._progress is not None:
+            self._progress.go_back()
 
     def say(self, text: str) -> None:
         if self._progress is not None:

@@ -14,8 +14,8 @@ from seqaware.plan.plan import Plan
 from seqaware.report.steps import PendingStep, StepReporter
 from seqaware.schedule import learning_rate
 from seqaware.training.batches import StepBatches, StepComing
-from seqaware.training.divergence import SpikeWatch
-from seqaware.training.interrupt import Asked, Interrupts
+from seqaware.training.divergence import SpikeError, SpikeWatch
+from seqaware.training.interrupt import Asked, Interrupts, Left
 from seqaware.training.profile import ProfileWindow
 from seqaware.training.watch.heartbeat import Heartbeat
 
@@ -84,24 +84,28 @@ class TrainingLoop:
             SpikeError: a loss is far above what it was; all steps so far are reported.
             Left: the run was asked to leave and has saved.
         """
-        profile = self._due.profile
+        profile, first = self._due.profile, self._course.done + 1
+        if profile.begins(first):
+            profile.start(first)
         self._reporter.skip_time()
         try:
-            for coming in self._batches.steps(self._course.done + 1, self._total):
-                if profile.begins(coming.step):
-                    self._between_steps(profile.start, coming.step)
+            for coming in self._batches.steps(first, self._total):
                 with profile.named(coming.step):
                     asked = self._step(coming)
-                if profile.ends(coming.step):
-                    self._between_steps(lambda step: profile.close(), coming.step)
                 self._after(coming.step, asked)
-        finally:
-            profile.close()  # a run that leaves or fails inside the window leaves a trace of the steps it made
+        except (Left, SpikeError):
+            profile.close()
+            raise
+        except BaseException:
+            profile.drop()  # the word about what went wrong does not wait for a trace
+            raise
 
     def _after(self, step: int, asked: Asked) -> None:
         """What is due between this step and the next."""
         due, output, evaluation = self._due, self._plan.config.output, self._plan.config.evaluation
         due.hear_of_saving()
+        if due.profile.ends(step):
+            self._between_steps(lambda step: due.profile.close(), step)
         is_last = step == self._total
         evaluate = Asked.EVALUATE in asked or (evaluation.every_steps and step % evaluation.every_steps == 0)
         if evaluate and not is_last:
@@ -112,6 +116,8 @@ class TrainingLoop:
             self._between_steps(due.leave, step)
         elif is_last or Asked.SAVE in asked or (output.save_every and step % output.save_every == 0):
             self._between_steps(due.save, step)
+        if due.profile.begins(step + 1):
+            self._between_steps(due.profile.start, step + 1)
 
     def _step(self, coming: StepComing) -> Asked:
         """One step, and what the ranks are asked to do after it."""

@@ -39,7 +39,7 @@ def preview(config: Config, training: TrainingRows, request: PreviewRequest) -> 
     """
     ranks = request.ranks or config.parallel.sequence
     # GPUs, or a config for them could not be looked at elsewhere; rows do not depend on the device.
-    world = World(ranks, ranks, 1, "cuda", bf16=True)
+    world = World(ranks, ranks, 1, "cuda", bf16=True, elsewhere=True)
     plan = plan_for(config, world=world, deepspeed_path=None, model=model_facts(config.model))
     total = plan.total_steps
     if total is not None and request.step > total:

@@ -59,6 +59,13 @@ class ProfileWindow:
         with torch.profiler.record_function(f"step {step}"):
             yield
 
+    def drop(self) -> None:
+        """Forget what was recorded: torch must not be recording when the process ends."""
+        recording, self._recording, self._open = self._recording, None, False
+        if recording is not None:
+            with suppress(RuntimeError):
+                recording.stop()
+
     def close(self) -> None:
         """Write what was recorded, if anything was. A trace that cannot be written costs a warning and no run."""
         recording, self._recording, self._open = self._recording, None, False
@@ -69,6 +76,7 @@ class ProfileWindow:
         try:
             recording.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
+            path.unlink(missing_ok=True)  # of a run that went back
             recording.export_chrome_trace(str(path))
             path.stat()  # a full disk is told on stderr alone
         except (OSError, RuntimeError) as error:

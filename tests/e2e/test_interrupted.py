@@ -51,7 +51,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     runs.add("not finite: skip", "skip", **poison, faults__nonfinite="skip")
     runs.add("not finite too often", "often", **poison, faults={"nonfinite": "skip", "max_skipped_steps": 1})
     spike = {"dataset__name": jump, "output__save_every": 1}
-    runs.add("spike", "spike", **spike, faults={"spike_factor": 5, "spike_window": 1})
+    runs.add("spike", "spike", **spike, **recorded, faults={"spike_factor": 5, "spike_window": 1})
     runs.add("no spike", "no_spike", **spike)
     return runs.start()
 
@@ -170,3 +170,6 @@ def test_a_spike_is_gone_back_from_and_passed_over(told: dict[str, Told]) -> Non
     assert plain.losses[spikes[0]][0] == run.lines("rewind")[0]["loss"]
     state = json.loads((run.folder / "checkpoints" / f"step-{STEPS:08d}" / "seqaware.json").read_text())
     assert state["passed_over"] == spikes
+    # The profiler's window begins anew where the run went back to.
+    traces = [path.name for path in (run.folder / "profile").iterdir()]
+    assert f"steps-{spikes[-1]}-{STEPS}.json" in traces and all(name.endswith(".json") for name in traces), traces

@@ -62,5 +62,18 @@ def test_a_narrow_terminal_shows_the_step_and_the_loss(width: int) -> None:
     assert len(last) <= width and "7/300" in last and "loss 1.5000" in last
 
 
+def test_a_run_that_goes_back_reckons_its_pace_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    output, clock = io.StringIO(), iter(range(0, 1000, 10))
+    monkeypatch.setattr("seqaware.report.progress.time.monotonic", lambda: float(next(clock)))
+    display = ProgressDisplay(9, done=5, style="lines", console=Console(file=output, width=200))
+    display.step({"step": 6, **LINE})
+    display.go_back()
+    for step in (6, 7):
+        display.step({"step": step, **LINE})
+    lines = output.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["6/9", "6/9", "7/9"]
+    assert "left" not in lines[1] and lines[2].endswith("s left")
+
+
 def test_off_shows_nothing() -> None:
     assert _shown("off") == []

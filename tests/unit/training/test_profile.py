@@ -50,6 +50,22 @@ def test_a_run_that_is_over_inside_the_window_leaves_what_it_recorded(tmp_path: 
     assert [path.name for path in (tmp_path / "left").iterdir()] == ["steps-2-2.json"]
 
 
+def test_what_is_dropped_leaves_nothing_and_what_comes_again_is_written_anew(tmp_path: Path) -> None:
+    said: list[str] = []
+    config = ProfileConfig.model_validate({"from": 1, "steps": 1})
+    window = ProfileWindow(config, tmp_path, last=1, device=torch.device("cpu"), say=said.append)
+    window.start(1)
+    window.drop()
+    window.close()
+    assert not said and not list(tmp_path.iterdir()) and window.begins(1)
+    (tmp_path / "steps-1-1.json").write_text("earlier")
+    window.start(1)
+    with window.named(1):
+        pass
+    window.close()
+    assert "step 1" in (tmp_path / "steps-1-1.json").read_text()
+
+
 def test_a_trace_that_cannot_be_written_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "profile").write_text("in the way")
     (said,), _ = _trained(tmp_path / "profile", steps=3)
