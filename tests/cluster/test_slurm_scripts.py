@@ -39,9 +39,10 @@ exec "$@"
 """
 _TWO_RANKS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=1", "--cpus-per-task=1")
 _ONE_CPU = ("--gpus-per-node=0", "--cpus-per-task=1")
+# SLURM signals every process of a step: the sleep may have died of it before the shell hears it, and must not end it.
 _LISTEN = (
     "((attempt == 0)) || exit 0; trap ': > heard-$SLURM_JOB_ID-$SLURM_PROCID; exit 85' USR2 TERM; "
-    "touch listening-$SLURM_JOB_ID-$SLURM_PROCID; sleep 60 & wait"
+    "touch listening-$SLURM_JOB_ID-$SLURM_PROCID; while true; do sleep 60 & wait; done"
 )
 
 
