@@ -189,12 +189,10 @@ def results_before(out: Path | None, here: dict[str, Any], *, some: bool) -> dic
     return {"machine": here, "items": {}}
 
 
-def from_where(name: str, place: Place, results: dict[str, Any]) -> dict[str, Any]:
-    """The command that makes an item's figures, and the machine if others' are of another one or another day."""
+def command_of(name: str, place: Place) -> str:
+    """What makes an item's figures."""
     chosen = [] if place.attention == "auto" else ["--attention", place.attention]
-    command = ["python -m benchmarks.gpu", *(["--toy"] if place.toy else []), "--only", name, *chosen]
-    here = machine(place.device)
-    return {"command": " ".join(command), **({} if here == results["machine"] else {"machine": here})}
+    return " ".join(["python -m benchmarks.gpu", *(["--toy"] if place.toy else []), "--only", name, *chosen])
 
 
 def _a_gpu_is_here() -> bool:
@@ -236,7 +234,10 @@ def main() -> int:
     out = arguments.out or (None if arguments.toy else RESULTS)
     if arguments.attention != "auto" and out == RESULTS:
         parser.error("--attention: write --out too, for results/gpu.json has the figures of auto")
-    results = results_before(out, machine(device), some=arguments.only is not None)
+    here = machine(device)
+    results = results_before(out, here, some=arguments.only is not None)
+    # Others' figures may be of another machine, or of another day.
+    where = {} if here == results["machine"] else {"machine": here}
     with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
         names = [name for name in arguments.only or BUDGETS if device == "cuda" or name in TOY_BUDGETS]
         place = Place(device, Path(folder), arguments.attention)
@@ -245,7 +246,8 @@ def main() -> int:
             process = coming
             if following is not None:
                 coming = start_item(following, place)
-            results["items"][name] = {**from_where(name, place, results), **finish_item(name, process, place)}
+            figures = finish_item(name, process, place)
+            results["items"][name] = {"command": command_of(name, place), **where, **figures}
             print(name, json.dumps(results["items"][name]), flush=True)
             if out is not None:
                 out.write_text(json.dumps(results, indent=2) + "\n")

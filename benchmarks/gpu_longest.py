@@ -13,9 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from benchmarks.gpu_training import Found, Work, batches_of, plan_device, run_files, synchronize
+from benchmarks.gpu_training import Found, Work, batches_of, plan_device, synchronize
 from benchmarks.timing import first_line
-from seqaware.config.load import load_config
 from seqaware.data.batch import Batch
 from seqaware.engine.ranks import connect, find_address
 from seqaware.plan.hardware import Device
@@ -24,7 +23,7 @@ from seqaware.plan.memory import memory
 from seqaware.plan.search import largest_micro_batch
 from seqaware.plan.throughput import step_time
 from seqaware.training.assembly import build_engine
-from seqaware.training.dry_run import plan_without_torch
+from seqaware.training.prepare import Prepared
 
 SAVING = {"activation_checkpointing": "full", "mlp_tile_tokens": 4096}
 
@@ -35,14 +34,16 @@ def longest(work: Work, found: Found, *, until: float) -> None:
     The shortest comes twice: in the first, which is not told of, kernels are compiled and the optimizer's states made.
     How much longer the next one takes is taken from the plan.
     """
-    layout, device = planned(work), plan_device(work.device)
+    prepared, _ = batches_of(work, min(work.rows), **SAVING)
+    layout, device = layout_of(prepared.plan), plan_device(work.device)
+    assert layout is not None, "the model's sizes are known"
     found({"longest_planned": largest_micro_batch(layout, device)})
-    step, tokens = step_over_one_document(work), min(work.rows)
+    step, tokens = step_over_one_document(work, prepared), min(work.rows)
     step(tokens)
     points: list[tuple[int, int]] = []
-    ends = 0.0
+    reckoned, ends = estimate(layout, device, tokens), 0.0
     while len(points) < (2 if work.device == "cpu" else 8) and ends < until:
-        reckoned, begun = estimate(layout, device, tokens), time.monotonic()
+        begun = time.monotonic()
         try:
             points.append((tokens, step(tokens)))
         except torch.OutOfMemoryError as error:
@@ -51,21 +52,12 @@ def longest(work: Work, found: Found, *, until: float) -> None:
         seconds = time.monotonic() - begun
         found({"tokens": tokens, "peak_bytes": points[-1][1], "seconds": seconds, **reckoned})
         tokens *= 2
-        growth = estimate(layout, device, tokens)["planned_seconds"] / reckoned["planned_seconds"]
-        ends = time.monotonic() + growth * seconds
+        before, reckoned = reckoned, estimate(layout, device, tokens)
+        ends = time.monotonic() + seconds * reckoned["planned_seconds"] / before["planned_seconds"]
     if work.device == "cuda" and len(points) > 1:
         (few, low), (many, high) = points[-2:]
         by_line = int(many + (device.usable - high) * (many - few) / (high - low))
         found({"longest_measured": many, "longest_by_extrapolation": by_line})
-
-
-def planned(work: Work) -> Layout:
-    """What the plan knows of the same YAML and ds_config."""
-    yaml, zero = run_files(work, min(work.rows), **SAVING)
-    plan = plan_without_torch(load_config(yaml), deepspeed_path=zero, ranks=1, gpu=work.device == "cuda")
-    layout = layout_of(plan)
-    assert layout is not None, "the model's sizes are known"
-    return layout
 
 
 def estimate(layout: Layout, device: Device, tokens: int) -> dict[str, float]:
@@ -75,9 +67,8 @@ def estimate(layout: Layout, device: Device, tokens: int) -> dict[str, float]:
     return {"planned_peak_bytes": memory(stretched).peak, "planned_seconds": seconds}
 
 
-def step_over_one_document(work: Work) -> Callable[[int], int]:
+def step_over_one_document(work: Work, prepared: Prepared) -> Callable[[int], int]:
     """A training step over one document of so many tokens; bytes at its peak, 0 on a CPU."""
-    prepared, _ = batches_of(work, min(work.rows), **SAVING)
     engine = build_engine(prepared, str(work.model), ranks=connect(find_address()), say=lambda text: None)
 
     def step(tokens: int) -> int:

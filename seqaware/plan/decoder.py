@@ -18,6 +18,8 @@ _GPT2 = ("gpt2",)
 _BIASED_ATTENTION = ("qwen2",)
 _NORMED_HEADS = ("qwen3",)
 _LLAMA_LIKE = ("llama", "mistral", *_BIASED_ATTENTION, *_NORMED_HEADS)
+# What is said of a model that is not `exact`.
+GUESSED = "a model type that is not known here is counted as if it were a Llama of these sizes"
 
 
 @dataclass(frozen=True)

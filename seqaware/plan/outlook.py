@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from seqaware.errors import ConfigError
+from seqaware.plan.decoder import GUESSED
 from seqaware.plan.hardware import GIB, Device
 from seqaware.plan.layout import Layout
 from seqaware.plan.memory import MemoryEstimate, memory
@@ -59,7 +60,7 @@ def outlook(question: Question) -> Iterator[tuple[str, str]]:
     yield from _longest(question)
     yield "assumed", ASSUMED.format(device.link_efficiency, device.efficiency)
     if not layout.decoder.exact:
-        yield "", "a model type that is not known here is counted as if it were a Llama of these sizes"
+        yield "", GUESSED
 
 
 def _heading(question: Question) -> Iterator[tuple[str, str]]:

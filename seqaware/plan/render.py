@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from seqaware.plan.batches import WHEN_TOKENISED
+from seqaware.plan.decoder import GUESSED
 from seqaware.plan.layout import layout_of
 from seqaware.plan.memory import memory
 from seqaware.plan.plan import Plan
@@ -174,9 +175,9 @@ def _cost(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "memory", f"about {estimate.peak / _GIB:.2f} GiB of tensors a rank at the {estimate.moment}: {parts}"
     if estimate.host:
         yield "", f"and {estimate.host_peak / _GIB:.2f} GiB offloaded to the CPU"
-    traffic = collectives(layout, micro_batches=1)
     if not layout.decoder.exact:
-        yield "", "a model type that is not known here is counted as if it were a Llama of these sizes"
+        yield "", GUESSED
+    traffic = collectives(layout, micro_batches=1)
     if traffic:
         sent = ", ".join(f"{each.kind} {each.bytes / 1e9:.3g} GB" for each in traffic)
         yield "traffic", f"a step of one micro-batch, each rank: {sent}"

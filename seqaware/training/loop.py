@@ -136,18 +136,16 @@ class TrainingLoop:
             epoch = self._batches.epoch_after(step)
             self._see(self._reporter.step(PendingStep(step, epoch, rate, result, coming.work, coming.waited)))
         else:
-            self._see(self._reporter.flush(until=begun))
-            due.not_finite(step, result, micro_batches)
+            self._between_steps(lambda step: due.not_finite(step, result, micro_batches), step, until=begun)
             course.done = step
-            self._reporter.skip_time()
         return asked
 
     def _see(self, reported: Sequence[dict[str, Any]]) -> None:
         self._due.heartbeat.reported(reported)
         self._due.spikes.see(reported)
 
-    def _between_steps(self, action: Callable[[int], None], step: int) -> None:
-        self._see(self._reporter.flush())
+    def _between_steps(self, action: Callable[[int], None], step: int, *, until: float | None = None) -> None:
+        self._see(self._reporter.flush(until=until))
         action(step)
         self._reporter.skip_time()
 

@@ -31,20 +31,20 @@ class ProfileWindow:
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
         self._recording: profile | None = None
-        self._open = False
-        self._begun = self._reached = 0
+        self._begun: int | None = None
+        self._reached = 0
 
     def begins(self, step: int) -> bool:
         """Whether `start` is due before this step: the first of the window, or of what a resumed run has left of it."""
-        return step in self._steps and not self._open
+        return step in self._steps and self._begun is None
 
     def ends(self, step: int) -> bool:
         """Whether `close` is due after this step."""
-        return self._open and step >= self._steps[-1]
+        return self._begun is not None and step >= self._steps[-1]
 
     def start(self, step: int) -> None:
         """Record from this step on."""
-        self._open, self._begun, self._reached = True, step, step
+        self._begun = self._reached = step
         if self._folder is not None:
             self._recording = profile(activities=self._activities, record_shapes=True)
             self._recording.start()
@@ -59,20 +59,26 @@ class ProfileWindow:
         with torch.profiler.record_function(f"step {step}"):
             yield
 
+    def _over(self) -> tuple[profile | None, int | None]:
+        """The window is over: what was recorded, and since which step."""
+        ended = self._recording, self._begun
+        self._recording = self._begun = None
+        return ended
+
     def drop(self) -> None:
         """Forget what was recorded: torch must not be recording when the process ends."""
-        recording, self._recording, self._open = self._recording, None, False
+        recording, _ = self._over()
         if recording is not None:
             with suppress(RuntimeError):
                 recording.stop()
 
     def close(self) -> None:
         """Write what was recorded, if anything was. A trace that cannot be written costs a warning and no run."""
-        recording, self._recording, self._open = self._recording, None, False
+        recording, begun = self._over()
         if recording is None or self._folder is None:
             return
-        steps = f"of the steps {self._begun} to {self._reached}"
-        path = self._folder / f"steps-{self._begun}-{self._reached}.json"
+        steps = f"of the steps {begun} to {self._reached}"
+        path = self._folder / f"steps-{begun}-{self._reached}.json"
         try:
             recording.stop()
             self._folder.mkdir(parents=True, exist_ok=True)
