@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from seqaware.config.messages import config_error, nearest, show
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
+from seqaware.files import YAML_BYTES, DuplicateKeyError, MalformedError, parse_yaml, read_text
 from seqaware.masking import holds_secret
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,11 +65,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: missing, unreadable, no YAML, empty, no mapping, or a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, limit=YAML_BYTES)
     except FileNotFoundError as error:
         raise ConfigError("the config file does not exist", got=path, do=_files_beside(path)) from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+    except (OSError, MalformedError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError("the config file cannot be read", got=f"{path} ({reason})") from error
     content = _parse(text, origin=str(path))
     if content is None:
@@ -87,39 +87,14 @@ def _files_beside(path: Path) -> str | None:
     return nearest(path.name, names) or (f"in that folder are {', '.join(names)}" if names else None)
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader keeps the last of two equal keys; we refuse them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        lines: dict[str, int] = {}
-        for key, _ in node.value:
-            line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
-                continue
-            if key.value in lines:
-                raise _DuplicateKeyError(key.value, lines[key.value], line)
-            lines[key.value] = line
-        return super().construct_mapping(node, deep)
-
-
-class _DuplicateKeyError(Exception):
-    def __init__(self, key: str, first: int, second: int) -> None:
-        super().__init__(key)
-        self.key, self.first, self.second = key, first, second
-
-
 def _parse(text: str, *, origin: str) -> Any:
     try:
-        # A subclass of SafeLoader: it builds nothing but plain values.
-        return yaml.load(text, Loader=_Loader)
-    except _DuplicateKeyError as error:
+        return parse_yaml(text)
+    except DuplicateKeyError as error:
         where = f"line {error.second}; it was already written in line {error.first}"
         raise ConfigError(f"{origin}: duplicate key {error.key}", got=where, do="keep one of them") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or str(error)
-        raise ConfigError(f"{origin} is not valid YAML", got=f"{place}{problem}") from error
+    except MalformedError as error:
+        raise ConfigError(f"{origin} is not valid YAML", got=error) from error
 
 
 def _overridden(written: dict[str, Any], override: str) -> dict[str, Any]:
