@@ -7,6 +7,8 @@ Letters: D documents, B bins or micro-batches, R ranks, M micro-batches of a ran
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -62,18 +64,60 @@ def share(costs_B: NDArray[np.int64], by_cost_B: NDArray[np.int64], ranks: int) 
     processing time first, with a limit on the count.
     """
     rounds = (len(costs_B) + ranks - 1) // ranks
-    load_R = np.zeros(ranks, dtype=np.int64)
     held_R = np.zeros(ranks, dtype=np.int64)
     rank_of = np.empty(len(costs_B), dtype=np.int64)
+    heap = [(np.int64(0), np.int64(rank)) for rank in range(ranks)]  # (work so far, rank): a heap from the start
     for b in by_cost_B:
-        taker = -1
-        for r in range(ranks):
-            if held_R[r] < rounds and (taker < 0 or load_R[r] < load_R[taker]):
-                taker = r
+        load, taker = heapq.heappop(heap)
         rank_of[b] = taker
         held_R[taker] += 1
-        load_R[taker] += costs_B[b]
+        if held_R[taker] < rounds:
+            heapq.heappush(heap, (load + costs_B[b], taker))
     return rank_of
+
+
+@compiled
+def halve_fullest(
+    falling_D: NDArray[np.int64], bin_of: NDArray[np.int32], bins: int, wanted: int, packed: bool
+) -> None:
+    """Split the fullest bin that holds several documents, in place, until there are `wanted` bins. O(D log D).
+
+    Args:
+        falling_D: the documents' tokens, the longest first. bin_of: int32 [D], in 0 … bins - 1, each bin in use.
+        packed: every second document of a bin moves; else the shorter half, for a block of rows of like length.
+    """
+    count_B = np.zeros(wanted, dtype=np.int64)
+    tokens_B = np.zeros(wanted, dtype=np.int64)
+    for i in range(len(bin_of)):
+        count_B[bin_of[i]] += 1
+        tokens_B[bin_of[i]] += falling_D[i]
+    # A bin's documents, the longest first, are members[first_B[b] : first_B[b] + count_B[b]].
+    first_B = np.cumsum(count_B) - count_B
+    members = np.empty(len(bin_of), dtype=np.int64)
+    placed_B = first_B.copy()
+    for i in range(len(bin_of)):
+        members[placed_B[bin_of[i]]] = i
+        placed_B[bin_of[i]] += 1
+    heap = [(-tokens_B[b], np.int64(b)) for b in range(bins) if count_B[b] > 1]
+    heapq.heapify(heap)
+    for new in range(bins, wanted):
+        _, fullest = heapq.heappop(heap)
+        own = members[first_B[fullest] : first_B[fullest] + count_B[fullest]]
+        kept = (len(own) + 1) // 2
+        if packed:
+            moved = own[1::2].copy()
+            own[:kept] = own[::2].copy()
+            own[kept:] = moved
+        first_B[new] = first_B[fullest] + kept
+        count_B[new] = len(own) - kept
+        count_B[fullest] = kept
+        for i in own[kept:]:
+            bin_of[i] = new
+            tokens_B[new] += falling_D[i]
+        tokens_B[fullest] -= tokens_B[new]
+        for b in (fullest, np.int64(new)):
+            if count_B[b] > 1:
+                heapq.heappush(heap, (-tokens_B[b], b))
 
 
 def deal(rank_of: NDArray[np.int64], by_cost_B: NDArray[np.int64], ranks: int) -> NDArray[np.int64]:
@@ -81,10 +125,12 @@ def deal(rank_of: NDArray[np.int64], by_cost_B: NDArray[np.int64], ranks: int) -
 
     So the m-th micro-batches of the ranks are alike: under ZeRO-3 they wait for each other in every forward.
     """
-    lists = [by_cost_B[rank_of[by_cost_B] == rank] for rank in range(ranks)]
-    dealt_MR = np.full((max(map(len, lists)), ranks), -1, dtype=np.int64)
-    for rank, numbers in enumerate(lists):
-        dealt_MR[: len(numbers), rank] = numbers
+    by_rank = by_cost_B[np.argsort(rank_of[by_cost_B], kind="stable")]
+    count_R = np.bincount(rank_of, minlength=ranks)
+    dealt_MR = np.full((int(count_R.max()), ranks), -1, dtype=np.int64)
+    first_R = np.cumsum(count_R) - count_R
+    place_B = np.arange(len(by_rank)) - np.repeat(first_R, count_R)
+    dealt_MR[place_B, rank_of[by_rank]] = by_rank
     return dealt_MR
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from seqaware.data.balance import costs, deal, imbalance, share, spread
+from seqaware.data.balance import costs, deal, halve_fullest, imbalance, share, spread
 from seqaware.data.best_fit import best_fit, falling_order
 from seqaware.data.compiled import compiled
 from seqaware.errors import ConfigError
@@ -159,17 +159,8 @@ class _Step:
                 bin_of, trial = trial, bin_of
             else:
                 too_small = middle
-        for new in range(bins, wanted):
-            self._halve_fullest(bin_of, new)
+        halve_fullest(self.lengths, bin_of, bins, wanted, self.packed)
         return bin_of, wanted
-
-    def _halve_fullest(self, bin_of: NDArray[np.int32], new: int) -> None:
-        """Move half of the fullest micro-batch that holds several documents to the micro-batch `new`, in place."""
-        tokens = np.where(np.bincount(bin_of) > 1, np.bincount(bin_of, weights=self.lengths), 0)
-        members = np.flatnonzero(bin_of == tokens.argmax())
-        # Longest first: every second one of a bin, the shorter half of a block of rows.
-        moved = members[1::2] if self.packed else members[(len(members) + 1) // 2 :]
-        bin_of[moved] = new
 
     def laid_out(self, bin_of: NDArray[np.int32], rank_of: NDArray[np.int64] | None = None) -> StepLayout:
         """The layout with these micro-batches, on the ranks given for them, or shared out."""
