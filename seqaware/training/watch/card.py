@@ -57,21 +57,41 @@ class Card:
         return f"rank {self.rank} of {self.size} on host {self.host} (pid {self.process.pid})"
 
     def write(self, path: Path) -> None:
-        partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
-        partial.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        partial.replace(path)
+        _write(path, asdict(self))
 
 
 def read_card(path: Path) -> Card | None:
     """The card of another rank; None where there is none."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        values["process"] = HostProcess(**values["process"])
-        values["place"] = Place(*values["place"])
-        values["stuck"] = Stuck(**values["stuck"]) if values["stuck"] else None
-        return Card(**values)
+        return _card(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not yet written, or by another version
+
+
+def write_cards(path: Path, cards: Iterable[Card]) -> None:
+    """Write the cards of one host into one file, for the other hosts."""
+    _write(path, [asdict(card) for card in cards])
+
+
+def read_cards(path: Path) -> list[Card]:
+    """Return the cards that another host has written; none where there is no such file."""
+    try:
+        return [_card(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # not yet written, or by another version
+
+
+def _write(path: Path, content: object) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(path)
+
+
+def _card(values: dict[str, Any]) -> Card:
+    values["process"] = HostProcess(**values["process"])
+    values["place"] = Place(*values["place"])
+    values["stuck"] = Stuck(**values["stuck"]) if values["stuck"] else None
+    return Card(**values)
 
 
 def code_of(cards: Iterable[Card]) -> int | None:

@@ -12,7 +12,7 @@ from seqaware.training.watch import words
 from seqaware.training.watch.card import code_of
 from seqaware.training.watch.monitor import FAILURE, Monitor
 from seqaware.training.watch.own_rank import OwnRank
-from seqaware.training.watch.peers import missed_now, silent_afar
+from seqaware.training.watch.peers import Peer, missed_now, silent_afar
 
 # What gloo, NCCL and the store say when somebody at the other end is gone.
 _LOST = re.compile(
@@ -85,9 +85,15 @@ def _tell_of_a_loss(own: OwnRank, monitor: Monitor, message: str) -> int:
         monitor.join(_UNTIL_ENDED)  # it ends this process, unless the machine is too busy
         return _code_of_others(own)
     # Nobody of this host is to blame.
-    far = own.address.nodes > 1 and own.shared is not None
-    seconds = max(_SILENT_AT_LEAST, _SHARES_MISSED * own.share_seconds)
-    silent = silent_afar(own, seconds) if far else []
+    silent: list[Peer] = []
+    if own.address.nodes > 1 and own.shared is not None:
+        seconds = max(_SILENT_AT_LEAST, _SHARES_MISSED * own.share_seconds)
+        if monitor.leads():
+            silent = silent_afar(own, seconds)
+        elif _wait(own.told, seconds + _UNTIL_TOLD):
+            # The rank that works for this host looks at the others, and has reported meanwhile.
+            monitor.join(_UNTIL_ENDED)
+            return _code_of_others(own)
     monitor.stop()
     code = _code_of_others(own)
     card = own.update(status="failed", code=code, message=message)

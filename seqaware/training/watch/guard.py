@@ -4,7 +4,7 @@ MPICH's mpirun sends them SIGKILL within milliseconds: no rank lives long enough
 guard has a session of its own, so that it is not sent the same, and nothing to do but to wait. It ends with the last
 rank; mpirun waits until nobody holds its standard error any more.
 
-    python -m seqaware.training.watch.guard FOLDER SIZE STARTER
+    python -m seqaware.training.watch.guard FOLDER STARTER
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from seqaware.engine.address import RankAddress
 from seqaware.training.watch import words
-from seqaware.training.watch.card import Card, read_card
+from seqaware.training.watch.card import Card, read_cards
 from seqaware.training.watch.host import Life, memory_kills
-from seqaware.training.watch.launch_folder import LaunchFolder, card_in
+from seqaware.training.watch.launch_folder import LaunchFolder, host_files
 from seqaware.training.watch.peers import Peer, Peers
 from seqaware.training.watch.word import tell_first
 
@@ -34,20 +34,20 @@ def is_needed(address: RankAddress) -> bool:
 def start_guard(address: RankAddress, folder: LaunchFolder) -> int:
     """Start the guard of this host; one rank of it does. Returns its process's number."""
     return subprocess.Popen(
-        [sys.executable, "-m", _MODULE, str(folder.path), str(address.size), str(os.getpid())],
+        [sys.executable, "-m", _MODULE, str(folder.path), str(os.getpid())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
     ).pid
 
 
-def guard(folder: LaunchFolder, *, size: int, starter: int) -> None:
+def guard(folder: LaunchFolder, *, starter: int) -> None:
     """Watch until all ranks of this host have ended; say which was the first, if it ended without a word.
 
     Args:
-        size: ranks of the launch. starter: the number of the rank's process that started this one.
+        starter: the number of the rank's process that started this one.
     """
-    peers = Peers(folder, size=size)
+    peers = Peers(folder)
     kills = memory_kills()
     while True:
         peers.wait(0.0)  # a wait that was interrupted may have heard nothing
@@ -56,7 +56,7 @@ def guard(folder: LaunchFolder, *, size: int, starter: int) -> None:
         here = peers.here()
         if any(peer.missed for peer in here) and (dead := _first_dead(peers, heard)):
             shared = _shared(dead[0].card)
-            if not _somebody_left(peers, size, shared):
+            if not _somebody_left(peers, shared):
                 tell_first(words.of_the_dead(dead, memory_kills=memory_kills() - kills, shared=shared), folder, shared)
             return
         over = not folder.path.exists() or (here and all(peer.life is Life.GONE for peer in here))
@@ -88,17 +88,17 @@ def _shared(card: Card) -> Path | None:
     return parent if parent.name.startswith("attempt-") else None
 
 
-def _somebody_left(peers: Peers, size: int, shared: Path | None) -> bool:
+def _somebody_left(peers: Peers, shared: Path | None) -> bool:
     """Whether a rank has ended with an exit code that makes the launcher end the others."""
     cards = [peer.card for peer in peers.all()]
     if shared is not None:
-        cards += [card for card in (read_card(card_in(shared, rank)) for rank in range(size)) if card is not None]
+        cards += [card for file in host_files(shared) for card in read_cards(file)]
     return any(card.code for card in cards)
 
 
 def main() -> None:
-    folder, size, starter = sys.argv[1:]
-    guard(LaunchFolder(Path(folder)), size=int(size), starter=int(starter))
+    folder, starter = sys.argv[1:]
+    guard(LaunchFolder(Path(folder)), starter=int(starter))
 
 
 if __name__ == "__main__":

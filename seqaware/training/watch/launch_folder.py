@@ -119,9 +119,18 @@ def claim(folder: Path, text: str) -> bool:
     return True
 
 
-def card_in(shared: Path, rank: int) -> Path:
-    """Where a rank shows its card to other hosts, in the attempt's folder."""
-    return shared / f"rank-{rank:04d}.json"
+def host_file(shared: Path, lowest_rank: int) -> Path:
+    """The file in the attempt's folder that shows one host's ranks to the other hosts.
+
+    Args:
+        lowest_rank: of that host.
+    """
+    return shared / f"host-{lowest_rank:04d}.json"
+
+
+def host_files(shared: Path) -> list[Path]:
+    """The files of all hosts that have shown themselves so far."""
+    return sorted(shared.glob("host-*.json"))
 
 
 def open_launch_folder(address: RankAddress, base: Path | None = None) -> LaunchFolder:

@@ -2,6 +2,10 @@
 
 Whoever finds out first has the word (`OwnRank.tell`): it is told once in a launch how it ended. The lowest
 rank that can speak goes first, the others a little later in case it cannot.
+
+Across hosts, one rank of each host does the work: the lowest that answers shows its host's ranks in one file of the
+attempt's folder, reads those of the other hosts when nothing moves, and judges. The others read files of their own
+host alone, so that what a shared file system has to serve grows with the hosts.
 """
 
 from __future__ import annotations
@@ -19,15 +23,15 @@ from seqaware.training.watch.dial import NO_STEP, Place
 from seqaware.training.watch.hang import Standing, awaited, look_at_main_thread
 from seqaware.training.watch.host import Life, children, memory_kills
 from seqaware.training.watch.own_rank import OwnRank
-from seqaware.training.watch.peers import Peer, Peers, Stillness
+from seqaware.training.watch.peers import MUTE_SECONDS, Peer, Peers, Stillness
 
 FAILURE = 1
 _PERIOD = 1.0
 _LOOKS_A_SECOND = 16
 _BETWEEN_KEEPS = 3600.0
-_MUTE_SECONDS = 5.0
 # For the rank before this one to speak first; and for a main thread to end by itself once the launch is over.
 _TURN = 0.7
+_MOST_TURNS = 20
 _GRACE = 2.0
 _GUARDS_TURN = 3.0
 # A rank that has failed is about to tell so itself.
@@ -43,12 +47,13 @@ class Monitor(threading.Thread):
     def __init__(self, own: OwnRank) -> None:
         super().__init__(name="watch", daemon=True)
         self._own = own
-        self._peers = Peers(own.folder, size=own.address.size, but=own.address.rank)
+        self._peers = Peers(own.folder, but=own.address.rank)
         self._stopping = threading.Event()
         self._idle = Stillness()
         self._over = Stillness()
         self._failed_for = 0.0
         self._since_share = 0.0
+        self._since_fetch = 0.0
         self._since_look = 0.0
         self._since_kept = 0.0
         self._memory_kills = memory_kills()
@@ -59,6 +64,10 @@ class Monitor(threading.Thread):
         self._peers.wake()
         if self.is_alive():
             self.join(_LONGEST_LOOK)
+
+    def leads(self) -> bool:
+        """Whether this rank is the one that works for its host: see above."""
+        return self._peers.leads(self._own.address.rank)
 
     def run(self) -> None:
         before = time.monotonic()
@@ -97,14 +106,20 @@ class Monitor(threading.Thread):
             self._look_for_hang(elapsed)
 
     def _share(self, elapsed: float) -> None:
-        """Show the card to other hosts, and look at theirs, every few seconds."""
-        hang = self._own.hang_seconds
+        """Show this host's ranks to the other hosts, and look at theirs, every few seconds; one rank of a host does."""
+        own, hang = self._own, self._own.hang_seconds
         self._since_share += elapsed
-        if self._own.address.nodes == 1 or self._since_share < self._own.share_seconds:
+        self._since_fetch += elapsed
+        if own.address.nodes == 1 or own.shared is None or not self.leads():
             return
-        self._own.share()
-        if hang is not None and self._idle.seconds >= hang / 4 and self._own.shared is not None:
-            self._peers.look_afar(self._since_share, shared=self._own.shared)
+        if self._since_fetch >= own.told_seconds:
+            own.fetch_told()
+            self._since_fetch = 0.0
+        if self._since_share < own.share_seconds:
+            return
+        own.share()
+        if hang is not None and self._idle.seconds >= hang / 4:
+            self._peers.look_afar(self._since_share, shared=own.shared, own=own.host_file)
         self._since_share = 0.0
 
     def _follow(self, elapsed: float) -> None:
@@ -119,15 +134,15 @@ class Monitor(threading.Thread):
         own = self._own
         able = [peer.card.rank for peer in self._peers.here() if peer.life is Life.RUNNING]
         before = [rank for rank in able if rank < own.address.rank]
-        if not self._await_turn(before, extra=_GUARDS_TURN if own.guarded else 0.0):
+        if not self._await_turn(len(before), extra=_GUARDS_TURN if own.guarded else 0.0):
             kills = memory_kills() - self._memory_kills
             text = words.of_the_dead(dead, memory_kills=kills, shared=own.shared)
             own.tell(text)
         self._leave(self._code())
 
-    def _await_turn(self, before: list[int], extra: float = 0.0) -> bool:
-        """Give the ranks before this one the time to speak, and `extra` seconds; True once one has."""
-        until = time.monotonic() + _TURN * len(before) + extra
+    def _await_turn(self, before: int, extra: float = 0.0) -> bool:
+        """Give so many ranks before this one the time to speak, and `extra` seconds; True once one has."""
+        until = time.monotonic() + _TURN * min(before, _MOST_TURNS) + extra
         while time.monotonic() < until:
             if self._own.told():
                 return True
@@ -156,10 +171,10 @@ class Monitor(threading.Thread):
         stuck = look_at_main_thread(idle)
         if own.card.stuck is None:
             own.log.note(f"stands still since {duration(idle)}:\n" + "\n".join(stuck.stack))
-        own.update(stuck=stuck)
-        own.share()
+        if own.card.stuck is None or own.card.stuck.stack != stuck.stack:
+            own.update(stuck=stuck)
         # Ranks of several hosts cannot see each other before the run's folder is claimed.
-        if own.address.nodes == 1 or own.shared is not None:
+        if own.address.nodes == 1 or (own.shared is not None and self.leads()):
             self._judge(hang)
 
     def _judge(self, hang: float) -> None:
@@ -168,8 +183,10 @@ class Monitor(threading.Thread):
         culprits = awaited(standings, hang_seconds=hang)
         if culprits is None:
             return
-        able = [each.rank for each in standings if each.answers(hang) and each.rank < own.address.rank]
-        if not self._await_turn(able):
+        able = {each.rank for each in standings if each.answers(hang) and each.rank < own.address.rank}
+        # Of each other host one rank may speak.
+        speakers = {peer.host_file or peer.card.rank for peer in self._peers.all() if peer.card.rank in able}
+        if not self._await_turn(len(speakers)):
             text = words.of_the_hanging(culprits, standings, hang_seconds=hang, shared=own.shared)
             own.tell(text)
         self._leave(FAILURE)
@@ -193,7 +210,7 @@ class Monitor(threading.Thread):
         self._own.update(status="ended", code=code)
         for peer in self._peers.here():
             # One that cannot end by itself: its launcher would wait for it.
-            if peer.card.status == "running" and (peer.life is Life.STOPPED or peer.silent.seconds > _MUTE_SECONDS):
+            if peer.card.status == "running" and (peer.life is Life.STOPPED or peer.silent.seconds > MUTE_SECONDS):
                 peer.card.process.kill()
         for child in children():
             # The guard may be about to tell how the launch ended. It ends by itself.

@@ -8,15 +8,17 @@ from threading import Lock
 from typing import Any
 
 from seqaware.engine.address import RankAddress
-from seqaware.training.watch.card import Card
-from seqaware.training.watch.dial import Dial
+from seqaware.training.watch.card import Card, write_cards
+from seqaware.training.watch.dial import Dial, read_place
 from seqaware.training.watch.host import HostProcess, host_name
-from seqaware.training.watch.launch_folder import TOLD, LaunchFolder, card_in
+from seqaware.training.watch.launch_folder import TOLD, LaunchFolder, host_file
 from seqaware.training.watch.rank_log import RankLog
 from seqaware.training.watch.word import LONGEST_WORD, tell_first
 
 _SHARE_SECONDS = 5.0
-_SHARES_A_SECOND = 50
+_TOLD_SECONDS = 1.0
+# What all hosts together may ask of a shared file system for the watchdog: writes a second, and as many stats.
+_REQUESTS_A_SECOND = 50
 
 
 class OwnRank:
@@ -27,6 +29,7 @@ class OwnRank:
 
     Attributes:
         shared: the attempt's folder, which ranks on other hosts see too; None before the run's folder is claimed.
+        host_file: the file in it that shows this host's ranks.
         hang_seconds: how long a rank may stand still; None: for ever.
         guarded: whether a process beside the ranks tells of those that die: see guard.py. guard: the number of that
             process, where this rank has started it.
@@ -39,6 +42,7 @@ class OwnRank:
         self.dial = Dial(folder.dial(address.rank))
         self.log = RankLog(folder.log(address.rank))
         self.shared: Path | None = None
+        self.host_file: Path | None = None
         self.hang_seconds: float | None = None
         self.guarded = False
         self.guard: int | None = None
@@ -57,9 +61,14 @@ class OwnRank:
 
     @property
     def share_seconds(self) -> float:
-        """How often the card is shown to other hosts: less often where a file system serves many ranks."""
-        usual = max(_SHARE_SECONDS, self.address.size / _SHARES_A_SECOND)
+        """How often this host's ranks are shown to other hosts: less often where a file system serves many hosts."""
+        usual = max(_SHARE_SECONDS, self.address.nodes / _REQUESTS_A_SECOND)
         return usual if self.hang_seconds is None else min(usual, self.hang_seconds / 6)
+
+    @property
+    def told_seconds(self) -> float:
+        """How often one rank of this host asks whether the launch has ended on another host."""
+        return max(_TOLD_SECONDS, self.address.nodes / _REQUESTS_A_SECOND)
 
     def update(self, **changes: Any) -> Card:
         """Change the card, and write it for the ranks of this host."""
@@ -69,28 +78,41 @@ class OwnRank:
             return self.card
 
     def share(self) -> None:
-        """Write the card for the ranks of other hosts."""
-        if self.shared is not None:
-            with self._lock:
-                self.card = replace(self.card, place=self.dial.place())
-                self._write(card_in(self.shared, self.address.rank))
+        """Write the cards of this host's ranks, all in one file, for the ranks of other hosts."""
+        if self.host_file is None:
+            return
+        own = self.update()
+        cards = {card.rank: card for card in self.folder.cards()} | {own.rank: own}
+        places = {rank: read_place(self.folder.dial(rank)) or card.place for rank, card in cards.items()}
+        try:
+            write_cards(self.host_file, [replace(cards[rank], place=places[rank]) for rank in sorted(cards)])
+        except OSError as problem:
+            self.log.note(f"the cards of this host could not be written: {problem}")
 
     def _write(self, path: Path) -> None:
         try:
             self.card.write(path)
         except OSError as problem:
-            # A full disk: not to be seen by the others is no reason to end.
+            # A full disk is no reason to end: the other ranks then do not see this one.
             self.log.note(f"the card could not be written: {problem}")
 
     def settle(self, shared: Path) -> None:
         """Go on in the attempt's folder."""
         self.log.move(shared / f"rank-{self.address.rank:04d}.log")
         self.update(log=str(self.log.path))
+        # All ranks of this host are connected by now, so each of them finds the same lowest one.
+        lowest = min([self.address.rank, *(card.rank for card in self.folder.cards())])
+        self.host_file = host_file(shared, lowest)
         self.shared = shared
 
     def told(self) -> bool:
-        """Whether a rank of this launch has told how it ends."""
-        return self.folder.told() or (self.shared is not None and (self.shared / TOLD).exists())
+        """Whether the end of this launch is reported, as far as this host knows. Touches no shared file system."""
+        return self.folder.told()
+
+    def fetch_told(self) -> None:
+        """Let this host's ranks know where a rank of another host has reported the end of the launch."""
+        if self.shared is not None and not self.folder.told() and (self.shared / TOLD).exists():
+            self.folder.claim("reported on another host")
 
     def tell(self, text: str) -> None:
         """Show how the launch ends, unless a rank of it has: only the first word is shown."""

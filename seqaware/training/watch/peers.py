@@ -1,4 +1,4 @@
-"""What this rank knows of the others: of those on its host all there is, of the rest what they show in the run folder.
+"""What this rank knows of the others: of its host's ranks everything, of the rest what each host's file shows.
 
 Time here is this process's own running time. A host that was suspended, or a job that the batch system stopped for a
 while, has not stood still for longer than the others.
@@ -13,11 +13,14 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from seqaware.training.watch.card import Card, read_card
+from seqaware.training.watch.card import Card, read_card, read_cards
 from seqaware.training.watch.dial import Place, read_place
 from seqaware.training.watch.host import Life
-from seqaware.training.watch.launch_folder import LaunchFolder, card_in
+from seqaware.training.watch.launch_folder import LaunchFolder, host_files
 from seqaware.training.watch.own_rank import OwnRank
+
+MUTE_SECONDS = 5.0
+"""A monitor that has not moved for so long does not answer."""
 
 
 class Stillness:
@@ -42,7 +45,8 @@ class Peer:
     """Another rank.
 
     Attributes:
-        here: whether it runs on this host. life: of its process; ranks of other hosts are taken to run.
+        host_file: which shows it, for a rank of another host; None: it runs on this host.
+        life: of its process; ranks of other hosts are taken to run.
         exit_status: as its parent gets it, if it was seen in time.
         awaited: whether the kernel tells when it ends; not of one that was gone when we met it.
         idle, silent: how long neither its main thread nor its monitor has moved.
@@ -50,12 +54,16 @@ class Peer:
 
     card: Card
     place: Place
-    here: bool
+    host_file: Path | None = None
     life: Life = Life.RUNNING
     exit_status: int | None = None
     awaited: bool = False
     idle: Stillness = field(default_factory=Stillness)
     silent: Stillness = field(default_factory=Stillness)
+
+    @property
+    def here(self) -> bool:
+        return self.host_file is None
 
     @property
     def missed(self) -> bool:
@@ -67,15 +75,14 @@ class Peers:
     """All ranks of a launch that have shown themselves, as seen from this host.
 
     Args:
-        size: of the launch. but: the rank that looks, which is not its own peer.
+        but: the rank that looks, which is not its own peer.
 
     Attributes:
         gone: ranks of this host whose end a wait has seen, in the order in which they ended, however late it looked.
     """
 
-    def __init__(self, folder: LaunchFolder, *, size: int, but: int | None = None) -> None:
+    def __init__(self, folder: LaunchFolder, *, but: int | None = None) -> None:
         self._folder = folder
-        self._size = size
         self._but = but
         self.gone: list[int] = []
         self._watched: dict[int, int] = {}
@@ -120,29 +127,33 @@ class Peers:
         for card in (known | {card.rank: card for card in self._folder.cards()}).values():
             if card.rank == self._but:
                 continue
-            peer = self._meet(card, here=True)
+            peer = self._meet(card)
             place = read_place(self._folder.dial(card.rank)) or card.place
             self._see(peer, card, place=place, elapsed=elapsed)
             if peer.life is not Life.GONE:
                 self._look_at_process(peer)
 
-    def look_afar(self, elapsed: float, *, shared: Path) -> None:
-        """See what the ranks of other hosts show; reads a file for each of them.
+    def look_afar(self, elapsed: float, *, shared: Path, own: Path | None) -> None:
+        """See what the ranks of other hosts show; reads a file for each host.
 
         Args:
-            shared: the attempt's folder.
+            shared: the attempt's folder. own: the file in it that this host writes.
         """
-        here = {card.rank for card in self._folder.cards()} | {self._but}
-        for rank in sorted(set(range(self._size)) - here):
-            card = read_card(card_in(shared, rank))
-            if card is not None:
-                self._see(self._meet(card, here=False), card, place=card.place, elapsed=elapsed)
+        for file in host_files(shared):
+            if file != own:
+                for card in read_cards(file):
+                    self._see(self._meet(card, host_file=file), card, place=card.place, elapsed=elapsed)
 
-    def _meet(self, card: Card, *, here: bool) -> Peer:
+    def leads(self, rank: int) -> bool:
+        """Whether `rank` is the lowest of this host that runs and answers: the one that works for its host."""
+        lower = (peer for peer in self.here() if peer.card.rank < rank and peer.card.status == "running")
+        return not any(peer.life is Life.RUNNING and peer.silent.seconds < MUTE_SECONDS for peer in lower)
+
+    def _meet(self, card: Card, *, host_file: Path | None = None) -> Peer:
         peer = self._known.get(card.rank)
         if peer is None or peer.card.process != card.process:
-            peer = self._known[card.rank] = Peer(card, card.place, here)
-            if here:
+            peer = self._known[card.rank] = Peer(card, card.place, host_file)
+            if peer.here:
                 self._await(peer)
         return peer
 
@@ -188,9 +199,9 @@ def missed_now(own: OwnRank) -> list[Card]:
 
 def silent_afar(own: OwnRank, seconds: float) -> list[Peer]:
     """The ranks of other hosts that show nothing new for so long; waits as long."""
-    peers = Peers(own.folder, size=own.address.size, but=own.address.rank)
+    peers = Peers(own.folder, but=own.address.rank)
     if own.shared is not None:
-        peers.look_afar(0.0, shared=own.shared)
+        peers.look_afar(0.0, shared=own.shared, own=own.host_file)
         time.sleep(seconds)
-        peers.look_afar(seconds, shared=own.shared)
+        peers.look_afar(seconds, shared=own.shared, own=own.host_file)
     return [peer for peer in peers.all() if not peer.here and peer.silent.seconds > 0.0]

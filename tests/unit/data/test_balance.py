@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqaware.data.balance import costs, deal, imbalance, share, spread
+from seqaware.data.balance import costs, deal, halve_fullest, imbalance, share, spread
 
 # The first call of a compiled function compiles it: no deadline.
 unhurried = settings(deadline=None)
@@ -53,3 +53,35 @@ def test_spread_goes_to_the_rank_with_the_least_work_that_has_room():
 def test_spread_gives_up_where_a_document_finds_no_room():
     lengths = np.array([5, 5, 5])
     assert len(spread(lengths, lengths, 2, 2, 8)) == 0
+
+
+@unhurried
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(1, 9))
+def test_each_micro_batch_goes_to_the_rank_with_the_least_work_that_has_room(costs_B, ranks):
+    loads, counts, expected = [0] * ranks, [0] * ranks, []
+    for cost in costs_B:
+        taker = min((r for r in range(ranks) if counts[r] < -(-len(costs_B) // ranks)), key=lambda r: (loads[r], r))
+        loads[taker] += cost
+        counts[taker] += 1
+        expected.append(taker)
+    assert share(np.array(costs_B), np.arange(len(costs_B)), ranks).tolist() == expected
+
+
+@unhurried
+@given(st.data(), st.lists(st.integers(1, 20), min_size=1, max_size=40), st.booleans())
+def test_the_fullest_bin_of_several_documents_is_halved_first(data, lengths, packed):
+    falling = sorted(lengths, reverse=True)
+    bins = data.draw(st.integers(1, len(falling)))
+    bin_of = data.draw(st.permutations([i % bins for i in range(len(falling))]))
+    wanted = data.draw(st.integers(bins, len(falling)))
+    members = [[i for i in range(len(falling)) if bin_of[i] == b] for b in range(bins)]
+    while len(members) < wanted:
+        several = [b for b in range(len(members)) if len(members[b]) > 1]
+        fullest = max(several, key=lambda b: (sum(falling[i] for i in members[b]), -b))
+        own = members[fullest]
+        half = (len(own) + 1) // 2
+        members[fullest], moved = (own[::2], own[1::2]) if packed else (own[:half], own[half:])
+        members.append(moved)
+    halved = np.array(bin_of, dtype=np.int32)
+    halve_fullest(np.array(falling), halved, bins, wanted, packed)
+    assert [np.flatnonzero(halved == b).tolist() for b in range(wanted)] == members

@@ -108,7 +108,7 @@ def test_who_ends_while_it_is_looked_at_is_not_missed(tmp_path: Path, monkeypatc
         return Life.GONE
 
     monkeypatch.setattr(HostProcess, "life", end_meanwhile)
-    peers = Peers(folder, size=2, but=0)
+    peers = Peers(folder, but=0)
     peers.look_around(1.0)
     (peer,) = peers.here()
     assert peer.life is Life.GONE and not peer.missed
@@ -335,7 +335,7 @@ def test_a_rank_that_leaves_ends_its_children_but_not_the_guard_that_may_be_spea
 
 def test_a_guard_of_ranks_that_can_write_nothing_ends_with_who_started_it(tmp_path: Path) -> None:
     folder = open_launch_folder(_address(), tmp_path)
-    watching = threading.Thread(target=guard, args=(folder,), kwargs={"size": 2, "starter": -1}, daemon=True)
+    watching = threading.Thread(target=guard, args=(folder,), kwargs={"starter": -1}, daemon=True)
     watching.start()
     watching.join(PATIENCE)
     assert not watching.is_alive()
@@ -348,7 +348,7 @@ def test_a_python_without_descriptors_of_processes_sees_the_dead(
     folder = open_launch_folder(_address(), tmp_path)
     process = subprocess.Popen(["sleep", "60"])
     _card(1, process=HostProcess.of(process.pid)).write(folder.card(1))
-    peers = Peers(folder, size=2, but=0)
+    peers = Peers(folder, but=0)
     peers.look_around(1.0)
     process.kill()
     process.wait()
@@ -425,12 +425,12 @@ def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
     ],
 )
 def test_the_cause_of_a_death_is_guessed_in_words(status: int | None, kills: int, says: str) -> None:
-    dead = Peer(_card(1), FORWARD, here=True, exit_status=status)
+    dead = Peer(_card(1), FORWARD, exit_status=status)
     assert says in words.of_the_dead([dead], memory_kills=kills, shared=None)
 
 
 def test_many_dead_ranks_are_told_in_few_words() -> None:
-    dead = [Peer(_card(rank), FORWARD, here=True, exit_status=9) for rank in range(6)]
+    dead = [Peer(_card(rank), FORWARD, exit_status=9) for rank in range(6)]
     text = words.of_the_dead(dead, memory_kills=0, shared=None)
     assert text.count("was killed by SIGKILL at step 17, in forward") == 3 and "gone as well: ranks 3, 4, 5" in text
 
