@@ -48,7 +48,7 @@ def doctor(
     found = environment()
     prepare_environment()
     with person_errors():
-        address = find_address()
+        address = find_address(check=False)
     from rich.console import Console
 
     from seqaware.training.doctor.doctor import DoctorRequest, diagnose

@@ -62,7 +62,7 @@ def train(
     """
     del local_rank
     with person_errors():
-        address = find_address()
+        address = find_address(check=not (dry_run or print_sbatch))
     with person_errors(address.rank):
         if ranks is not None and not dry_run:
             raise ConfigError(

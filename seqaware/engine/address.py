@@ -6,10 +6,14 @@ Imports without torch: a rank can tell who it is before the slow imports.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import re
+import shutil
 import socket
 import struct
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from seqaware.engine.mpi import load_mpi
@@ -19,6 +23,7 @@ LAUNCHERS = ("torchrun", "deepspeed", "variables", "srun", "mpirun", "none")
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _DEFAULT_PORT = 29500
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
+_SCONTROL_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class RankAddress:
         job: the batch system's number for the job, if there is one.
         job_began, job_ends: since when the job runs and when the batch system will end it, in seconds since 1970 by the
             batch system's clock; None where it has not said.
+        alone: why one rank is probably not what was meant; None where nothing speaks against it.
     """
 
     rank: int
@@ -45,6 +51,7 @@ class RankAddress:
     job_began: float | None = None
     job_ends: float | None = None
     job: str | None = None
+    alone: str | None = None
 
 
 def address_in(env: Mapping[str, str]) -> RankAddress:
@@ -62,6 +69,44 @@ def address_in(env: Mapping[str, str]) -> RankAddress:
     if any(int(env.get(name, "1")) > 1 for name in _MPI_SIZE_VARIABLES):
         return _from_mpi(env)
     return RankAddress(0, 1, 0, 1, 1, "none", "127.0.0.1", free_port())
+
+
+def check_variables(env: Mapping[str, str], address: RankAddress) -> None:
+    """Refuse variables of torch that say otherwise than the launcher that was found.
+
+    `WORLD_SIZE=8` without `RANK` is the common case: every process would take itself for the only one.
+
+    Raises:
+        ConfigError: RANK or WORLD_SIZE differs from the rank or size in `address`.
+        ValueError: one of them is no number.
+    """
+    for name, value in (("WORLD_SIZE", address.size), ("RANK", address.rank)):
+        if int(env.get(name, value)) == value:
+            continue
+        if address.launcher == "none":
+            missing = "RANK" if name == "WORLD_SIZE" else "WORLD_SIZE"
+            raise ConfigError(
+                f"{name} is set without {missing}: this process would train alone",
+                got=f"{name}={env[name]}",
+                do="start the ranks with torchrun, deepspeed, srun or mpirun; "
+                f"or set RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; or unset {name}",
+            )
+        raise ConfigError(
+            f"{name} contradicts the variables of {address.launcher}",
+            got=f"{name}={env[name]} on rank {address.rank} of {address.size}",
+            do=f"unset {name}",
+        )
+
+
+def why_alone(env: Mapping[str, str], address: RankAddress) -> str | None:
+    """Why this one rank is probably not the whole run: its SLURM job has several tasks. None where nothing says so.
+
+    The usual causes are `python` without `srun` in a batch script, and a launcher of one rank under `srun`.
+    """
+    tasks = max(int(env.get(name, "1")) for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"))
+    if address.size > 1 or tasks == 1:
+        return None
+    return f"this rank runs alone, but its SLURM job has {tasks} tasks; start one rank per task with srun"
 
 
 def _from_torch_variables(env: Mapping[str, str]) -> RankAddress:
@@ -102,14 +147,14 @@ def _local_size(env: Mapping[str, str], size: int, *, master: str) -> int:
 def _from_slurm(env: Mapping[str, str]) -> RankAddress:
     size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
     nodes = int(env.get("SLURM_STEP_NUM_NODES", env.get("SLURM_NNODES", "1")))
-    hosts = expand_hostlist(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
+    hosts = hostnames(env.get("SLURM_STEP_NODELIST", env.get("SLURM_NODELIST", "localhost")))
     # Every task derives the same port from the job, and two jobs on one host get different ones.
     port = 20000 + (int(env.get("SLURM_JOB_ID", "0")) * 7 + int(env["SLURM_STEP_ID"])) % 20000
     return RankAddress(
         rank=int(env["SLURM_PROCID"]),
         size=size,
         local_rank=int(env.get("SLURM_LOCALID", "0")),
-        local_size=max(1, size // nodes),
+        local_size=_tasks_here(env, size, nodes=nodes),
         nodes=nodes,
         launcher="srun",
         master_address=env.get("MASTER_ADDR", hosts[0]),
@@ -119,24 +164,57 @@ def _from_slurm(env: Mapping[str, str]) -> RankAddress:
     )
 
 
+def _tasks_here(env: Mapping[str, str], size: int, *, nodes: int) -> int:
+    """Tasks of the step on this node, of a list such as `2(x3),1`: two on each of three nodes, then one."""
+    written = env.get("SLURM_STEP_TASKS_PER_NODE")
+    if written is None or "SLURM_NODEID" not in env:
+        return max(1, size // nodes)
+    runs = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()) for part in written.split(",")]
+    counts = [int(run[1]) for run in runs if run for _ in range(int(run[2] or 1))]
+    node = int(env["SLURM_NODEID"])
+    if None in runs or sum(counts) != size or not 0 <= node < len(counts):
+        raise ConfigError(
+            "SLURM_STEP_TASKS_PER_NODE contradicts the step's other variables",
+            got=f"SLURM_STEP_TASKS_PER_NODE={written}, {size} tasks, SLURM_NODEID={node}",
+        )
+    return counts[node]
+
+
 def _seconds(env: Mapping[str, str], name: str) -> float | None:
     return float(env[name]) if name in env else None
 
 
+def hostnames(hostlist: str) -> Sequence[str]:
+    """The names in SLURM's compressed host list, as `scontrol show hostnames` prints them where it can be run."""
+    if "[" in hostlist and shutil.which("scontrol"):
+        with suppress(OSError, subprocess.TimeoutExpired):
+            command = ["scontrol", "show", "hostnames", hostlist]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SCONTROL_SECONDS, check=False)
+            if done.returncode == 0 and done.stdout.strip():
+                return done.stdout.split()
+    return expand_hostlist(hostlist)
+
+
 def expand_hostlist(hostlist: str) -> list[str]:
-    """SLURM's compressed host list as names: `n[1-3,7],gpu01` becomes n1, n2, n3, n7, gpu01."""
+    """SLURM's compressed host list as names: `n[1-3,7],a[1-2]b[3-4]` becomes n1, n2, n3, n7, a1b3, a1b4, a2b3, a2b4.
+
+    For containers, in which there is no `scontrol`. With three brackets in a name, `scontrol` has another order.
+    """
     hosts: list[str] = []
-    for part in re.findall(r"[^,\[\]]+(?:\[[^\]]*\][^,\[\]]*)?", hostlist):
-        match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", part)
-        if match is None:
-            hosts.append(part)
-            continue
-        prefix, ranges, suffix = match.groups()
-        for piece in ranges.split(","):
-            first, _, last = piece.partition("-")
-            numbers = range(int(first), int(last or first) + 1)
-            hosts.extend(f"{prefix}{number:0{len(first)}d}{suffix}" for number in numbers)
+    for name in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", hostlist):
+        pieces = re.split(r"\[([^\]]*)\]", name)  # every second one stood in brackets
+        choices = [_numbers(piece) if place % 2 else [piece] for place, piece in enumerate(pieces)]
+        hosts += map("".join, itertools.product(*choices))
     return hosts
+
+
+def _numbers(ranges: str) -> list[str]:
+    """The numbers of `08-10,12`, as wide as the first of their range: 08, 09, 10, 12."""
+    found: list[str] = []
+    for piece in ranges.split(","):
+        first, _, last = piece.partition("-")
+        found += [f"{number:0{len(first)}d}" for number in range(int(first), int(last or first) + 1)]
+    return found
 
 
 def _from_mpi(env: Mapping[str, str]) -> RankAddress:

@@ -18,7 +18,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from seqaware.engine.address import RankAddress, address_in, free_port, interface_towards
+from seqaware.engine.address import (
+    RankAddress,
+    address_in,
+    check_variables,
+    free_port,
+    interface_towards,
+    why_alone,
+)
 from seqaware.engine.meeting import agree_on_port
 from seqaware.errors import ConfigError
 
@@ -27,15 +34,22 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def find_address(environment: Mapping[str, str] | None = None) -> RankAddress:
+def find_address(environment: Mapping[str, str] | None = None, *, check: bool = True) -> RankAddress:
     """Find out which launcher started this process and which rank it is.
+
+    Args:
+        check: refuse variables that contradict the launcher. A command that only plans or inspects may be run beside
+            the launcher, in a batch script that sets them for it.
 
     Raises:
         ConfigError: the launcher's variables contradict each other.
     """
     env = os.environ if environment is None else environment
     try:
-        return replace(address_in(env), job=env.get("SLURM_JOB_ID"))
+        address = address_in(env)
+        if check:
+            check_variables(env, address)
+        return replace(address, job=env.get("SLURM_JOB_ID"), alone=why_alone(env, address))
     except ValueError as error:
         raise ConfigError("the launcher's variables are no numbers", got=error) from error
 

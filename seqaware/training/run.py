@@ -88,6 +88,8 @@ def run(
     check_names(request.resume_anyway)
     process = Process(address, say, signals or Signals(), heartbeat or Heartbeat())
     phase = process.heartbeat.phase
+    if address.alone is not None:
+        say(f"warning     {address.alone}")
     if address.rank == 0:
         check_trackers(request.config.logging, environment())
     phase("tokenising")

@@ -201,6 +201,9 @@ def _left_over(env: Mapping[str, str]) -> Iterator[Finding]:
     if "RANK" in env and "WORLD_SIZE" in env and not any(name in env for name in ("LOCAL_RANK", "MASTER_PORT")):
         found = f"RANK={env['RANK']} and WORLD_SIZE={env['WORLD_SIZE']} are set, but no launcher set them"
         yield warning("RANK", found, "unset RANK WORLD_SIZE")
+    if "WORLD_SIZE" in env and "RANK" not in env and "SLURM_STEP_ID" not in env and env["WORLD_SIZE"] != "1":
+        found = f"WORLD_SIZE={env['WORLD_SIZE']} is set, but not RANK: a plain command refuses to train alone"
+        yield warning("WORLD_SIZE", found, "start the ranks with a launcher, or unset WORLD_SIZE")
 
 
 def limits(*, infiniband: bool) -> Iterator[Finding]:
