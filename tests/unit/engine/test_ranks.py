@@ -114,7 +114,7 @@ def test_srun_with_tasks_that_do_not_add_up_is_refused(tasks: str) -> None:
     ],
 )
 def test_variables_that_contradict_each_other_are_refused(env: dict[str, str]) -> None:
-    with pytest.raises(ConfigError, match="RANK|WORLD_SIZE"):
+    with pytest.raises(ConfigError, match=r"RANK|WORLD_SIZE"):
         find_address(env)
     assert find_address(env, check=False).size == (4 if "SLURM_STEP_ID" in env else 1)
 
