@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from seqaware.data.store import Counted, Document, Documents
+from seqaware.engine.checkpoint.manifest import MANIFEST, sealed
 
 
 def document(
@@ -65,3 +69,20 @@ class MemoryStore:
 
 def _weights(each: Document) -> np.ndarray:
     return np.ones(len(each.tokens), np.float32) if each.weights is None else each.weights
+
+
+def checkpoint_folder(path: Path, step: int, /, **changes: Any) -> Path:
+    """A folder with the manifest of a checkpoint that has no files; `changes` replace top-level values."""
+    manifest: dict[str, Any] = {
+        "step": step,
+        "epoch": 0,
+        "passed_over": [],
+        "data_fingerprint": "",
+        "plan_hash": "",
+        "mathematics": {},
+        "topology": {"ranks": 1, "zero_stage": 1},
+        "files": {},
+    }
+    path.mkdir(parents=True, exist_ok=True)
+    (path / MANIFEST).write_text(json.dumps(sealed({**manifest, **changes})))
+    return path

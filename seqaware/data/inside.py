@@ -1,4 +1,4 @@
-"""Names of files that were read from a manifest: they may name what lies in their folder, and nothing else.
+"""What the manifests of checkpoints and token stores have in common: file records, and names that stay in their folder.
 
 A manifest comes with the data or the checkpoint, so anybody may have written it. A name in it that is absolute, climbs
 with `..`, or goes through a link that leaves the folder would make us read, or overwrite, any file of the machine.
@@ -6,9 +6,34 @@ with `..`, or goes through a link that leaves the folder would make us read, or 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Annotated
+
+from pydantic import Field, ValidationError
 
 from seqaware.errors import DataError, SeqawareError
+
+# Larger than any count of ours, small enough for int64 and for a file's size.
+_LARGEST_COUNT = 2**53
+_LONGEST_PROBLEM = 300
+Count = Annotated[int, Field(strict=True, ge=0, le=_LARGEST_COUNT)]
+Text = Annotated[str, Field(strict=True)]
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What was written into a file: its size in bytes and its SHA-256."""
+
+    bytes: Count
+    sha256: Annotated[Text, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+def first_problem(error: ValidationError) -> str:
+    """The first value of a manifest that is not what it must be, by its key."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    more = f" ({error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"[:_LONGEST_PROBLEM] + more
 
 
 def inside(folder: Path, name: str, *, error: type[SeqawareError] = DataError) -> Path:

@@ -40,7 +40,7 @@ from seqaware.data.store_format import (
     Documents,
     Part,
     StoreFacts,
-    facts_of,
+    StoreManifest,
     read_manifest,
 )
 from seqaware.data.store_writer import Block, StoreWriter
@@ -59,14 +59,14 @@ _VERIFIED = "verified.json"
 class TokenStore:
     """Documents by number, read from memory-mapped files. Open one with `TokenStore.open`."""
 
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
+    def __init__(self, path: Path, manifest: StoreManifest) -> None:
         self.path = path
-        self.fingerprint: str = manifest["fingerprint"]
+        self.fingerprint = manifest.fingerprint
         self._manifest = manifest
-        self._facts = facts_of(manifest)
+        self._facts = manifest.facts
         self._count = self._facts.documents
         self._check_sizes()
-        self._tokens = self._map("tokens.bin", np.dtype(manifest["token_dtype"]))
+        self._tokens = self._map("tokens.bin", np.dtype(manifest.token_dtype))
         self._supervised = self._map("supervised.bin", np.dtype(np.bool_))
         self._turn_start = self._map("turn_start.bin", np.dtype(np.bool_))
         self._weights = self._map_optional("weights.bin", np.dtype(np.float32))
@@ -80,8 +80,8 @@ class TokenStore:
         self._begin = self._offsets.data
         self._row = self._rows.data
         self._total = self._totals.data
-        self._name_firsts = [first for first, _ in manifest["names"]]
-        self._name_prefixes = [prefix for _, prefix in manifest["names"]]
+        self._name_firsts = [first for first, _ in manifest.names]
+        self._name_prefixes = [prefix for _, prefix in manifest.names]
         self.lengths: NDArray[np.int32] = self._map("lengths.bin", np.dtype(np.int32))
         if self._begin[0] != 0 or self._begin[self._count] != self._facts.tokens:
             raise self._corrupt("offsets.bin does not span the tokens")
@@ -104,7 +104,7 @@ class TokenStore:
     @property
     def tokenizer(self) -> str:
         """Digest of the tokenizer that made the tokens; empty where who made the store did not say."""
-        return str(self._manifest["identity"].get("tokenizer", ""))
+        return str(self._manifest.identity.get("tokenizer", ""))
 
     def facts(self) -> StoreFacts:
         """Counts of the whole store, from the manifest."""
@@ -120,7 +120,7 @@ class TokenStore:
         else:
             counted = Counted(*self._counted[index].tolist())
         return Document(
-            self._tokens[begin:end].astype(_INT32),
+            self._checked(self._tokens[begin:end]),
             self._supervised[begin:end],
             self._turn_start[begin:end],
             None if self._weights is None else self._weights[begin:end].copy(),
@@ -137,7 +137,7 @@ class TokenStore:
         np.cumsum(lengths, out=offsets[1:])
         places = np.repeat(begins - offsets[:-1], lengths) + np.arange(offsets[-1])
         return Documents(
-            self._tokens[places].astype(_INT32),
+            self._checked(self._tokens[places]),
             self._supervised[places],
             self._turn_start[places],
             None if self._weights is None else self._weights[places],
@@ -178,18 +178,59 @@ class TokenStore:
         return f"{name}#{self._counted[index, 1] // (self._facts.max_seq_length - 1) + 1}"
 
     def verify(self) -> None:
-        """Read every file and compare its checksum.
+        """Read every file, compare its checksum, and check that the documents are consistent.
 
         Raises:
-            DataError: a file's content is not what was written.
+            DataError: a file's content is not what was written, or cannot be that of documents.
         """
-        for name, written in self._manifest["files"].items():
+        for name, written in self._manifest.files.items():
             with inside(self.path, name).open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != written["sha256"]:
+                if hashlib.file_digest(file, "sha256").hexdigest() != written.sha256:
                     raise self._corrupt(f"{name} is not what was written (SHA-256 differs)")
+        self._check_documents()
+        for begin in range(0, self._count, _DOCUMENTS_AT_ONCE):
+            self._check_tokens(begin, min(self._count, begin + _DOCUMENTS_AT_ONCE))
+
+    def _check_documents(self) -> None:
+        """Checksums detect accidents only: offsets or counts that contradict each other would read other tokens."""
+        lengths = np.diff(self._offsets)
+        if lengths.min() < 1 or not np.array_equal(lengths, self.lengths):
+            raise self._corrupt("offsets.bin and lengths.bin contradict each other")
+        if lengths.max() != self._facts.longest:
+            raise self._corrupt(f"the longest document has {lengths.max()} tokens, not {self._facts.longest}")
+        if (self._totals < 0).any() or (self._totals >= lengths).any():
+            raise self._corrupt("totals.bin counts more supervised tokens than a document has")
+        if self._totals.sum(dtype=np.int64) != self._facts.supervised_tokens:
+            raise self._corrupt("totals.bin does not add up to the manifest's supervised tokens")
+        if self._counted is not None and (self._counted < 0).any():
+            raise self._corrupt("counted.bin has negative counts")
+
+    def _check_tokens(self, begin: int, end: int) -> None:
+        """The tokens of documents [begin, end), their flags and weights."""
+        first, last = self._begin[begin], self._begin[end]
+        self._checked(self._tokens[first:last])
+        supervised = self._supervised[first:last]
+        for name, flags in (("supervised.bin", supervised), ("turn_start.bin", self._turn_start[first:last])):
+            if flags.view(np.uint8).max() > 1:
+                raise self._corrupt(f"{name} holds bytes other than 0 and 1")
+        running = np.concatenate([[0], np.cumsum(supervised)])
+        offsets = self._offsets[begin : end + 1] - first
+        if not np.array_equal(running[offsets[1:]] - running[offsets[:-1] + 1], self._totals[begin:end]):
+            raise self._corrupt("totals.bin and supervised.bin contradict each other")
+        if self._weights is not None:
+            weights = self._weights[first:last]
+            if not (np.isfinite(weights) & (weights >= 0)).all():
+                raise self._corrupt("weights.bin holds weights that are negative or not finite")
+
+    def _checked(self, tokens: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.int32]:
+        """Token ids as batches hold them. An id outside the vocabulary would read any row of the embedding."""
+        if tokens.size and tokens.max() >= self._facts.vocab_size:
+            raise self._corrupt(f"token id {tokens.max()} is outside the vocabulary of {self._facts.vocab_size}")
+        return tokens.astype(_INT32)
 
     def verify_once(self) -> None:
-        """`verify()`, unless the store is large or its files are as they were when some process last verified them.
+        """`verify()`, unless its files are as they were when some process last verified them; of a large store, the
+        checks that need not read its tokens.
 
         Of the processes that come at once, one reads and the others wait; verified.json notes what it read. Where the
         folder may only be read nothing can be noted, and every process reads.
@@ -197,8 +238,11 @@ class TokenStore:
         Raises:
             DataError: as `verify`.
         """
-        size = sum(written["bytes"] for written in self._manifest["files"].values())
-        if size > _VERIFIED_BYTES or self._is_verified():
+        size = sum(written.bytes for written in self._manifest.files.values())
+        if self._is_verified():
+            return
+        if size > _VERIFIED_BYTES:
+            self._check_documents()
             return
         if not os.access(self.path, os.W_OK):
             self.verify()
@@ -217,7 +261,7 @@ class TokenStore:
 
     def _stamps(self) -> str:
         """Name, size, times and inode of every file. The change time, unlike the other, cannot be set back."""
-        found = {name: (self.path / name).stat() for name in sorted(self._manifest["files"])}
+        found = {name: (self.path / name).stat() for name in sorted(self._manifest.files)}
         return json.dumps({name: [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino] for name, s in found.items()})
 
     def _counted_rows(self, ids: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int32] | None:
@@ -230,11 +274,11 @@ class TokenStore:
         return counted
 
     def _check_sizes(self) -> None:
-        for name, written in self._manifest["files"].items():
+        for name, written in self._manifest.files.items():
             file = inside(self.path, name)
             size = file.stat().st_size if file.is_file() else None
-            if size != written["bytes"]:
-                got = "no such file" if size is None else f"{size} bytes instead of {written['bytes']}"
+            if size != written.bytes:
+                got = "no such file" if size is None else f"{size} bytes instead of {written.bytes}"
                 raise self._corrupt(f"{name} is not as it was written: {got}")
 
     def _corrupt(self, why: str) -> DataError:
@@ -248,4 +292,4 @@ class TokenStore:
         return np.frombuffer(buffer, dtype=dtype)
 
     def _map_optional(self, name: str, dtype: np.dtype[Any]) -> NDArray[Any] | None:
-        return self._map(name, dtype) if name in self._manifest["files"] else None
+        return self._map(name, dtype) if name in self._manifest.files else None

@@ -5,21 +5,24 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from seqaware.data.inside import inside
+from seqaware.data.inside import Count, FileRecord, Text, first_problem, inside
 from seqaware.errors import DataError
+from seqaware.files import MalformedError, read_json
 
 FORMAT = "seqaware token store"
 FORMAT_VERSION = 1
 MANIFEST = "store.json"
 COUNTED_FIELDS = 7
-_ITEMSIZES = {"uint16": 2, "uint32": 4}
 _NAMED_DROPPED = 1000
+_LARGEST_VOCABULARY = 2**31  # token ids are int32 in batches
 
 
 class Counted(NamedTuple):
@@ -84,9 +87,9 @@ class Documents:
 class Part(NamedTuple):
     """One source of a mixture: its documents follow those of the part before it in the store."""
 
-    name: str
-    documents: int
-    proportion: float | None
+    name: Text
+    documents: Count
+    proportion: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,34 @@ class StoreFacts:
     dropped counts the examples (or pieces) that were left out, by reason; truncated and split count examples.
     """
 
-    documents: int
-    tokens: int
-    supervised_tokens: int
-    longest: int
-    dropped: dict[str, int]
-    truncated: int
-    fingerprint: str
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    documents: Count
+    tokens: Count
+    supervised_tokens: Count
+    longest: Count
+    dropped: dict[str, Count]
+    truncated: Count
+    fingerprint: Text
     parts: tuple[Part, ...]
-    records: int = 0
-    split: int = 0
-    max_seq_length: int | None = None
-    vocab_size: int = 0
-    eos_id: int = 0
+    records: Count = 0
+    split: Count = 0
+    max_seq_length: Count | None = None
+    vocab_size: Count = 0
+    eos_id: Count = 0
+
+
+class StoreManifest(BaseModel):
+    """What `store.json` holds. Its checksum detects accidents only: whoever edits a manifest can sign it again."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    fingerprint: Text
+    identity: dict[str, Any]
+    token_dtype: Literal["uint16", "uint32"]
+    facts: StoreFacts
+    names: Annotated[list[tuple[Count, Text]], Field(min_length=1)]
+    files: dict[str, FileRecord]
 
 
 @dataclass
@@ -149,7 +167,7 @@ def manifest_checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> StoreManifest:
     """The manifest of the store at `path`, checked by its checksum and for what a reader will take from it.
 
     Raises:
@@ -160,8 +178,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not (path / MANIFEST).is_file():
         raise DataError(f"{path} is not a token store", got=f"no {MANIFEST}", do="prepare it, or correct the path")
     try:
-        manifest = json.loads(inside(path, MANIFEST).read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        manifest = read_json(inside(path, MANIFEST))
+    except (MalformedError, OSError) as error:
         raise DataError(f"the token store {path} is corrupt: {MANIFEST} cannot be read", got=error, do=again) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{path} is not a token store of ours: {MANIFEST} is something else's", do="correct the path")
@@ -171,16 +189,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if manifest.get("checksum") != manifest_checksum(manifest):
         raise DataError(f"the token store {path} is corrupt: {MANIFEST} was altered", do=again)
     try:
-        _check_files(path, manifest)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        what = f"the token store {path} is corrupt: {MANIFEST} does not say what it must"
-        raise DataError(what, got=f"{type(error).__name__}: {error}", do=again) from error
-    return manifest
+        checked = StoreManifest.model_validate(manifest)
+        problem = _contradiction(path, checked)
+    except ValidationError as error:
+        problem = first_problem(error)
+    if problem is not None:
+        raise DataError(f"the token store {path} is corrupt: {MANIFEST} is invalid", got=problem, do=again)
+    return checked
 
 
-def _check_files(path: Path, manifest: dict[str, Any]) -> None:
-    """The checksum keeps accidents away, not people: whoever made the manifest made its checksum too."""
-    facts, itemsize = facts_of(manifest), _ITEMSIZES[manifest["token_dtype"]]
+def _contradiction(path: Path, manifest: StoreManifest) -> str | None:
+    """What contradicts itself in a manifest whose values have the right types; None where nothing does.
+
+    Raises:
+        DataError: a name leads out of the folder.
+    """
+    facts, itemsize = manifest.facts, np.dtype(manifest.token_dtype).itemsize
     sizes = {
         "tokens.bin": itemsize * facts.tokens,
         "supervised.bin": facts.tokens,
@@ -192,17 +216,23 @@ def _check_files(path: Path, manifest: dict[str, Any]) -> None:
         "rows.bin": 8 * facts.documents,
         "counted.bin": 4 * COUNTED_FIELDS * facts.documents,
     }
-    files = manifest["files"]
-    for name, written in files.items():
+    for name, written in manifest.files.items():
         inside(path, name)
-        if written["bytes"] != sizes[name]:
-            raise ValueError(f"{name} has {written['bytes']} bytes where {sizes[name]} are needed")
-    absent = sizes.keys() - files.keys() - {"weights.bin", "counted.bin"}
-    if absent or facts.documents < 1 or manifest["names"][0][0] != 0 or not isinstance(manifest["identity"], dict):
-        raise ValueError(f"without {', '.join(sorted(absent)) or 'documents, names or identity'}")
-
-
-def facts_of(manifest: dict[str, Any]) -> StoreFacts:
-    """The facts in a manifest that `read_manifest` returned."""
-    facts = manifest["facts"]
-    return StoreFacts(**{**facts, "parts": tuple(Part(*part) for part in facts["parts"])})
+        if name not in sizes:
+            return f"{name} is no file of a token store"
+        if written.bytes != sizes[name]:
+            return f"{name} has {written.bytes} bytes where {sizes[name]} are needed"
+    if absent := sizes.keys() - manifest.files.keys() - {"weights.bin", "counted.bin"}:
+        return f"without {', '.join(sorted(absent))}"
+    firsts = [first for first, _ in manifest.names]
+    if firsts[0] != 0 or firsts[-1] >= facts.documents or any(a >= b for a, b in pairwise(firsts)):
+        return "names: not in the order of the documents"
+    if sum(part.documents for part in facts.parts) != facts.documents:
+        return "facts.parts: not all documents belong to one"
+    if facts.fingerprint != manifest.fingerprint:
+        return "facts.fingerprint: not the fingerprint"
+    if not facts.eos_id < facts.vocab_size <= _LARGEST_VOCABULARY:
+        return "facts.vocab_size: no vocabulary, or without the end-of-sequence token"
+    if "counted.bin" in manifest.files and facts.max_seq_length is not None and facts.max_seq_length < 2:
+        return "facts.max_seq_length: too small for pieces of documents"
+    return None

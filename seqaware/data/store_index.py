@@ -115,7 +115,7 @@ def matching_stores(folder: Path, key: str, identity: dict[str, Any] | None = No
     manifests = list(folder.glob(f"{key}-*/{MANIFEST}")) if folder.is_dir() else []
     manifests.sort(key=lambda file: file.stat().st_mtime_ns, reverse=True)
     stores = [file.parent for file in manifests]
-    return [path for path in stores if identity is None or read_manifest(path)["identity"] == identity]
+    return [path for path in stores if identity is None or read_manifest(path).identity == identity]
 
 
 def _source_request(source: SourceSpec, located: Located) -> dict[str, Any]:

@@ -159,7 +159,16 @@ class Job:
             DataError: it is damaged.
         """
         stores = matching_stores(self.path.parent, self.path.name, self.identity)
-        return TokenStore.open(stores[0]).path if stores else None
+        if not stores:
+            return None
+        store = TokenStore.open(stores[0])
+        facts = store.facts()
+        # They follow from the tokenizer, whose digest is in the identity.
+        if (facts.vocab_size, facts.eos_id) != (self.vocab_size, self.recipe.eos_id):
+            got = f"a vocabulary of {facts.vocab_size} with EOS {facts.eos_id}"
+            do = "delete the folder and prepare the data again"
+            raise DataError(f"the token store {store.path} is corrupt: its manifest contradicts itself", got=got, do=do)
+        return store.path
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from seqaware.config.load import load_config
 from seqaware.config.schema import Config
 from seqaware.data.tokenize import load_tokenizer
 from seqaware.engine.checkpoint.export import put_in_place, write_model
-from seqaware.engine.checkpoint.manifest import read_manifest, read_whole, told_if_removed
+from seqaware.engine.checkpoint.manifest import Manifest, read_manifest, read_whole, told_if_removed
 from seqaware.engine.checkpoint.shards import FP32, Shards
 from seqaware.engine.lora import Adapters
 from seqaware.engine.model import (
@@ -26,7 +26,7 @@ from seqaware.engine.model import (
     local_or_hub,
     set_dropout,
 )
-from seqaware.errors import ConfigError
+from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training.folder import RunFolder
 
 # The engine's model is wrapped once.
@@ -59,7 +59,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None
         raise ConfigError("the run's config is not there", got=path, do="name the run's folder with --run")
     config = load_config(path, [])
     with told_if_removed(checkpoint):
-        dtype = DTYPES[read_manifest(checkpoint)["mathematics"]["model"]["dtype"]]
+        dtype = _dtype_of(read_manifest(checkpoint))
         shards = Shards(checkpoint)
     tokenizer = load_tokenizer(config.model)
     if config.lora is None:
@@ -76,6 +76,15 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None
         weights = adapters.adapter_weights(keep=True)
         put_in_place(folder, tokenizer, lambda partial: adapters.write_adapter(partial, weights))
     return state.step
+
+
+def _dtype_of(manifest: Manifest) -> torch.dtype:
+    model = manifest.mathematics.get("model")
+    name = model.get("dtype") if isinstance(model, dict) else None
+    if not isinstance(name, str) or name not in DTYPES:
+        do = f"one of {', '.join(DTYPES)} is needed as mathematics.model.dtype"
+        raise CheckpointError("the checkpoint's manifest names no known dtype", got=repr(name), do=do)
+    return DTYPES[name]
 
 
 def merge_adapter(adapter: Path, folder: Path) -> None:

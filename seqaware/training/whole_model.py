@@ -50,7 +50,7 @@ def whole_model(name: str, *, say: Say) -> str:
     checkpoint = folder if is_checkpoint(folder) else _newest(folder)
     _check_whole(checkpoint)
     with told_if_removed(checkpoint):
-        identity = read_manifest(checkpoint)["checksum"]
+        identity = read_manifest(checkpoint).checksum
     return str(_made_once(checkpoint, identity, _export, say=say))
 
 

@@ -88,8 +88,7 @@ def name_outside(run: str, step: int) -> None:
 
 
 def _rewrite(folder: Path, files: dict[str, Any]) -> None:
-    manifest = read_manifest(folder)
-    del manifest["checksum"]
+    manifest = read_manifest(folder).model_dump(mode="json", exclude={"checksum"})
     manifest["files"] |= files
     (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
 

@@ -25,8 +25,8 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     Raises:
         CheckpointError: a file would run code, or does not fit the model.
     """
-    topology = read_manifest(checkpoint)["topology"]
-    ranks, stage = topology["ranks"], topology["zero_stage"]
+    topology = read_manifest(checkpoint).topology
+    ranks, stage = topology.ranks, topology.zero_stage
     # ZeRO-1 and 2 write the same files; in bfloat16 DeepSpeed makes them from other classes.
     alike = {stage, engine.zero_stage} == {1, 2} and not engine.deepspeed.bfloat16_enabled()
     same_kind = stage == engine.zero_stage or alike

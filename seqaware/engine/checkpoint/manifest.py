@@ -12,15 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from seqaware.data.inside import inside
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from seqaware.data.inside import Count, FileRecord, Text, first_problem, inside
 from seqaware.data.store_writer import sync_to_disk
 from seqaware.errors import CheckpointError
+from seqaware.files import MalformedError, read_json
 
 if TYPE_CHECKING:
     from seqaware.plan.plan import Plan
@@ -30,6 +34,8 @@ LATEST = "latest"
 FORMAT = "seqaware checkpoint"
 FORMAT_VERSION = 2
 PARTIAL = ".partial"
+# A file of a checkpoint takes about 150 bytes here: room for 200,000 files.
+_MANIFEST_BYTES = 32 * 2**20
 _NAME = re.compile(r"step-(\d{8,})")
 _SET_ASIDE = re.compile(r"abandoned-(\d{4,})-step-(\d{8,})")
 _PASSING = re.compile(r"(abandoned-\d{4,}-)?step-\d{8,}\.(partial|replaced|deleting)")
@@ -59,12 +65,32 @@ class RunState:
         return cls(step, epoch, plan.data.fingerprint, mathematics, plan_hash, passed_over)
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """What was written into a file of a checkpoint: its size in bytes and its SHA-256."""
+class Topology(BaseModel):
+    """The ranks and the ZeRO stage that wrote a checkpoint."""
 
-    bytes: int
-    sha256: str
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    ranks: Annotated[Count, Field(ge=1)]
+    zero_stage: Annotated[Count, Field(le=3)]
+
+
+class Manifest(BaseModel):
+    """What `seqaware.json` holds. Its checksum detects accidents only: whoever edits a manifest can sign it again.
+
+    Keys that are not named here are kept: they inform people, and nothing is computed from them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    step: Count
+    epoch: Count
+    passed_over: tuple[Count, ...]
+    data_fingerprint: Text
+    plan_hash: Text
+    mathematics: dict[str, Any]
+    topology: Topology
+    files: dict[str, FileRecord]
+    checksum: Text
 
 
 @dataclass(frozen=True)
@@ -108,12 +134,14 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     """Why the folder is no complete checkpoint, in words that name the file; None where manifest and sizes agree."""
     try:
         manifest = read_manifest(checkpoint)
-        if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != manifest["step"]:
-            return f"{MANIFEST} is that of step {manifest['step']}"
+        if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != manifest.step:
+            return f"{MANIFEST} is that of step {manifest.step}"
         for name, record in files_of(checkpoint, manifest).items():
-            size = (checkpoint / name).stat().st_size
-            if size != record.bytes:
-                return f"{name} has {size:,} bytes instead of {record.bytes:,}"
+            status = (checkpoint / name).stat()
+            if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                return f"{name} is not a regular file"
+            if status.st_size != record.bytes:
+                return f"{name} has {status.st_size:,} bytes instead of {record.bytes:,}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
@@ -123,17 +151,17 @@ def what_is_wrong(checkpoint: Path) -> str | None:
     return None
 
 
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, checked by its own checksum.
+def read_manifest(checkpoint: Path) -> Manifest:
+    """The manifest of a checkpoint, checked by its own checksum and for the type of every value that is used.
 
     Raises:
         CheckpointError: it is damaged, or of another version of this program.
         OSError: it is not there, or cannot be read.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except ValueError as error:  # broken JSON, or bytes that are no text
-        raise CheckpointError(f"{MANIFEST} is damaged: it is not JSON") from error
+        manifest = read_json(checkpoint / MANIFEST, limit=_MANIFEST_BYTES)
+    except MalformedError as error:
+        raise CheckpointError(f"{MANIFEST} is damaged: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{MANIFEST} is not a manifest of this program's checkpoints")
     if manifest.get("version") != FORMAT_VERSION:
@@ -142,7 +170,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         )
     if manifest.get("checksum") != _checksum(manifest):
         raise CheckpointError(f"{MANIFEST} is damaged: its checksum is another one")
-    return manifest
+    try:
+        return Manifest.model_validate(manifest)
+    except ValidationError as error:
+        raise CheckpointError(f"{MANIFEST} is invalid: {first_problem(error)}") from error
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -151,15 +182,15 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return as_read | {"checksum": _checksum(as_read)}
 
 
-def files_of(checkpoint: Path, manifest: Mapping[str, Any]) -> dict[str, FileRecord]:
+def files_of(checkpoint: Path, manifest: Manifest) -> dict[str, FileRecord]:
     """The files a manifest lists.
 
     Raises:
         CheckpointError: a name leads out of the folder.
     """
-    for name in manifest["files"]:
+    for name in manifest.files:
         inside(checkpoint, name, error=CheckpointError)
-    return {name: FileRecord(**record) for name, record in manifest["files"].items()}
+    return manifest.files
 
 
 def first_wrong_hash(checkpoint: Path, *, rank: int, size: int) -> str | None:
@@ -196,12 +227,12 @@ def read_state(checkpoint: Path) -> RunState:
         )
     manifest = read_manifest(checkpoint)
     return RunState(
-        step=manifest["step"],
-        epoch=manifest["epoch"],
-        data_fingerprint=manifest["data_fingerprint"],
-        mathematics=manifest["mathematics"],
-        plan_hash=manifest["plan_hash"],
-        passed_over=tuple(manifest["passed_over"]),
+        step=manifest.step,
+        epoch=manifest.epoch,
+        data_fingerprint=manifest.data_fingerprint,
+        mathematics=manifest.mathematics,
+        plan_hash=manifest.plan_hash,
+        passed_over=manifest.passed_over,
     )
 
 

@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from seqaware.data.inside import inside
+from seqaware.data.inside import FileRecord, inside
 from seqaware.data.store_writer import sync_to_disk
-from seqaware.engine.checkpoint.manifest import LATEST, MANIFEST, FileRecord, RunState, sealed, write_durably
+from seqaware.engine.checkpoint.manifest import LATEST, MANIFEST, RunState, sealed, write_durably
 from seqaware.engine.checkpoint.retention import sweep
 from seqaware.engine.checkpoint.writing import Vote, vote_path
 from seqaware.engine.engine import Engine

@@ -45,7 +45,7 @@ def convert(checkpoint: Path, folder: Path) -> tuple[int, int]:
         raise ConfigError("the folder for the checkpoint is there already", got=folder, do="name another, or remove it")
     read_whole(checkpoint)
     with told_if_removed(checkpoint):
-        manifest = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "checksum")}
+        manifest = read_manifest(checkpoint).model_dump(mode="json", exclude={"files", "checksum"})
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     try:

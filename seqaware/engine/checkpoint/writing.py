@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
+from seqaware.data.inside import FileRecord
 from seqaware.data.store_writer import sync_to_disk
-from seqaware.engine.checkpoint.manifest import FileRecord
 from seqaware.engine.together import FAILURES
 
 

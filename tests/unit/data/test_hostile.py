@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import pickle
 from collections.abc import Callable, Iterator
@@ -68,7 +69,7 @@ def replan(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
 )
 def test_a_manifest_that_names_files_elsewhere(tmp_path: Path, store: Path, name: str, why: str) -> None:
     (tmp_path / "secret").write_text("secret")
-    replan(store, lambda manifest: manifest["files"].update({name: {"bytes": 6, "sha256": "0"}}))
+    replan(store, lambda manifest: manifest["files"].update({name: {"bytes": 6, "sha256": "0" * 64}}))
     with pytest.raises(DataError, match=why) as refused:
         TokenStore.open(store)
     assert repr(name) in str(refused.value)
@@ -110,12 +111,91 @@ def test_a_note_that_would_overwrite_another_file(tmp_path: Path, store: Path, n
         lambda manifest: manifest.pop("files"),
         lambda manifest: manifest.update(facts=[]),
         lambda manifest: manifest.update(identity="x"),
+        lambda manifest: manifest.update(fingerprint=["x"]),
+        lambda manifest: manifest.update(names=[[0, 5]]),
+        lambda manifest: manifest.update(names=[[0, "a"], [10**9, "b"]]),
+        lambda manifest: manifest.update(names=[[0, "a"], [0, "b"]]),
+        lambda manifest: manifest["facts"].update(documents=-1),
+        lambda manifest: manifest["facts"].update(tokens=9.0),
+        lambda manifest: manifest["facts"].update(tokens=True),
+        lambda manifest: manifest["facts"].update(parts=[["a", 1, None]]),
+        lambda manifest: manifest["facts"].update(parts=[["a", 3, float("nan")]]),
+        lambda manifest: manifest["facts"].update(vocab_size=0),
+        lambda manifest: manifest["facts"].update(vocab_size=2**40),
+        lambda manifest: manifest["facts"].update(eos_id=300),
+        lambda manifest: manifest["facts"].update(fingerprint="other"),
+        lambda manifest: manifest["files"]["rows.bin"].update(sha256="x"),
     ],
 )
 def test_a_manifest_that_contradicts_itself_is_corrupt(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
     replan(store, change)
     with pytest.raises(DataError, match="corrupt"):
         TokenStore.open(store)
+
+
+@pytest.mark.parametrize("text", ["", "[" * 100_000, "9" * 5000, '{"format": "\\ud800"}', "\udcff"], ids=range(5))
+def test_a_manifest_that_is_no_json_is_corrupt(store: Path, text: str) -> None:
+    (store / MANIFEST).write_text(text, errors="surrogateescape")
+    with pytest.raises(DataError, match="corrupt"):
+        TokenStore.open(store)
+
+
+def rewrite(store: Path, name: str, values: Any) -> None:
+    """Change a file and sign the store again."""
+    content = (store / name).read_bytes()
+    changed = np.frombuffer(content, dtype=np.asarray(values).dtype).copy()
+    changed[: len(values)] = values
+    (store / name).write_bytes(changed.tobytes())
+    digest = hashlib.sha256((store / name).read_bytes()).hexdigest()
+    replan(store, lambda manifest: manifest["files"][name].update(sha256=digest))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "problem"),
+    [
+        ("tokens.bin", np.array([60000], np.uint16), "token id 60000 is outside the vocabulary of 300"),
+        ("offsets.bin", np.array([0, 10**12]), "offsets.bin and lengths.bin contradict"),
+        ("offsets.bin", np.array([0, -(10**12)]), "offsets.bin and lengths.bin contradict"),
+        ("offsets.bin", np.array([0, -(2**63)]), "offsets.bin and lengths.bin contradict"),
+        ("offsets.bin", np.array([0, 0]), "offsets.bin and lengths.bin contradict"),
+        ("offsets.bin", np.array([0, 4]), "offsets.bin and lengths.bin contradict"),
+        ("lengths.bin", np.array([-5], np.int32), "offsets.bin and lengths.bin contradict"),
+        ("lengths.bin", np.array([0], np.int32), "offsets.bin and lengths.bin contradict"),
+        ("totals.bin", np.array([3], np.int32), "totals.bin counts more"),
+        ("totals.bin", np.array([-1], np.int32), "totals.bin counts more"),
+        ("totals.bin", np.array([1], np.int32), "does not add up"),
+        ("totals.bin", np.array([1, 2, 3], np.int32), "totals.bin"),
+        ("supervised.bin", np.array([0, 2], np.uint8), "supervised.bin holds bytes"),
+        ("supervised.bin", np.array([0, 0], np.uint8), "totals.bin and supervised.bin contradict"),
+        ("turn_start.bin", np.array([255], np.uint8), "turn_start.bin holds bytes"),
+        ("weights.bin", np.array([np.nan], np.float32), "negative or not finite"),
+        ("weights.bin", np.array([-1], np.float32), "negative or not finite"),
+        ("counted.bin", np.array([-1], np.int32), "negative counts"),
+    ],
+)
+def test_a_signed_store_whose_documents_contradict_themselves_is_corrupt(
+    tmp_path: Path, name: str, values: Any, problem: str
+) -> None:
+    with StoreWriter(tmp_path / "store", vocab_size=300, eos_id=1, max_seq_length=8) as writer:
+        for row, weights in enumerate([None, np.array([1, 2, 0], np.float32), None]):
+            flags, counted = np.array([False, True, True]), Counted(1, 7, 1, 4, 20, 2, 3) if row else Counted()
+            tokens = np.arange(3, dtype=np.int32)
+            writer.append(Document(tokens, flags, np.zeros(3, np.bool_), weights, counted, f"rows.jsonl:{row}"))
+        store = writer.finish()
+    TokenStore.open(store).verify()
+    rewrite(store, name, values)
+    with pytest.raises(DataError, match=f"corrupt.*{problem}"):
+        TokenStore.open(store).verify_once()
+
+
+def test_a_token_outside_the_vocabulary_is_refused_where_it_is_read(store: Path) -> None:
+    """Stores above the size that is verified are read without it."""
+    rewrite(store, "tokens.bin", np.array([0, 300], np.uint16))
+    opened = TokenStore.open(store)
+    for read in (lambda: opened.document(0), lambda: opened.documents([1, 0])):
+        with pytest.raises(DataError, match=r"corrupt.*token id 300 is outside the vocabulary of 300"):
+            read()
+    assert opened.documents([1, 2]).tokens.tolist() == [0, 1, 2, 0, 1, 2]
 
 
 def test_pickles_in_the_place_of_data_stay_bytes(store: Path, victim: Path) -> None:
@@ -128,7 +208,8 @@ def test_pickles_in_the_place_of_data_stay_bytes(store: Path, victim: Path) -> N
     for name, size in sizes.items():
         (store / name).write_bytes(trap[:size])
     opened = TokenStore.open(store)
-    opened.document(0)
+    with pytest.raises(DataError, match="outside the vocabulary"):
+        opened.document(0)
     with pytest.raises(DataError, match="SHA-256 differs"):
         opened.verify_once()
 

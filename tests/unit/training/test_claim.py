@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from seqaware.engine.address import RankAddress
-from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, sealed
+from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training import folder as claiming
 from seqaware.training.folder import RunFolder, allowed_before, attempts_before, check_claim, claim, is_finished
 from seqaware.training.lock import LOCK, alone_in
 from seqaware.training.resume import ResumePoints, Wish, first_whole
+from tests.fakes import checkpoint_folder
 from tests.unit.plan.test_plan import plan
 
 ALONE = RankAddress(0, 1, 0, 1, 1, "none", "127.0.0.1", 29500)
@@ -33,10 +34,7 @@ class TwoRanks:
 
 
 def _checkpoint(run: Path, step: int) -> Path:
-    path = run / "checkpoints" / checkpoint_name(step)
-    path.mkdir(parents=True)
-    (path / MANIFEST).write_text(json.dumps(sealed({"step": step, "files": {}})))
-    return path
+    return checkpoint_folder(run / "checkpoints" / checkpoint_name(step), step)
 
 
 @pytest.mark.parametrize("written", range(4))

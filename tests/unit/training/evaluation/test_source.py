@@ -12,6 +12,7 @@ from seqaware.engine.checkpoint.manifest import FORMAT_VERSION, MANIFEST, sealed
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training.evaluation.source import default_folder, with_model
 from seqaware.training.whole_model import whole_model
+from tests.fakes import checkpoint_folder
 
 CONFIG = Config.model_validate(
     {
@@ -69,7 +70,7 @@ def test_what_is_no_whole_checkpoint_is_told_by_name(tmp_path: Path) -> None:
             CheckpointError, match=f"is of another version; got {FORMAT_VERSION + 1}, this program reads"
         ):
             whole_model(str(name), say=print)
-    (torn / MANIFEST).write_text(json.dumps(sealed({"step": 3, "files": {}})))
+    checkpoint_folder(torn, 3)
     moved = torn.rename(tmp_path / "alone")
     with pytest.raises(ConfigError, match=r"does not lie in its run's folder.*seqaware export"):
         whole_model(str(moved), say=print)
