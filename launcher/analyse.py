@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.engine.ranks import disconnect, find_address, prepare_environment
 
 app = typer.Typer(add_completion=False)
@@ -63,7 +63,7 @@ def analyse(
 
         decoding = Decoding(max_new_tokens, temperature, top_p, seed)
         request = AnalyseRequest(model, prompt, samples, decoding, dtype.value, out)
-        analyse_here(request, address=address, say=typer.echo)
+        analyse_here(request, address=address, say=say)
         disconnect()
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.engine.ranks import prepare_environment
 
 app = typer.Typer(add_completion=False)
@@ -33,7 +33,7 @@ def convert(
         with quick_imports():
             from seqaware.engine.checkpoint.universal import convert as convert_checkpoint
         parameters, size = convert_checkpoint(checkpoint, folder)
-        typer.echo(f"converted   {parameters} parameters, {size / 1e9:.2f} GB, to {folder}")
+        say(f"converted   {parameters} parameters, {size / 1e9:.2f} GB, to {folder}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from launcher.options import DeepSpeedJson, LocalRank, Overrides
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.engine.ranks import environment, find_address, prepare_environment
 from seqaware.errors import USER_ERROR
 
@@ -62,7 +62,7 @@ def doctor(
     elif not diagnosis.met:
         for finding in diagnosis.findings:
             if finding.level is Level.ERROR:
-                typer.echo("; ".join(filter(None, (f"error: {finding.found}", finding.do))), err=True)
+                say("; ".join(filter(None, (f"error: {finding.found}", finding.do))), err=True)
     code = 0 if diagnosis.holds else USER_ERROR
     if some_hang():  # what hangs must not keep the doctor from leaving
         sys.stdout.flush()

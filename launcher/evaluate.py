@@ -13,7 +13,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.options import LocalRank, Overrides
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
 from seqaware.engine.address import RankAddress
@@ -60,7 +60,7 @@ def _evaluate(config: Config, model: str, *, deepspeed: Path | None, out: Path |
         from seqaware.training.evaluation.run import evaluate as evaluate_here
 
     request = EvaluateRequest(config, model, deepspeed, out)
-    evaluate_here(request, address=address, say=typer.echo if address.rank == 0 else _silence)
+    evaluate_here(request, address=address, say=say if address.rank == 0 else _silence)
     disconnect()
 
 

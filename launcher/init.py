@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
@@ -104,11 +104,11 @@ def _write(path: Path, asked: dict[str, Any]) -> None:
     except BaseException:
         path.unlink()  # what does not plan is of no use
         raise
-    typer.echo(render_plan(plan, settings=False))
+    say(render_plan(plan, settings=False))
     name = shlex.quote(str(path))
-    typer.echo(f"\nwritten     {path}")
-    typer.echo(f"next        seqaware plan {name} --gpus {max(1, gpus.all)}; seqaware preview {name}")
-    typer.echo(f"then        {_start(name, gpus.all, gpus.of_node)}")
+    say(f"\nwritten     {path}")
+    say(f"next        seqaware plan {name} --gpus {max(1, gpus.all)}; seqaware preview {name}")
+    say(f"then        {_start(name, gpus.all, gpus.of_node)}")
 
 
 def _start(name: str, gpus: int, of_node: int) -> str:

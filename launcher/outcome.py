@@ -16,11 +16,17 @@ from types import TracebackType
 import typer
 
 from seqaware.errors import USER_ERROR, SeqawareError
+from seqaware.masking import escaped
 from seqaware.training.watch.heartbeat import WatchedHeartbeat
 from seqaware.training.watch.monitor import FAILURE
 
 _PATIENCE_SECONDS = 5.0
 _INTERRUPTED = 130
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text of any origin: what is no line break and would control a terminal is written out."""
+    typer.echo(escaped(text, keep="\n"), err=err)
 
 
 @contextmanager
@@ -35,10 +41,10 @@ def person_errors(rank: int = 0) -> Iterator[None]:
         yield
     except SeqawareError as error:
         if rank == 0:
-            typer.echo(f"error: {error}", err=True)
+            say(f"error: {error}", err=True)
         else:
             time.sleep(_PATIENCE_SECONDS)
-            typer.echo(f"error on rank {rank}: {error}", err=True)
+            say(f"error on rank {rank}: {error}", err=True)
         sys.exit(USER_ERROR)
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from launcher.options import DeepSpeedJson, Overrides
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 
 app = typer.Typer(add_completion=False)
@@ -52,7 +52,7 @@ def plan(
         settings = load_config(config, overrides or [])
         question = ask(settings, deepspeed_path=deepspeed, gpus=Gpus(gpus, per_node), device=chosen)
         for label, text in outlook(question):
-            typer.echo(_line(label, text))
+            say(_line(label, text))
 
 
 def _line(label: str, text: str) -> str:

@@ -14,7 +14,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.options import Overrides
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
 from seqaware.engine.ranks import prepare_environment
@@ -65,8 +65,8 @@ def _whole(settings: Config) -> None:
     with quick_imports():
         from seqaware.training.prepare import prepare_data
 
-    for store in prepare_data(settings, progress=RowCounter(typer.echo)):
-        typer.echo(f"prepared    {store}")
+    for store in prepare_data(settings, progress=RowCounter(say)):
+        say(f"prepared    {store}")
 
 
 def _part(settings: Config, text: str) -> None:
@@ -77,15 +77,15 @@ def _part(settings: Config, text: str) -> None:
         from seqaware.training.prepare_parts import prepare_one_part
 
     part = PartNumber.parse(text)
-    typer.echo(f"part {part}    {prepare_one_part(settings, part, progress=RowCounter(typer.echo))}")
+    say(f"part {part}    {prepare_one_part(settings, part, progress=RowCounter(say))}")
 
 
 def _merge(settings: Config, count: int, *, command: str) -> None:
     from seqaware.report.progress import RowCounter
     from seqaware.training.prepare_parts import merge_all_parts
 
-    for store in merge_all_parts(settings, count, command=command, progress=RowCounter(typer.echo)):
-        typer.echo(f"prepared    {store}")
+    for store in merge_all_parts(settings, count, command=command, progress=RowCounter(say)):
+        say(f"prepared    {store}")
 
 
 def _command(config: Path | None, overrides: list[str]) -> str:

@@ -13,7 +13,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.options import Overrides
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import prepare_environment
 
@@ -57,7 +57,7 @@ def preview(
         found = lay_out(settings, training_rows(settings), PreviewRequest(step, rows, ranks))
         if html is not None:
             html.write_text(preview_html(found), encoding="utf-8")
-            typer.echo(f"preview     {html}")
+            say(f"preview     {html}")
         else:
             show_preview(found, console=Console(highlight=False), documents=documents)
 

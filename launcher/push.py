@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.engine.ranks import environment, prepare_environment
 
 app = typer.Typer(add_completion=False)
@@ -44,15 +44,15 @@ def _push(source: Path, repository: str, *, public: bool, dry_run: bool) -> None
 
     check_repository(repository)
     token = "" if dry_run else token_in(environment())
-    parcel = pack(source, title=repository.partition("/")[2], say=typer.echo)
+    parcel = pack(source, title=repository.partition("/")[2], say=say)
     for line in parcel.lines():
-        typer.echo(line)
+        say(line)
     visibility = "public" if public else "private"
-    typer.echo(f"{parcel.bytes:>15,}  bytes in all, for {repository} ({visibility})")
+    say(f"{parcel.bytes:>15,}  bytes in all, for {repository} ({visibility})")
     if dry_run:
-        typer.echo(f"\n{parcel.card}\nnothing was sent (--dry-run)")
+        say(f"\n{parcel.card}\nnothing was sent (--dry-run)")
         return
-    typer.echo(f"sent        {push_parcel(parcel, repository, token=token, public=public, say=typer.echo)}")
+    say(f"sent        {push_parcel(parcel, repository, token=token, public=public, say=say)}")
 
 
 if __name__ == "__main__":

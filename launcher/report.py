@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 
 app = typer.Typer(add_completion=False)
 
@@ -33,7 +33,7 @@ def report(
 
         folders = list(dict.fromkeys(path.resolve() for path in runs))
         beside = folders[0] if len(folders) == 1 else Path(os.path.commonpath([path.parent for path in folders]))
-        typer.echo(f"report      {write_report(folders, out=out or beside / 'report')}")
+        say(f"report      {write_report(folders, out=out or beside / 'report')}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from launcher.options import DeepSpeedJson, Overrides
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.engine.ranks import environment
 from seqaware.training.sweep import Sweep, folders, gammas_of, run_sweep, seeds_of, submit
 
@@ -53,9 +53,9 @@ def sweep(
             launch=launch,
         )
         if slurm:
-            submit(wanted, environment(), say=typer.echo)
+            submit(wanted, environment(), say=say)
             return
-        code = run_sweep(wanted, say=typer.echo)
+        code = run_sweep(wanted, say=say)
         if code == 0:
             _report(wanted)
     if code:
@@ -65,7 +65,7 @@ def sweep(
 def _report(wanted: Sweep) -> None:
     from seqaware.report.page import write_report
 
-    typer.echo(f"report      {write_report(folders(wanted), out=wanted.folder / 'report')}")
+    say(f"report      {write_report(folders(wanted), out=wanted.folder / 'report')}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.options import DeepSpeedJson, LocalRank, Overrides
-from launcher.outcome import Watched, person_errors
+from launcher.outcome import Watched, person_errors, say
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
 from seqaware.engine.ranks import disconnect, find_address, gpu_is_visible, prepare_environment
@@ -91,7 +91,7 @@ def _dry_run(path: Path | None, deepspeed: Path | None, overrides: list[str], ra
 
     config = load_config(path, overrides)
     plan = plan_without_torch(config, deepspeed_path=deepspeed, ranks=ranks, gpu=gpu_is_visible())
-    typer.echo(render_plan(plan))
+    say(render_plan(plan))
 
 
 def _train(path: Path | None, overrides: list[str], *, address: RankAddress, **settings: Any) -> None:
@@ -107,14 +107,14 @@ def _train(path: Path | None, overrides: list[str], *, address: RankAddress, **s
         with quick_imports():
             from seqaware.training.run import RunRequest, run
 
-        def say(text: str) -> None:
+        def note_and_say(text: str) -> None:
             heartbeat.note(text)
             if address.rank == 0:
-                typer.echo(text)
+                say(text)
 
         try:
             request = RunRequest(config, **settings)
-            run(request, address=address, say=say, signals=signals, heartbeat=heartbeat)
+            run(request, address=address, say=note_and_say, signals=signals, heartbeat=heartbeat)
         except Left as left:
             if left.together:
                 # Told before the ranks part: mpirun ends the others the moment that one of them has left.

@@ -14,7 +14,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.options import DeepSpeedJson, LocalRank, Overrides
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
 from seqaware.engine.ranks import disconnect, find_address, prepare_environment
@@ -72,7 +72,7 @@ def _verify(
         from seqaware.training.verify.run import VerifyRequest, verify
 
     request = VerifyRequest(config, deepspeed, steps, dtype.value)
-    certificate = verify(request, address=address, say=typer.echo if address.rank == 0 else _silence)
+    certificate = verify(request, address=address, say=say if address.rank == 0 else _silence)
     disconnect()
     return certificate.holds
 

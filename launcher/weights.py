@@ -15,7 +15,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.options import Overrides
-from launcher.outcome import person_errors
+from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import prepare_environment
 from seqaware.errors import ConfigError
@@ -63,7 +63,7 @@ def weights(
         if json_file is not None:
             text = json.dumps({"gamma": settings.training.sft.discount, **asdict(view)}, indent=1)
             if str(json_file) == "-":
-                typer.echo(text)
+                say(text)
                 return
             json_file.write_text(text + "\n", encoding="utf-8")
         if png is not None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from seqaware.masking import masked
+from seqaware.masking import escaped, escaped_lines, masked
 
 USER_ERROR = 2
 """Exit code of every command after such an error."""
@@ -21,10 +21,10 @@ class SeqawareError(Exception):
     """
 
     def __init__(self, what: str, *, got: object | None = None, do: str | None = None) -> None:
-        # Messages repeat what a person or a library wrote, and end in logs that others read.
-        self.what = masked(what)
-        self.got = None if got is None else masked(str(got))
-        self.do = None if do is None else masked(do)
+        # Messages repeat what a person or a library wrote, and end on terminals and in logs that others read.
+        self.what = escaped_lines(masked(what))
+        self.got = None if got is None else escaped(masked(str(got)))
+        self.do = None if do is None else escaped_lines(masked(do))
         message = self.what
         if self.got is not None:
             message += f"; got {self.got}"

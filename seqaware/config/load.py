@@ -14,7 +14,7 @@ from seqaware.config.messages import config_error, nearest, show
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
 from seqaware.files import YAML_BYTES, DuplicateKeyError, MalformedError, parse_yaml, read_text
-from seqaware.masking import holds_secret
+from seqaware.masking import holds_secret, is_secret
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = REPOSITORY / "train_configs" / "default.yaml"
@@ -47,14 +47,18 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def _refuse_secrets(written: Any, key: str = "") -> None:
     """A config is written into its run's folder, and from there into every copy of it."""
-    if isinstance(written, str) and holds_secret(written):
+    own = key.rpartition(".")[2]
+    if key.endswith(f"columns.{own}"):
+        own = ""  # the name of a field, whose value is the name of a column
+    if isinstance(written, str) and is_secret(written, own):
         raise ConfigError(
             f"{key} holds a password or a token, and configs are kept with their runs",
-            got=written,  # an error masks it
             do="take it out; tokens come from the environment (HF_TOKEN, WANDB_API_KEY), data from a path or a hub id",
         )
     parts = written.items() if isinstance(written, dict) else enumerate(written) if isinstance(written, list) else ()
     for name, value in parts:
+        if holds_secret(str(name)):
+            raise ConfigError(f"a key of {key} is a password or a token", do="take it out")
         _refuse_secrets(value, f"{key}.{name}" if key else str(name))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from seqaware.config.load import REPOSITORY
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
+from seqaware.masking import escaped
 from seqaware.plan.facts import World, model_facts
 from seqaware.plan.plan import make_plan
 
@@ -57,8 +58,13 @@ def sbatch_script(
         arguments: those of launcher/train.py, the config's path first. folder: where the job runs, absolute.
 
     Raises:
-        ConfigError: there can be no run on these ranks, or `job.time` is no time.
+        ConfigError: there can be no run on these ranks, `job.time` is no time, or a name holds control characters.
     """
+    for text in (str(folder), str(REPOSITORY), *arguments):
+        # A line break would begin another line of the script, perhaps one for SLURM.
+        if escaped(text) != text:
+            do = "rename it, or leave it out"
+            raise ConfigError("a script for SLURM cannot hold control characters", got=text, do=do)
     make_plan(config, world=job.world, deepspeed_path=deepspeed_path, model=model_facts(config.model))
     lead = min(config.faults.leave_minutes * 60, limit_seconds(job.time) * _LARGEST_SHARE_OF_LIMIT)
     text = re.sub(r"^#(?:   .*)?\n", "", FORM.read_text(encoding="utf-8"), flags=re.MULTILINE)  # how to submit the form

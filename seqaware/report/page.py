@@ -19,7 +19,7 @@ from seqaware.report.compare import Group, baseline_of, cautions, groups_of, las
 from seqaware.report.plots import figures, runs_of
 from seqaware.report.record import Line, RunRecord, read_run
 from seqaware.report.tables import Section
-from seqaware.report.template import PAGE
+from seqaware.report.template import PAGE, as_shown
 
 _EVALUATION_FIGURES = ("evaluation", "exact_match", "position_end", "position_differences", "position_time", "weights")
 _PNG_DPI = 150
@@ -61,7 +61,9 @@ def _render(groups: Sequence[Group], out: Path) -> str:
         tables.config_differences(runs),
         _problems(runs),
     ]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=as_shown
+    )
     return environment.from_string(PAGE).render(
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs, {len(groups)} settings",
         subtitle=_subtitle(runs),

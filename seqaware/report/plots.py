@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -16,6 +17,7 @@ from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from seqaware.masking import escaped
 from seqaware.report.compare import Group, baseline_of, bucket_name, buckets, last_evaluation, paired, position_loss
 from seqaware.report.intervals import wilson
 from seqaware.report.record import Line, RunRecord
@@ -37,11 +39,17 @@ _STYLE: dict[Any, Any] = {
 
 def figures(groups: Sequence[Group]) -> Iterator[tuple[str, str, Figure]]:
     """(file name, caption, figure) of all that these runs can show."""
+    groups = [replace(group, label=_plain(group.label)) for group in groups]
     with matplotlib.rc_context(_STYLE):
         for name, caption, draw in _ALL:
             figure = Figure(figsize=_SIZE)
             if draw(figure.add_subplot(), groups):
                 yield name, caption, figure
+
+
+def _plain(text: str) -> str:
+    """Text of any origin as matplotlib draws it: a dollar sign would begin mathematics."""
+    return escaped(text).replace("$", r"\$")
 
 
 def _loss(axes: Axes, groups: Sequence[Group]) -> bool:
@@ -137,7 +145,7 @@ def _position_over_time(axes: Axes, groups: Sequence[Group]) -> bool:
             *zip(*points, strict=True), color=matplotlib.colormaps["viridis"](1.0 - shade), marker="o", ms=2.5, lw=1.3,
             label=bucket_name(first, last),
         )  # fmt: skip
-    axes.set_title(f"{groups[-1].label}, {run.name}", fontsize=9)
+    axes.set_title(f"{groups[-1].label}, {_plain(run.name)}", fontsize=9)
     return _finish(axes, bool(found), x="optimizer step", y="held-out nats a token", log=True)
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
+from seqaware.masking import escaped
+
 # From pale to strong, dark text on all of them; the last of a scale is the largest weight that is shown.
 _SHADES = ("#e8f1fa", "#cfe3f3", "#a9d0e8", "#7fbbdc", "#8fd18f", "#c5d86d", "#f2d13c", "#f5a742")
 _TOKENS_BETWEEN_MARKS = 16
@@ -93,7 +95,7 @@ def show_preview(preview: Preview, *, console: Console, documents: int) -> None:
     plain = not console.encoding.lower().startswith("utf")
 
     def say(text: Text | str) -> None:
-        text = text if isinstance(text, Text) else Text(text)
+        text = text if isinstance(text, Text) else Text(escaped(text))
         if plain:
             # As many characters as before: the colours go by their places.
             text.plain = text.plain.translate(_PLAIN).encode(console.encoding, "replace").decode(console.encoding)
@@ -123,7 +125,8 @@ def _legend(largest: float) -> Text:
 
 
 def _border(document: ShownDocument, width: int) -> Text:
-    line = f"── {document.name}: {len(document.tokens)} tokens, {document.with_loss} with loss "
+    name = escaped(document.name)
+    line = f"── {name}: {len(document.tokens)} tokens, {document.with_loss} with loss "
     return Text(line + "─" * max(0, min(width, 100) - len(line)), style="dim")
 
 
@@ -157,6 +160,5 @@ def marks(document: ShownDocument) -> Iterator[str]:
 
 
 def visible(text: str) -> str:
-    """A line's end is shown; what would move a terminal's cursor is not obeyed."""
-    shown = text.replace("\n", _NEWLINE + "\n")
-    return "".join(each if each == "\n" or each.isprintable() else f"\\x{ord(each):02x}" for each in shown)
+    """A line's end is shown; what would control a terminal is written out."""
+    return escaped(text.replace("\n", _NEWLINE + "\n"), keep="\n")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Iterator
-from html import escape
 
+from seqaware.masking import escaped
 from seqaware.report.preview import Preview, ShownDocument, marks, row_title, shade, visible
 
 _STYLE = """
@@ -24,6 +25,11 @@ sup { font-size: .65rem; opacity: .75; }
 """
 
 
+def _text(text: str) -> str:
+    """Text of any origin as HTML."""
+    return html.escape(escaped(text, keep="\n"))
+
+
 def preview_html(preview: Preview) -> str:
     """The page. Hovering over a token with loss tells its k and weight; marks tell those of every 16th."""
     steps = [preview.largest * (place + 0.5) / 8 for place in range(8)]
@@ -33,8 +39,8 @@ def preview_html(preview: Preview) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(preview.title)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>{escape(preview.title)}</h1><p>{escape(preview.objective)}</p>"
+        f"<title>{_text(preview.title)}</title><style>{_STYLE}</style></head><body>"
+        f"<h1>{_text(preview.title)}</h1><p>{_text(preview.objective)}</p>"
         f'<p class="legend"><span>weight 0 <span class="scale">{scale}</span> {preview.largest:.3g}</span>'
         "<span>underlined and coloured: with loss</span><span>pale: without</span>"
         "<span>raised: position k · weight</span></p>"
@@ -45,7 +51,7 @@ def preview_html(preview: Preview) -> str:
 def _rows(preview: Preview) -> Iterator[str]:
     for number, row in enumerate(preview.rows, start=1):
         filled = row.tokens / (preview.capacity or row.tokens + row.padding)
-        yield f"<h2>{escape(row_title(number, row, preview.capacity))}</h2>"
+        yield f"<h2>{_text(row_title(number, row, preview.capacity))}</h2>"
         yield f'<div class="fill" title="{filled:.0%} full"><i style="width:{filled:.1%}"></i></div>'
         yield from (_document(document, preview.largest) for document in row.documents)
 
@@ -54,11 +60,11 @@ def _document(document: ShownDocument, largest: float) -> str:
     head = f"{document.name}: {len(document.tokens)} tokens, {document.with_loss} with loss"
     parts = []
     for token, mark in zip(document.tokens, marks(document), strict=True):
-        text = escape(visible(token.text))
+        text = _text(visible(token.text))
         if not token.k:
             parts.append(f"<u>{text}</u>")
             continue
-        raised = f"<sup>{escape(mark.strip('()'))}</sup>" if mark else ""
+        raised = f"<sup>{_text(mark.strip('()'))}</sup>" if mark else ""
         told = f"k = {token.k}, w = {token.weight:.4g}"
         parts.append(f'{raised}<b style="background:{shade(token.weight, largest)}" title="{told}">{text}</b>')
-    return f'<section><header>{escape(head)}</header><div class="text">{"".join(parts)}</div></section>'
+    return f'<section><header>{_text(head)}</header><div class="text">{"".join(parts)}</div></section>'

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from seqaware.masking import escaped
+
 _SECONDS_BETWEEN_LINES = 5.0
 # Time left is reckoned from so many steps.
 _STEPS_OF_PACE = 200
@@ -81,7 +83,7 @@ class ProgressDisplay:
     def say(self, text: str) -> None:
         """Print a line without disturbing the bar."""
         if self._style != "off":
-            self.console.print(text, markup=False)
+            self.console.print(escaped(text, keep="\n"), markup=False)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -14,6 +14,8 @@ import jinja2
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from seqaware.report.template import as_shown
+
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
 _TEXTS = 64
 
@@ -71,7 +73,7 @@ def picture(found: Mapping[str, Any], path: Path) -> None:
 
 def page(found: Mapping[str, Any], image: Path) -> str:
     """HTML that holds the picture and the texts; what the model wrote is shown, never run."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, finalize=as_shown)
     environment.filters["quoted"] = partial(json.dumps, ensure_ascii=False)
     shown = sorted(found["texts"], key=lambda each: -float(each["log_probability"]))[:_TEXTS]
     coded = base64.b64encode(image.read_bytes()).decode()

@@ -1,5 +1,15 @@
 """The page of a report: one file, no script, nothing loaded from elsewhere."""
 
+from typing import Any
+
+from seqaware.masking import escaped
+
+
+def as_shown(value: Any) -> Any:
+    """A template's value as a page may show it; jinja2 escapes it for HTML afterwards."""
+    return escaped(value, keep="\n\t") if isinstance(value, str) else value
+
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>

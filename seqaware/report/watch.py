@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from seqaware.masking import masked
+from seqaware.masking import escaped, masked
 from seqaware.report.alerts import limits_of, standing_alerts
 from seqaware.report.compare import bucket_name
 from seqaware.report.progress import duration
@@ -53,9 +53,9 @@ def frame(path: Path, *, width: int, now: float | None = None, plain: bool = Fal
     if run.evaluations:
         parts += [Text(), *_evaluation(run)]
     limits = limits_of(run.plan)
-    parts += [Text(f"! {alert}", style="bold red") for alert in standing_alerts(run.lines, limits)]
-    parts += [Text(f"! {_event(line)}", style="yellow") for line in run.troubles]
-    parts += [Text(f"? {note}", style="yellow") for note in run.notes]
+    parts += [Text(escaped(f"! {alert}"), style="bold red") for alert in standing_alerts(run.lines, limits)]
+    parts += [Text(escaped(f"! {_event(line)}"), style="yellow") for line in run.troubles]
+    parts += [Text(escaped(f"? {note}"), style="yellow") for note in run.notes]
     return Group(*parts)
 
 
@@ -66,8 +66,8 @@ def _event(line: Line) -> str:
 def _head(run: RunRecord, now: float | None) -> Text:
     objective = run.objective
     what = f", {objective.get('weighting')} γ = {objective['gamma']:g}" if "gamma" in objective else ""
-    text = Text(masked(run.name), style="bold")
-    text.append(f"  {run.state(now)}{what}", style="not bold")
+    text = Text(escaped(masked(run.name)), style="bold")
+    text.append(escaped(f"  {run.state(now)}{what}"), style="not bold")
     return text
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from seqaware.masking import escaped
+
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _ROWS = 6
 
@@ -71,7 +73,7 @@ def show_weights(view: Any, lines: Sequence[str], *, console: Console) -> None:
 
 
 def _wrapped(line: str, width: int) -> str:
-    return textwrap.fill(line, width, subsequent_indent=" " * 12, break_on_hyphens=False)
+    return textwrap.fill(escaped(line), width, subsequent_indent=" " * 12, break_on_hyphens=False)
 
 
 def _table(title: str, bands: Sequence[Any], console: Console) -> Iterator[Text]:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from seqaware.masking import escaped
 from seqaware.training.doctor.findings import Finding, Level
 
 _WORD = {Level.OK: "ok", Level.WARNING: "warning", Level.ERROR: "ERROR"}
@@ -27,7 +28,7 @@ def show(findings: Sequence[Finding], *, hosts: int, console: Console) -> None:
     table.add_column(overflow="fold")
     for finding in findings:
         word = Text(_WORD[finding.level], style=_STYLE[finding.level])
-        table.add_row(word, Text(finding.subject), _described(finding, hosts))
+        table.add_row(word, Text(escaped(finding.subject)), _described(finding, hosts))
     with console.capture() as captured:
         console.print(table)
         console.print(Text(summary(findings)))
@@ -50,11 +51,11 @@ def summary(findings: Sequence[Finding]) -> str:
 
 
 def _described(finding: Finding, hosts: int) -> Text:
-    text = Text(finding.found)
+    text = Text(escaped(finding.found))
     if hosts > 1 and 0 < len(finding.hosts) < hosts:
         shown = finding.hosts[:_HOSTS_SHOWN]
         more = f" and {len(finding.hosts) - len(shown)} more" if len(finding.hosts) > len(shown) else ""
-        text.append(f" [{', '.join(shown)}{more}]")
+        text.append(escaped(f" [{', '.join(shown)}{more}]"))
     if finding.do:
-        text.append("\n-> " + finding.do, style="bold")
+        text.append("\n-> " + escaped(finding.do), style="bold")
     return text

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from seqaware.engine.checkpoint.manifest import step_of
-from seqaware.masking import masked
+from seqaware.masking import escaped, masked
 from seqaware.report.metrics import read_metrics
 
 _SHOWN = {
@@ -49,9 +49,10 @@ def run_card(run: Path, *, title: str, sent: list[str], checkpoint: Path | None 
         "\n".join(f"- `{name}`" for name in sent),
     ]
     body = "\n".join(sections)
-    return masked(
+    card = masked(
         f"---\n{yaml.safe_dump(_front_matter(config, checkpoint), sort_keys=False, allow_unicode=True)}---\n{body}\n"
     )
+    return escaped(card, keep="\n")
 
 
 def bare_card(title: str) -> str:

@@ -14,6 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from seqaware.masking import escaped
+
 _MOST_BYTES_OF_TAIL = 64 * 1024
 
 
@@ -88,11 +90,11 @@ def _open(path: Path) -> int:
 
 
 def last_lines(path: Path, count: int) -> list[str]:
-    """The newest lines of a log; none where it cannot be read."""
+    """The newest lines of a log, as they may be shown; none where it cannot be read."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - _MOST_BYTES_OF_TAIL))
             content = file.read()
     except OSError:
         return []
-    return content.decode(errors="replace").splitlines()[-count:]
+    return [escaped(line) for line in content.decode(errors="replace").splitlines()[-count:]]

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from seqaware.masking import escaped
 from seqaware.training.watch.launch_folder import LaunchFolder, claim
 
 LONGEST_WORD = 5.0
@@ -14,6 +15,7 @@ LONGEST_WORD = 5.0
 
 
 _STANDARD_ERROR = 2
+_LAYOUT = "\n\t"  # of tracebacks and stacks
 _screen = _STANDARD_ERROR
 
 
@@ -43,7 +45,7 @@ def tell_first(text: str, folder: LaunchFolder, shared: Path | None) -> bool:
 
 def show(text: str) -> None:
     """Put text on standard error in one piece, whatever else this process is writing, or has made of it since."""
-    content = f"\n{text}\n".encode(errors="replace")
+    content = f"\n{escaped(text, keep=_LAYOUT)}\n".encode(errors="replace")
     until = time.monotonic() + LONGEST_WORD
     while content and time.monotonic() < until:
         try:
