@@ -9,8 +9,10 @@ are CPU seconds, and opens, stats, directory listings and writes below a folder 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -30,6 +32,14 @@ from benchmarks.machine import machine
 from seqaware.data.order import StepOrder
 from seqaware.data.packing import layout_step
 from seqaware.engine.address import RankAddress
+from seqaware.engine.checkpoint.manifest import (
+    MANIFEST,
+    Listing,
+    first_wrong_hash,
+    inspect,
+    named_checkpoints,
+    sealed,
+)
 from seqaware.training.watch.card import Stuck, write_cards
 from seqaware.training.watch.launch_folder import host_file, open_launch_folder
 from seqaware.training.watch.monitor import Monitor
@@ -42,12 +52,34 @@ CAPACITY = 8192
 REPEATS = 5
 HANG_SECONDS = 600.0
 
-_counts: list[tuple[str, Counter[str]]] = []
+
+class Requests(Counter[str]):
+    """How often a process asked for what is below a folder: opens (for reading), writes, listings, stats.
+
+    A file that is replaced by another one counts as two writes: its opening and its renaming.
+
+    Attributes:
+        paths: that were asked for, relative to the folder.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self.folder = folder
+        self.paths: set[str] = set()
+
+    def hear(self, kind: str, path: Any) -> None:
+        name = os.fsdecode(path)
+        if name.startswith(self.folder):
+            self[kind] += 1
+            self.paths.add(os.path.relpath(name, self.folder))
+
+
+_heard: list[Requests] = []
 
 
 def _hear(event: str, arguments: tuple[Any, ...]) -> None:
     """Count an event of Python's audit hooks for every folder that is being counted."""
-    if not _counts or event not in ("open", "os.scandir", "os.listdir", "os.rename"):
+    if not _heard or event not in ("open", "os.scandir", "os.listdir", "os.rename"):
         return
     path = arguments[0]
     if not isinstance(path, str | bytes | os.PathLike):
@@ -55,37 +87,32 @@ def _hear(event: str, arguments: tuple[Any, ...]) -> None:
     kind = {"open": "opens", "os.rename": "writes"}.get(event, "listings")
     if event == "open" and len(arguments) > 2 and isinstance(arguments[2], int) and arguments[2] & os.O_ACCMODE:
         kind = "writes"
-    for folder, counts in _counts:
-        if os.fsdecode(path).startswith(folder):
-            counts[kind] += 1
+    for requests in _heard:
+        requests.hear(kind, path)
 
 
 sys.addaudithook(_hear)
 
 
 @contextmanager
-def counted(folder: Path) -> Iterator[Counter[str]]:
-    """Count what this process does below `folder`: opens (for reading), writes, listings, stats.
-
-    A file that is replaced by another one counts as two writes: its opening and its renaming.
-    """
-    counts: Counter[str] = Counter()
-    prefix = str(folder)
+def counted(folder: Path) -> Iterator[Requests]:
+    """Count what Python code of this process asks for below `folder`."""
+    requests = Requests(str(folder))
 
     def counting(function: Callable[..., os.stat_result]) -> Callable[..., os.stat_result]:
         def wrapped(path: Any, *arguments: Any, **keywords: Any) -> os.stat_result:
-            if not isinstance(path, int) and os.fsdecode(path).startswith(prefix):
-                counts["stats"] += 1
+            if not isinstance(path, int):
+                requests.hear("stats", path)
             return function(path, *arguments, **keywords)
 
         return wrapped
 
-    _counts.append((prefix, counts))
+    _heard.append(requests)
     try:
         with mock.patch.object(os, "stat", counting(os.stat)), mock.patch.object(os, "lstat", counting(os.lstat)):
-            yield counts
+            yield requests
     finally:
-        _counts.remove((prefix, counts))
+        _heard.remove(requests)
 
 
 def step_layout(ranks: int, *, packed: bool) -> dict[str, float]:
@@ -101,6 +128,42 @@ def step_layout(ranks: int, *, packed: bool) -> dict[str, float]:
 
     lay_out()  # the first call compiles
     return {"cpu_seconds": round(min(_cpu_seconds(lay_out) for _ in range(REPEATS)), 4)}
+
+
+def checkpoint_listing(ranks: int) -> dict[str, Any]:
+    """What rank 0, and what another rank, ask for when a checkpoint of N ranks (ZeRO-3) is checked before loading."""
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = _make_checkpoint(Path(folder, "checkpoints", "step-00000004"), ranks)
+        rows = {}
+        with counted(checkpoint.parent) as first:
+            started = time.process_time()
+            (newest, *_) = named_checkpoints(checkpoint.parent)
+            listing = inspect(newest)
+            assert isinstance(listing, Listing), listing
+            rows["rank_0"] = {**first, "cpu_seconds": round(time.process_time() - started, 4)}
+        message = pickle.dumps(listing)
+        with counted(checkpoint.parent) as other:
+            started = time.process_time()
+            assert first_wrong_hash(pickle.loads(message), rank=ranks - 1, size=ranks) is None
+            rows["another_rank"] = {**other, "cpu_seconds": round(time.process_time() - started, 4)}
+        rows["another_rank"]["message_mb"] = round(len(message) / 1e6, 3)
+        return rows
+
+
+def _make_checkpoint(checkpoint: Path, ranks: int) -> Path:
+    """A valid checkpoint with the file names of ZeRO-3 and no tensors."""
+    checkpoint.mkdir(parents=True)
+    content = b"tensors"
+    record = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    zero = "zero_pp_rank_{}_mp_rank_00_{}_states.pt"
+    names = [name for rank in range(ranks) for name in (zero.format(rank, "model"), zero.format(rank, "optim"))]
+    names += [f"rng-{rank}.pt" for rank in range(ranks)]
+    for name in names:
+        (checkpoint / name).write_bytes(content)
+    manifest = {"step": 4, "epoch": 0, "passed_over": [], "data_fingerprint": "", "plan_hash": "", "mathematics": {}}
+    manifest |= {"topology": {"ranks": ranks, "zero_stage": 3}, "files": dict.fromkeys(names, record)}
+    (checkpoint / MANIFEST).write_text(json.dumps(sealed(manifest)), encoding="utf-8")
+    return checkpoint
 
 
 def watchdog(ranks: int, *, stuck: bool) -> dict[str, float]:
@@ -157,6 +220,7 @@ def measure(ranks: int) -> dict[str, Any]:
         "ranks": ranks,
         "step_packed": step_layout(ranks, packed=True),
         "step_unpacked": step_layout(ranks, packed=False),
+        "checkpoint": checkpoint_listing(ranks),
         "watchdog_host": watchdog(ranks, stuck=False),
         "watchdog_host_stuck": watchdog(ranks, stuck=True),
     }
@@ -165,9 +229,14 @@ def measure(ranks: int) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]], console: Console) -> None:
     table = Table("ranks", *(name for name in rows[0] if name != "ranks"), title="one rank, or one host of eight")
     for row in rows:
-        cells = (", ".join(f"{key} {value:g}" for key, value in row[name].items()) for name in row if name != "ranks")
-        table.add_row(str(row["ranks"]), *cells)
+        table.add_row(str(row["ranks"]), *(_cell(row[name]) for name in row if name != "ranks"))
     console.print(table)
+
+
+def _cell(figures: dict[str, Any]) -> str:
+    return "\n".join(
+        f"{key}: {_cell(value)}" if isinstance(value, dict) else f"{key} {value:g}" for key, value in figures.items()
+    )
 
 
 def main() -> None:

@@ -51,6 +51,8 @@ def inside(folder: Path, name: str, *, error: type[SeqawareError] = DataError) -
     reason = _refused(name)
     if reason is None:
         path = folder / name
+        if _is_child(path, name):
+            return path
         if not _resolved(path, name, error=error).is_relative_to(folder.resolve()):
             reason = "it leaves the folder by a symbolic link"
         else:
@@ -60,6 +62,14 @@ def inside(folder: Path, name: str, *, error: type[SeqawareError] = DataError) -
         got=f"{name!r}: {reason}",
         do="do not use this folder unless you know who made it; make or copy it again",
     )
+
+
+def _is_child(path: Path, name: str) -> bool:
+    """Whether the name is of a child that is no link: one system call, where resolving takes one for every folder."""
+    try:
+        return "/" not in name and not path.is_symlink()
+    except OSError:
+        return False
 
 
 def _refused(name: object) -> str | None:

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from seqaware.engine.checkpoint.manifest import RunState, first_wrong_hash, read_state, step_of, survey, what_is_wrong
+from seqaware.engine.checkpoint.manifest import (
+    MANIFEST,
+    Listing,
+    first_wrong_hash,
+    inspect,
+    named_checkpoints,
+    read_listing,
+)
 from seqaware.engine.ranks import Ranks
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import MATHEMATICS, Plan
@@ -20,16 +27,21 @@ from seqaware.training.watch.host import HostProcess
 
 @dataclass(frozen=True)
 class ResumePoints:
-    """Checkpoints that a run may go on from, the best first, and damaged ones that are passed over.
+    """Where a run may resume, as rank 0 has found it.
 
     Attributes:
-        candidates: whole by their manifests and sizes; their hashes are yet to be checked. asked: a person named it.
-        damaged: what is wrong with newer ones, a line each.
+        newest: the newest valid checkpoint of this run, or the one that a user named; its hashes are yet to be checked.
+        older: folders with the names of checkpoints before it, not looked into yet, newest first.
+        damaged: what is wrong with newer ones, a line each. asked: a user named the checkpoint.
+        anyway: names of MATHEMATICS that may have changed. allowed: plan hashes that count as this run's.
     """
 
-    candidates: tuple[Path, ...]
-    damaged: tuple[str, ...]
-    asked: bool
+    newest: Listing | None
+    older: tuple[Path, ...] = ()
+    damaged: tuple[str, ...] = ()
+    asked: bool = False
+    anyway: tuple[str, ...] = ()
+    allowed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -77,26 +89,29 @@ def resume_points(
     """
     match resume:
         case "never":
-            return ResumePoints((), (), asked=False)
+            points = ResumePoints(None)
         case "auto":
-            found = survey(checkpoints)
-            newest = step_of(found.whole[0]) if found.whole else -1
-            damaged = tuple(f"{each.path}: {each.problem}" for each in found.damaged if step_of(each.path) > newest)
-            points = ResumePoints(found.whole, damaged, asked=False)
+            points = _newest(named_checkpoints(checkpoints))
         case _:
-            points = ResumePoints((Path(resume),), (), asked=True)
-    for number, checkpoint in enumerate(points.candidates):
-        try:
-            _check(checkpoint, read_state(checkpoint), plan, anyway=anyway, allowed=allowed)
-        except CheckpointError:
-            if number == 0:
-                raise
-            # Only the newest must be this run's: none that stands behind a stranger is gone on from.
-            return ResumePoints(points.candidates[:number], points.damaged, points.asked)
-    return points
+            points = ResumePoints(read_listing(Path(resume)), asked=True)
+    if points.newest is not None:
+        _check(points.newest, plan, anyway=anyway, allowed=allowed)
+    return replace(points, anyway=tuple(anyway), allowed=tuple(allowed))
 
 
-def _check(checkpoint: Path, state: RunState, plan: Plan, *, anyway: Collection[str], allowed: Collection[str]) -> None:
+def _newest(named: Sequence[Path]) -> ResumePoints:
+    """Look into the folders until one is a valid checkpoint: a run may keep hundreds, of thousands of files each."""
+    damaged: list[str] = []
+    for number, path in enumerate(named):
+        found = inspect(path)
+        if isinstance(found, Listing):
+            return ResumePoints(found, tuple(named[number + 1 :]), tuple(damaged))
+        damaged.append(f"{path}: {found}")
+    return ResumePoints(None, damaged=tuple(damaged))
+
+
+def _check(listing: Listing, plan: Plan, *, anyway: Collection[str], allowed: Collection[str]) -> None:
+    checkpoint, state = listing.path, listing.state
     others = {} if state.plan_hash in allowed else changes(state.mathematics, plan.mathematics())
     refused = {name: change for name, change in others.items() if name not in anyway}
     if refused:
@@ -113,40 +128,64 @@ def _check(checkpoint: Path, state: RunState, plan: Plan, *, anyway: Collection[
         )
 
 
-def first_whole(points: ResumePoints, ranks: Ranks, *, say: Say) -> Path | None:
-    """The first candidate whose files are what was written, by their hashes. Collective: each rank reads its share.
+def first_whole(points: ResumePoints, plan: Plan, ranks: Ranks, *, say: Say) -> Listing | None:
+    """The first checkpoint whose files are what was written, by their hashes. Collective: each rank reads its share.
+
+    Rank 0 alone reads a manifest and stats its files; the other ranks receive the listing.
 
     Raises:
         CheckpointError: the one that was asked for is damaged, or other ranks do not see what rank 0 sees.
     """
     for damage in points.damaged:
-        say(f"warning     passed over {damage}")
-    for checkpoint in points.candidates:
-        problems = ranks.gather(first_wrong_hash(checkpoint, rank=ranks.rank, size=ranks.size))
+        say(f"warning     skipped the invalid checkpoint {damage}")
+    for listing in _listings(points, plan, ranks, say=say):
+        problems = ranks.gather(first_wrong_hash(listing, rank=ranks.rank, size=ranks.size))
         problem = next((each for each in problems if each is not None), None)
         if problem is None:
-            return checkpoint
+            return listing
         if points.asked:
             raise CheckpointError(
-                "the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another, or --resume auto"
+                "the checkpoint is damaged", got=f"{listing.path}: {problem}", do="name another, or --resume auto"
             )
-        say(f"warning     passed over {checkpoint}: {problem}")
-    if points.candidates:
-        _refuse_other_folder(points.candidates[0], ranks)
-    if points.damaged or points.candidates:
-        say("warning     no checkpoint of this run is whole: it begins anew")
+        say(f"warning     skipped the invalid checkpoint {listing.path}: {problem}")
+    if points.newest is not None:
+        _refuse_other_folder(points.newest, ranks)
+    if points.newest is not None or points.damaged:
+        say("warning     no valid checkpoint found; starting from scratch")
     return None
 
 
-def _refuse_other_folder(newest: Path, ranks: Ranks) -> None:
-    """Nothing begins anew because a host does not see the checkpoints that rank 0 has found. Collective."""
-    for rank, problem in enumerate(ranks.gather(what_is_wrong(newest))):
-        if problem is not None:
+def _listings(points: ResumePoints, plan: Plan, ranks: Ranks, *, say: Say) -> Iterator[Listing]:
+    """The newest listing, then those of older checkpoints of this run, the same on every rank. Collective."""
+    if points.newest is None:
+        return
+    yield points.newest
+    for path in points.older:
+        found: Listing | str = ranks.agree(inspect(path) if ranks.is_first else None)
+        if isinstance(found, str):
+            say(f"warning     skipped the invalid checkpoint {path}: {found}")
+            continue
+        try:
+            _check(found, plan, anyway=points.anyway, allowed=points.allowed)
+        except CheckpointError:
+            return  # nothing that stands behind another run's checkpoint is this run's
+        yield found
+
+
+def _refuse_other_folder(newest: Listing, ranks: Ranks) -> None:
+    """Raise where a rank does not see the files that rank 0 sees: nothing starts from scratch for that. Collective."""
+    for rank, name in enumerate(ranks.gather(_unseen(newest, ranks))):
+        if name is not None:
             raise CheckpointError(
                 "a rank does not see the checkpoints that rank 0 sees",
-                got=f"{newest} on rank {rank}, where {problem}",
+                got=f"{newest.path} on rank {rank}, where {name} is missing",
                 do="see to it that all hosts share output.dir, under the same path and with the same rights",
             )
+
+
+def _unseen(listing: Listing, ranks: Ranks) -> str | None:
+    names = [MANIFEST, *listing.share(ranks.rank, size=ranks.size)]
+    return next((name for name in names if not (listing.path / name).is_file()), None)
 
 
 def check_names(anyway: Iterable[str]) -> None:

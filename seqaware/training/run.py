@@ -10,7 +10,7 @@ from pathlib import Path
 from seqaware.config.schema import Config
 from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.checkpoints import Checkpoints
-from seqaware.engine.checkpoint.manifest import RunState, read_state
+from seqaware.engine.checkpoint.manifest import Listing, RunState
 from seqaware.engine.checkpoint.retention import Retention, set_aside_later
 from seqaware.engine.engine import Engine
 from seqaware.engine.operators import remove_swap_files
@@ -113,12 +113,14 @@ def run(
             total = prepared.plan.total_steps
             say(f"complete: all {total} steps of this run are done; its model and results are in {folder.path}")
             return folder.path
-        checkpoint = first_whole(points, ranks, say=say)
+        checkpoint = first_whole(points, prepared.plan, ranks, say=say)
         _work(request, prepared, checkpoint, ranks=ranks, process=process)
     return folder.path
 
 
-def _work(request: RunRequest, prepared: Prepared, checkpoint: Path | None, *, ranks: Ranks, process: Process) -> None:
+def _work(
+    request: RunRequest, prepared: Prepared, checkpoint: Listing | None, *, ranks: Ranks, process: Process
+) -> None:
     plan, say, phase = prepared.plan, process.say, process.heartbeat.phase
     folder = RunFolder(Path(plan.config.output_dir))
     say(render_plan(plan, settings=False))
@@ -126,7 +128,7 @@ def _work(request: RunRequest, prepared: Prepared, checkpoint: Path | None, *, r
     engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=say)
     engine.phase = phase
     _probe(engine, plan, say=say)
-    state = None if checkpoint is None else read_state(checkpoint)
+    state = None if checkpoint is None else checkpoint.state
     course = Course(0) if state is None else Course(state.step, list(state.passed_over))
     _begin_attempt(folder, plan, state, wish=request.wish, ranks=ranks, heartbeat=process.heartbeat)
     output = plan.config.output
@@ -136,7 +138,7 @@ def _work(request: RunRequest, prepared: Prepared, checkpoint: Path | None, *, r
     if checkpoint is not None:
         phase("loading the checkpoint", course.done)
         checkpoints.load(checkpoint)
-        say(f"resumed     after step {course.done}, from {checkpoint}")
+        say(f"resumed     after step {course.done}, from {checkpoint.path}")
     try:
         _train(Session(prepared, engine, folder=folder, course=course, checkpoints=checkpoints, process=process))
     finally:
@@ -188,10 +190,10 @@ def _points(request: RunRequest, plan: Plan, folder: RunFolder) -> ResumePoints 
     check_claim(folder, plan, resume=resume, anyway=anyway)
     allowed = allowed_before(folder)
     points = resume_points(folder.checkpoints, plan, resume=resume, anyway=anyway, allowed=allowed)
-    if not points.candidates:
+    if points.newest is None:
         return points
-    newest = points.candidates[0]
-    if read_state(newest).step == plan.total_steps and is_finished(folder, plan):
+    newest = points.newest.path
+    if points.newest.manifest.step == plan.total_steps and is_finished(folder, plan):
         return None
     if swap_folders(plan.deepspeed["zero_optimization"]):
         # Measured: the steps after it are not those of a run that never stopped.

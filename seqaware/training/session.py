@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from seqaware.data.batch import Batch
 from seqaware.engine.checkpoint.checkpoints import Checkpoints
 from seqaware.engine.checkpoint.export import export_model
-from seqaware.engine.checkpoint.manifest import RunState, step_of, survey
+from seqaware.engine.checkpoint.manifest import Listing, RunState, inspect, named_checkpoints, step_of
 from seqaware.engine.engine import Engine, StepResult
 from seqaware.engine.first_step import check_losses
 from seqaware.engine.pace import pace_of_ranks
@@ -230,7 +229,7 @@ class Session:
         self.checkpoints.wait()
         self.hear_of_saving()
         earlier = self._checkpoint_before(spike.step) if self.ranks.is_first else None
-        checkpoint = self.ranks.agree(earlier)
+        checkpoint: Listing | None = self.ranks.agree(earlier)
         if checkpoint is None:
             self.process.say(f"warning     {spike}; there is no checkpoint to go back to, so training goes on")
             return
@@ -244,7 +243,7 @@ class Session:
             )
         self.process.heartbeat.phase("loading the checkpoint", spike.step)
         self.checkpoints.load(checkpoint)
-        step = step_of(checkpoint)
+        step = checkpoint.manifest.step
         course.passed_over.append(spike.step)
         course.done = step
         self.spikes.forget_after(step)
@@ -289,8 +288,9 @@ class Session:
         self.reporter.event({"kind": "save_failed", "step": step, "problem": problem})
         self.process.say(f"warning     {problem}; training goes on, and saves again when it is due")
 
-    def _checkpoint_before(self, step: int) -> Path | None:
-        return next((path for path in survey(self.folder.checkpoints).whole if step_of(path) < step), None)
+    def _checkpoint_before(self, step: int) -> Listing | None:
+        earlier = (path for path in named_checkpoints(self.folder.checkpoints) if step_of(path) < step)
+        return next((found for found in map(inspect, earlier) if isinstance(found, Listing)), None)
 
     def _reason(self) -> str:
         reasons: list[str | None] = self.ranks.gather(self.interrupts.reason)

@@ -1,8 +1,9 @@
 """Several runs in one launch, so that imports and the meeting of the ranks are paid once.
 
 Started by a launcher with a JSON file: a list of {"config": YAML file, "deepspeed": ZeRO json, "set": [overrides],
-"resume": optional}.
-Each is run as launcher/train.py runs it.
+"resume": optional, "requests": optional}.
+Each is run as launcher/train.py runs it. With "requests", a folder, `requests-<rank>.json` in it lists the files of the
+run's checkpoints that the rank asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import sys
 from pathlib import Path
 
+from benchmarks.worlds import counted
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import disconnect, find_address, prepare_environment
 
@@ -27,7 +29,10 @@ def main() -> None:
     for request in requests:
         config = load_config(Path(request["config"]), request["set"])
         asked = RunRequest(config, Path(request["deepspeed"]), resume=request.get("resume", "auto"))
-        run(asked, address=address, say=lambda text: None)
+        with counted(Path(config.output_dir, "checkpoints")) as counts:
+            run(asked, address=address, say=lambda text: None)
+        if "requests" in request:
+            Path(request["requests"], f"requests-{address.rank}.json").write_text(json.dumps(sorted(counts.paths)))
         print(f"rank {address.rank} ran {config.output_dir}", file=sys.stderr, flush=True)
     disconnect()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,18 @@ def _steps(folder: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"]
 
 
+def _check_requests(folder: Path, ranks: int) -> None:
+    """Rank 0 validates the checkpoint; the other ranks ask for files of their own, which do not grow with the ranks."""
+    for rank in range(1, ranks):
+        asked = json.loads((folder / f"requests-{rank}.json").read_text())
+        of_resumed = [name for name in asked if name.startswith("step-00000002/")]
+        own = re.compile(rf"step-00000002/(zero_pp_rank_{rank}_mp_rank_00_(model|optim)_states\.pt|rng-{rank}\.pt)")
+        assert [name for name in of_resumed if own.fullmatch(name)]
+        assert [name for name in of_resumed if not own.fullmatch(name)] == [
+            "step-00000002/zero"
+        ]  # a universal checkpoint has it
+
+
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 3), (1, 1)])
 def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) -> None:
     workshop = tiny.build(tmp_path)
@@ -23,12 +36,13 @@ def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) 
     schedule = {"num_epochs": 2, "global_batch_size": 5, "scheduler_type": "constant", "micro_batch_tokens": 128}
     path = workshop.write("run", workshop.config(training__schedule=schedule, output__save_every=2))
 
-    def request(name: str, max_steps: int) -> dict[str, object]:
+    def request(name: str, max_steps: int, **more: str) -> dict[str, object]:
         sets = [f"output.dir={tmp_path / name}", f"training.schedule.max_steps={max_steps}"]
-        return {"config": str(path), "deepspeed": str(launch.DS_CONFIGS / f"zero{stage}.json"), "set": sets}
+        return {"config": str(path), "deepspeed": str(launch.DS_CONFIGS / f"zero{stage}.json"), "set": sets, **more}
 
+    last = request("parts", 5, requests=str(tmp_path))
     requests = tmp_path / "requests.json"
-    requests.write_text(json.dumps([request("whole", 5), request("parts", 2), request("parts", 5)]))
+    requests.write_text(json.dumps([request("whole", 5), request("parts", 2), last]))
     done = launch.forked("tests/e2e/many_runs.py", str(requests), ranks=ranks)
     assert done.returncode == 0, done.stderr[-6000:]
 
@@ -43,6 +57,7 @@ def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) 
         assert resumed[name].equal(tensor), name
     attempts = json.loads((parts / "manifest.json").read_text())["attempts"]
     assert len(attempts) == 2
+    _check_requests(tmp_path, ranks)
     kept = sorted(child.name for child in (parts / "checkpoints").glob("step-*"))
     assert kept == ["step-00000004", "step-00000005"]
 

@@ -156,9 +156,9 @@ def test_damaged_checkpoints_are_passed_over_by_name_and_the_run_is_the_whole_on
     whole, damaged = told["whole"], told["damaged"]
     assert whole.how == damaged.how == "trained", damaged.text
     for step, what in ((4, "is missing"), (3, "has"), (2, "is damaged: its SHA-256 is")):
-        assert f"passed over {checkpoint(damaged.folder, step)}: zero_pp_rank_0_mp_rank_00_optim_states.pt {what}" in (
-            damaged.everything
-        )
+        file = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+        path = checkpoint(damaged.folder, step)
+        assert f"skipped the invalid checkpoint {path}: {file} {what}" in damaged.everything
     assert "resumed after step 1" in damaged.everything
     # Saved at once here and in the background there, dropout drawn on from where it was: bitwise the same.
     assert damaged.same_as(whole)
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_that_is_asked_for_is_refused(told: dict[str, Told]
 
 def test_a_run_without_a_whole_checkpoint_begins_anew_and_says_so(told: dict[str, Told]) -> None:
     hopeless = told["hopeless"]
-    assert hopeless.everything.count("passed over") == 2 and "begins anew" in hopeless.everything
+    assert hopeless.everything.count("skipped the invalid") == 2 and "starting from scratch" in hopeless.everything
     assert hopeless.same_as(told["whole"])
 
 
@@ -186,7 +186,7 @@ def test_a_checkpoint_may_be_named_wherever_it_lies_and_whatever_it_is_called(to
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before_as_the_newest(told: dict[str, Told]) -> None:
     killed = told["after the kill"]
-    assert "resumed after step 1" in killed.everything and "passed over" not in killed.everything
+    assert "resumed after step 1" in killed.everything and "skipped" not in killed.everything
     assert killed.same_as(told["whole"])
     assert not list((killed.folder / "checkpoints").glob("*.partial"))
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from seqaware.engine.checkpoint.background import BackgroundWrite
 from seqaware.engine.checkpoint.load import load_checkpoint
-from seqaware.engine.checkpoint.manifest import PARTIAL, RunState, checkpoint_name, read_state
+from seqaware.engine.checkpoint.manifest import PARTIAL, Listing, RunState, checkpoint_name
 from seqaware.engine.checkpoint.retention import Evaluations, Retention, forget_old, set_aside_later, sweep
 from seqaware.engine.checkpoint.save import call_latest, complete, describe, make_empty
 from seqaware.engine.checkpoint.storage import save_through
@@ -84,6 +84,7 @@ class Checkpoints:
         self._keep = keep
         self._asynchronous = asynchronous
         self._evaluations = Evaluations(folder)
+        self._trusted: set[Path] = set()
         self._writing: _Writing | None = None
         self.complete: int | None = None
         self._outcomes: list[Outcome] = []
@@ -151,20 +152,23 @@ class Checkpoints:
             self._writing.background.join(_PATIENCE_SECONDS)
         self._writing = None
 
-    def load(self, checkpoint: Path) -> None:
+    def load(self, listing: Listing) -> None:
         """Put model, optimizer and random state of a checkpoint into the engine, and set later ones aside.
+
+        Args:
+            listing: as rank 0 has read it, on every rank.
 
         Raises:
             CheckpointError: on every rank: a file would run code, or does not fit the model.
         """
         self._settle()
-        load_checkpoint(self._engine, checkpoint)
-        step = read_state(checkpoint).step
+        load_checkpoint(self._engine, listing)
+        step = listing.manifest.step
         error = not_written(str(self._folder))
         together(self._ranks, lambda: self._go_back(step), on_first_only=True, error=error)
         # One that was set aside, or lies elsewhere, is not found by a rerun.
         own = self._folder / checkpoint_name(step)
-        self.complete = step if checkpoint.resolve() == own.resolve() else None
+        self.complete = step if listing.path.resolve() == own.resolve() else None
 
     def note_evaluation(self, step: int, loss: float) -> None:
         """Remember the held-out loss after a step, for `Retention.keep_best`. Not collective: rank 0 alone acts."""
@@ -175,7 +179,7 @@ class Checkpoints:
         except OSError as error:
             self._warnings.append(f"the held-out loss of step {step} could not be noted: {error}")
         if self._writing is None:  # else the thread that writes will see to it
-            self._warnings += forget_old(self._folder, self._keep, self._evaluations.losses)
+            self._warnings += self._forget_old()
 
     def _judge(self, writing: _Writing, manifest: Mapping[str, Any], votes: Sequence[Vote]) -> None:
         """Rank 0, perhaps in the background: complete the checkpoint, or clear away what there is of it."""
@@ -188,10 +192,14 @@ class Checkpoints:
             problem = str(error)
             warnings += sweep(self._folder)
         else:
-            warnings += call_latest(final) + forget_old(self._folder, self._keep, self._evaluations.losses)
+            self._trusted.add(final)
+            warnings += call_latest(final) + self._forget_old()
         seconds = time.monotonic() - writing.started
         still = writing.stood_still if self._asynchronous else seconds
         writing.outcome = Outcome(writing.step, size, seconds, still, problem, tuple(warnings))
+
+    def _forget_old(self) -> list[str]:
+        return forget_old(self._folder, self._keep, self._evaluations.losses, trusted=self._trusted)
 
     def _settle(self) -> Outcome | None:
         """Wait for the write under way; how it ended, on every rank."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from seqaware.engine.checkpoint.manifest import read_manifest
+from seqaware.engine.checkpoint.manifest import Listing
 from seqaware.engine.checkpoint.reading import read_tensors
 from seqaware.engine.checkpoint.reshard import fill, settle
 from seqaware.engine.checkpoint.shards import UNIVERSAL
@@ -16,8 +16,8 @@ from seqaware.engine.together import together
 from seqaware.errors import CheckpointError
 
 
-def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
-    """Put model, optimizer and random state of `checkpoint` into the engine, whatever topology wrote it. Collective.
+def load_checkpoint(engine: Engine, listing: Listing) -> None:
+    """Put model, optimizer and random state of a checkpoint into the engine, whatever topology wrote it. Collective.
 
     On the ranks and the ZeRO stage that wrote it the run goes on bit for bit. Else the weights and the optimizer are
     the same, and the random generators stay as they are.
@@ -25,7 +25,7 @@ def load_checkpoint(engine: Engine, checkpoint: Path) -> None:
     Raises:
         CheckpointError: a file would run code, or does not fit the model.
     """
-    topology = read_manifest(checkpoint).topology
+    checkpoint, topology = listing.path, listing.manifest.topology
     ranks, stage = topology.ranks, topology.zero_stage
     # ZeRO-1 and 2 write the same files; in bfloat16 DeepSpeed makes them from other classes.
     alike = {stage, engine.zero_stage} == {1, 2} and not engine.deepspeed.bfloat16_enabled()

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ PARTIAL = ".partial"
 _MANIFEST_BYTES = 32 * 2**20
 _NAME = re.compile(r"step-(\d{8,})")
 _SET_ASIDE = re.compile(r"abandoned-(\d{4,})-step-(\d{8,})")
+_OWNER = re.compile(r"(?:zero_pp_rank_|rng-)(\d+)")
 _PASSING = re.compile(r"(abandoned-\d{4,}-)?step-\d{8,}\.(partial|replaced|deleting)")
 
 
@@ -94,6 +95,38 @@ class Manifest(BaseModel):
 
 
 @dataclass(frozen=True)
+class Listing:
+    """A checkpoint whose manifest and file sizes are valid. Its hashes have not been compared."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def state(self) -> RunState:
+        manifest = self.manifest
+        return RunState(
+            step=manifest.step,
+            epoch=manifest.epoch,
+            data_fingerprint=manifest.data_fingerprint,
+            mathematics=manifest.mathematics,
+            plan_hash=manifest.plan_hash,
+            passed_over=manifest.passed_over,
+        )
+
+    def share(self, rank: int, *, size: int) -> list[str]:
+        """The names of the files that `rank` of `size` compares: each file is in one share.
+
+        What a rank has written is in the share of the same rank, which reads it anyway.
+        """
+        owners = ((name, _OWNER.search(name)) for name in sorted(self.manifest.files))
+        return [
+            name
+            for number, (name, owner) in enumerate(owners)
+            if (int(owner[1]) if owner is not None else number) % size == rank
+        ]
+
+
+@dataclass(frozen=True)
 class Damage:
     """A folder with a checkpoint's name that is none, and what is wrong with it."""
 
@@ -109,16 +142,26 @@ class Survey:
     damaged: tuple[Damage, ...]
 
 
-def survey(folder: Path) -> Survey:
-    """Look through a run's `checkpoints` folder; one that is not there holds none."""
+def survey(folder: Path, trusted: Collection[Path] = ()) -> Survey:
+    """Look through a run's `checkpoints` folder; one that is not there holds none.
+
+    Args:
+        trusted: checkpoints that this process has written or found valid; only their manifests are looked for.
+    """
     whole, damaged = [], []
-    for path in _named(folder, _NAME):
-        problem = what_is_wrong(path)
+    for path in named_checkpoints(folder):
+        known = path in trusted and (path / MANIFEST).is_file()
+        problem = None if known else what_is_wrong(path)
         if problem is None:
             whole.append(path)
         else:
             damaged.append(Damage(path, problem))
     return Survey(tuple(whole), tuple(damaged))
+
+
+def named_checkpoints(folder: Path) -> list[Path]:
+    """The folders that have a checkpoint's name, valid or not, newest first."""
+    return _named(folder, _NAME)
 
 
 def checkpoint_name(step: int) -> str:
@@ -132,12 +175,21 @@ def step_of(path: Path) -> int:
 
 def what_is_wrong(checkpoint: Path) -> str | None:
     """Why the folder is no complete checkpoint, in words that name the file; None where manifest and sizes agree."""
+    found = inspect(checkpoint)
+    return found if isinstance(found, str) else None
+
+
+def inspect(checkpoint: Path) -> Listing | str:
+    """Compare the manifest of a checkpoint with its files' sizes; returns the problem where they disagree.
+
+    It stats every file. In a run rank 0 does it, and sends the listing to the other ranks.
+    """
     try:
         manifest = read_manifest(checkpoint)
         if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != manifest.step:
             return f"{MANIFEST} is that of step {manifest.step}"
-        for name, record in files_of(checkpoint, manifest).items():
-            status = (checkpoint / name).stat()
+        for name, record in manifest.files.items():
+            status = inside(checkpoint, name, error=CheckpointError).stat()
             if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
                 return f"{name} is not a regular file"
             if status.st_size != record.bytes:
@@ -148,7 +200,7 @@ def what_is_wrong(checkpoint: Path) -> str | None:
         return f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
     except CheckpointError as error:
         return str(error)
-    return None
+    return Listing(checkpoint, manifest)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
@@ -182,58 +234,32 @@ def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     return as_read | {"checksum": _checksum(as_read)}
 
 
-def files_of(checkpoint: Path, manifest: Manifest) -> dict[str, FileRecord]:
-    """The files a manifest lists.
-
-    Raises:
-        CheckpointError: a name leads out of the folder.
-    """
-    for name in manifest.files:
-        inside(checkpoint, name, error=CheckpointError)
-    return manifest.files
-
-
-def first_wrong_hash(checkpoint: Path, *, rank: int, size: int) -> str | None:
-    """What is wrong with the first file whose bytes are not those that were written, of this rank's share; or None.
-
-    Args:
-        rank, size: the ranks take the files in turn, so that each is read once.
-    """
-    try:
-        records = sorted(files_of(checkpoint, read_manifest(checkpoint)).items())
-    except (OSError, CheckpointError) as error:
-        return f"{error} on rank {rank}"
-    for name, record in records[rank::size]:
+def first_wrong_hash(listing: Listing, *, rank: int, size: int) -> str | None:
+    """What is wrong with the first file of this rank's share whose bytes are not those that were written; or None."""
+    for name in listing.share(rank, size=size):
+        record = listing.manifest.files[name]
         try:
-            with (checkpoint / name).open("rb") as file:
+            with (listing.path / name).open("rb") as file:
                 found = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
+            return f"{name} cannot be read ({error.strerror}) on rank {rank}"
         if found != record.sha256:
             return f"{name} is damaged: its SHA-256 is {found[:12]}… instead of {record.sha256[:12]}…"
     return None
 
 
-def read_state(checkpoint: Path) -> RunState:
-    """The run's state in a complete checkpoint.
+def read_listing(checkpoint: Path) -> Listing:
+    """The listing of a complete checkpoint.
 
     Raises:
         CheckpointError: it is not complete: which file, and what is wrong with it.
     """
-    problem = what_is_wrong(checkpoint)
-    if problem is not None:
+    found = inspect(checkpoint)
+    if isinstance(found, str):
         raise CheckpointError(
-            "not a complete checkpoint", got=f"{checkpoint}, where {problem}", do="name another, or write --resume auto"
+            "not a complete checkpoint", got=f"{checkpoint}, where {found}", do="name another, or write --resume auto"
         )
-    manifest = read_manifest(checkpoint)
-    return RunState(
-        step=manifest.step,
-        epoch=manifest.epoch,
-        data_fingerprint=manifest.data_fingerprint,
-        mathematics=manifest.mathematics,
-        plan_hash=manifest.plan_hash,
-        passed_over=manifest.passed_over,
-    )
+    return found
 
 
 @contextmanager
@@ -258,11 +284,12 @@ def read_whole(checkpoint: Path) -> RunState:
         CheckpointError: it is not complete, or damaged, or was removed meanwhile.
     """
     with told_if_removed(checkpoint):
-        state = read_state(checkpoint)
-    problem = first_wrong_hash(checkpoint, rank=0, size=1)
+        listing = read_listing(checkpoint)
+        problem = first_wrong_hash(listing, rank=0, size=1)
+        (checkpoint / MANIFEST).stat()  # fails where a run has deleted the checkpoint meanwhile
     if problem is not None:
         raise CheckpointError("the checkpoint is damaged", got=f"{checkpoint}: {problem}", do="name another")
-    return state
+    return listing.state
 
 
 def set_aside(folder: Path) -> list[Path]:

@@ -96,13 +96,17 @@ class Evaluations:
         write_durably(self._path, json.dumps(self.losses, indent=1))
 
 
-def forget_old(folder: Path, keep: Retention, losses: Mapping[int, float]) -> list[str]:
+def forget_old(folder: Path, keep: Retention, losses: Mapping[int, float], *, trusted: set[Path]) -> list[str]:
     """Delete the checkpoints that need not be kept, and what crashes have left of others.
+
+    Args:
+        trusted: checkpoints that are known to be valid, so that their files are not looked at; those found valid join.
 
     Returns:
         what could not be deleted, and why; nothing else depends on it.
     """
-    whole = survey(folder).whole
+    whole = survey(folder, trusted).whole
+    trusted.update(whole)
     stay = keep.kept([step_of(path) for path in whole], losses)
     going = [path for path in whole if step_of(path) not in stay]
     going += set_aside(folder)[keep.keep_last :]

@@ -13,7 +13,15 @@ import pytest
 from seqaware.engine.checkpoint import checkpoints as written
 from seqaware.engine.checkpoint import manifest as manifests
 from seqaware.engine.checkpoint.checkpoints import Checkpoints
-from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, read_manifest, read_whole, sealed, survey
+from seqaware.engine.checkpoint.manifest import (
+    MANIFEST,
+    checkpoint_name,
+    read_listing,
+    read_manifest,
+    read_whole,
+    sealed,
+    survey,
+)
 from seqaware.engine.checkpoint.retention import Retention, forget_old
 from seqaware.errors import CheckpointError
 from tests.fakes import checkpoint_folder
@@ -31,7 +39,7 @@ def test_a_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(tmp_path: P
     for step in (2, 3):
         _checkpoint(folder, step)
     (folder / checkpoint_name(1)).symlink_to(elsewhere / checkpoint_name(1))
-    assert forget_old(folder, Retention(2), {}) == []
+    assert forget_old(folder, Retention(2), {}, trusted=set()) == []
     assert sorted(child.name for child in folder.iterdir()) == [checkpoint_name(2), checkpoint_name(3)]
     assert (elsewhere / checkpoint_name(1) / MANIFEST).is_file()
 
@@ -41,7 +49,7 @@ def test_only_checkpoints_that_were_on_their_way_are_swept(tmp_path: Path) -> No
     others = ["universal-4.partial", "mine.deleting"]
     for name in passing + others:
         (tmp_path / name).mkdir()
-    assert forget_old(tmp_path, Retention(2), {}) == []
+    assert forget_old(tmp_path, Retention(2), {}, trusted=set()) == []
     assert sorted(child.name for child in tmp_path.iterdir()) == sorted(others)
 
 
@@ -49,11 +57,11 @@ def test_only_checkpoints_that_were_on_their_way_are_swept(tmp_path: Path) -> No
 def test_only_a_checkpoint_under_its_own_name_is_known_to_be_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(written, "load_checkpoint", lambda engine, checkpoint: None)
+    monkeypatch.setattr(written, "load_checkpoint", lambda engine, listing: None)
     checkpoint = _checkpoint(tmp_path, 4, name)
     engine: Any = SimpleNamespace(ranks=ALONE)
     checkpoints = Checkpoints(engine, tmp_path, keep=Retention(2))
-    checkpoints.load(checkpoint)
+    checkpoints.load(read_listing(checkpoint))
     # Else the run would not save this step again, and its rerun would not find it.
     assert checkpoints.complete == (4 if name == checkpoint_name(4) else None)
 
@@ -63,15 +71,15 @@ def test_a_checkpoint_that_its_run_removes_while_it_is_read_is_told_in_a_line(
 ) -> None:
     folder = tmp_path / "checkpoints"
     old, _ = _checkpoint(folder, 1), _checkpoint(folder, 2)
-    look = manifests.what_is_wrong
+    look = manifests.inspect
 
-    def look_and_lose(checkpoint: Path) -> str | None:
+    def look_and_lose(checkpoint: Path) -> manifests.Listing | str:
         monkeypatch.undo()
         found = look(checkpoint)
-        forget_old(folder, Retention(1), {})
+        forget_old(folder, Retention(1), {}, trusted=set())
         return found
 
-    monkeypatch.setattr(manifests, "what_is_wrong", look_and_lose)
+    monkeypatch.setattr(manifests, "inspect", look_and_lose)
     with pytest.raises(CheckpointError, match=r"removed while it was being read.*step-00000001.*keep_last"):
         read_whole(old)
 

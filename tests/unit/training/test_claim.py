@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from seqaware.engine.address import RankAddress
-from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name
+from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, read_listing
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training import folder as claiming
 from seqaware.training.folder import RunFolder, allowed_before, attempts_before, check_claim, claim, is_finished
@@ -84,10 +84,10 @@ def test_a_lock_that_cannot_be_opened_is_an_error_in_words(tmp_path: Path) -> No
 
 
 def test_a_host_that_does_not_see_the_checkpoints_makes_no_run_begin_anew(tmp_path: Path) -> None:
-    points = ResumePoints((_checkpoint(tmp_path, 3),), (), asked=False)
-    assert first_whole(points, TwoRanks(None), say=print) == points.candidates[0]  # type: ignore[arg-type]
+    points = ResumePoints(read_listing(_checkpoint(tmp_path, 3)))
+    assert first_whole(points, plan(), TwoRanks(None), say=print) == points.newest  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"does not see.*on rank 1, where seqaware\.json is missing"):
-        first_whole(points, TwoRanks(f"{MANIFEST} is missing"), say=print)  # type: ignore[arg-type]
+        first_whole(points, plan(), TwoRanks(MANIFEST), say=print)  # type: ignore[arg-type]
 
 
 def test_who_starts_again_by_itself_goes_on_and_not_back(tmp_path: Path) -> None:
