@@ -7,7 +7,20 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from seqaware.config.values import AnyText, Count, Flag, NonNegative, Positive, PositiveShare, Section, Seed, Text
+from seqaware.config.values import (
+    AnyText,
+    Count,
+    Flag,
+    LocalName,
+    Minutes,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Processes,
+    Section,
+    Seed,
+    Text,
+)
 
 GENERATED = ("exact_match", "squad", "choice")
 # Where the answer stands, if answer_pattern is not written: behind GSM8K's mark, on the first line, at the front.
@@ -36,7 +49,7 @@ class Source(Section):
 class MixturePart(Source):
     """One of several sources."""
 
-    name: Text
+    name: LocalName
     """Short name, hub id, file or folder."""
     proportion: Positive | None = None
     """Share of the mixture, relative to the other parts; null: all rows, once. Written for every part or for none."""
@@ -45,15 +58,15 @@ class MixturePart(Source):
 class DatasetConfig(Source):
     """The rows: one source (`name`) or several (`mixture`)."""
 
-    name: Text | None = None
+    name: LocalName | None = None
     """Short name (gsm8k, squad, c4 …), hub id, file (jsonl, json, csv, parquet, txt), folder, or a prepared store."""
     streaming: Flag | None = None
     """Read rows without downloading the whole; null: when max_examples is written and the source is on the hub."""
     mixture: Annotated[list[MixturePart], Field(min_length=1)] | None = None
     """Several sources instead of name."""
-    store_dir: Text | None = None
+    store_dir: LocalName | None = None
     """Folder of the tokenised data; null: ~/.cache/seqaware/stores."""
-    workers: Count | None = None
+    workers: Processes | None = None
     """Processes that tokenise; null: one a core."""
 
     @model_validator(mode="after")
@@ -97,7 +110,7 @@ class EvaluationConfig(Section):
     """The held-out rows, as in the section dataset; null: no evaluation."""
     every_steps: Count | None = None
     """Evaluate every so many optimizer steps; null, and every_minutes too: only at the beginning and the end."""
-    every_minutes: Positive | None = None
+    every_minutes: Minutes | None = None
     """Evaluate every so many minutes, by the clock of rank 0; may be written beside every_steps."""
     metric: Literal["exact_match", "squad", "choice", "choice_likelihood", "none"] = "none"
     """Answers, compared with the rows': as numbers (exact_match), as SQuAD does (squad), by the letter of a choice
@@ -131,7 +144,8 @@ class EvaluationConfig(Section):
             return self
         try:
             groups = re.compile(self.answer_pattern).groupindex
-        except re.error as error:
+        # The other two: a pattern nested thousands of levels deep, and a repetition {n} beyond 2^32.
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(f"answer_pattern is no regular expression ({error}): {self.answer_pattern!r}") from error
         if "answer" not in groups:
             raise ValueError(f"answer_pattern needs a group (?P<answer>…); got {self.answer_pattern!r}")

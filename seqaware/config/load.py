@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from seqaware.config.messages import config_error, nearest, show
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
-from seqaware.files import YAML_BYTES, DuplicateKeyError, MalformedError, parse_yaml, read_text
+from seqaware.files import MAX_DEPTH, YAML_BYTES, DuplicateKeyError, MalformedError, parse_yaml, read_text
 from seqaware.masking import holds_secret, is_secret
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -107,6 +107,8 @@ def _overridden(written: dict[str, Any], override: str) -> dict[str, Any]:
     if not equals or not _PATH.fullmatch(key):
         example = "--set training.sft.gamma=0.99"
         raise ConfigError("--set needs key=value with a dotted key", got=repr(override), do=f"as in {example}")
+    if key.count(".") >= MAX_DEPTH:
+        raise ConfigError("--set: the key is nested too deep", got=f"{key.count('.') + 1} parts in {key[:40]}…")
     value = _parse(text, origin=f"--set {key}")
     result = copy.deepcopy(written)
     section = result

@@ -30,6 +30,7 @@ _EXPECTED = {
 }
 _NEAR = 0.6
 _VERY_NEAR = 0.8
+_MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,15 @@ def config_error(error: ValidationError, *, origin: str) -> ConfigError:
     Args:
         origin: the file the values come from, as the message names it.
     """
-    problems = [_problem(detail) for detail in error.errors(include_url=False)]
-    if len(problems) == 1:
+    details = error.errors(include_url=False)
+    # Each unknown key is compared with every key there is: a file may hold thousands.
+    problems = [_problem(detail) for detail in details[:_MOST_PROBLEMS]]
+    if len(details) == 1:
         only = problems[0]
         return ConfigError(f"{origin}: {only.what}", got=only.got, do=only.do)
     lines = "".join(f"\n  - {problem.line()}" for problem in problems)
-    return ConfigError(f"{origin}: {len(problems)} problems:{lines}")
+    more = "" if len(details) <= _MOST_PROBLEMS else f"\n  - and {len(details) - _MOST_PROBLEMS} more"
+    return ConfigError(f"{origin}: {len(details)} problems:{lines}{more}")
 
 
 def _problem(detail: ErrorDetails) -> _Problem:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from seqaware.config.values import Count, DType, Flag, Positive, Section, ShareBelowOne, Text
+from seqaware.config.values import Count, DType, Flag, LocalName, Positive, Section, ShareBelowOne, Text
 
 
 def _policy(value: Any) -> Any:
@@ -20,13 +20,13 @@ CheckpointingPolicy = Annotated[Literal["none", "selective", "full", "offload"],
 class ModelConfig(Section):
     """The model: pretrained (`base_name`) or with fresh weights drawn from the seed (`from_scratch`)."""
 
-    base_name: Text | None = None
+    base_name: LocalName | None = None
     """Hub id or folder of a pretrained causal LM; exactly one of base_name and from_scratch."""
     from_scratch: dict[str, Any] | None = None
     """A transformers configuration with its model_type; weights are drawn from training.control.seed."""
-    tokenizer: Text | None = None
+    tokenizer: LocalName | None = None
     """Hub id or folder of the tokenizer; default: base_name. Required with from_scratch."""
-    output_name: Text = "seqaware-model"
+    output_name: LocalName = "seqaware-model"
     """Name of the trained model: in its model card, and of the run's folder if output.dir is not written."""
     dtype: DType = "auto"
     """Weights while computing: auto (bfloat16 on GPUs that have it, else float32), float32, bfloat16 or float16."""

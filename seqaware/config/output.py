@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, model_validator
 
 from seqaware.config.profile import ProfileConfig
-from seqaware.config.values import Count, CountOrZero, Flag, FromOne, Positive, Section, Text
+from seqaware.config.values import Count, CountOrZero, Flag, FromOne, LocalName, Minutes, Section, Text
 
 
 def _off(value: Any) -> Any:
@@ -18,11 +18,11 @@ def _off(value: Any) -> Any:
 class OutputConfig(Section):
     """What a run leaves, and where."""
 
-    dir: Text | None = None
+    dir: LocalName | None = None
     """Folder of the run; null: runs/<model.output_name>."""
     save_every: Count | None = None
     """Optimizer steps between checkpoints; null, and save_every_minutes too: only at the end."""
-    save_every_minutes: Positive | None = None
+    save_every_minutes: Minutes | None = None
     """Minutes between checkpoints, by the clock of rank 0; may be written beside save_every."""
     keep_last: Count = 2
     """Newest checkpoints that are kept."""
@@ -48,11 +48,11 @@ class FaultsConfig(Section):
     step. null: never."""
     spike_window: Count = 50
     """Steps whose median a loss is held against; before so many have been seen there are no spikes."""
-    hang_minutes: Positive | None = 30.0
+    hang_minutes: Minutes | None = 30.0
     """A rank that makes no progress for so long ends the run, by name; null: wait for ever."""
-    time_limit_minutes: Positive | None = None
+    time_limit_minutes: Minutes | None = None
     """Save and leave before the run has lasted so long. A SLURM job's own limit is found out without this."""
-    leave_minutes: Positive = 5.0
+    leave_minutes: Minutes = 5.0
     """How long before a time limit the run saves and leaves; at most a quarter of the limit."""
 
 

@@ -19,8 +19,10 @@ from seqaware.config.profile import ProfileConfig
 from seqaware.config.values import (
     Count,
     CountOrZero,
+    Epochs,
     Flag,
     FromOne,
+    LocalName,
     NonNegative,
     Positive,
     PositiveShare,
@@ -100,7 +102,7 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """How long, how large a step, and how the learning rate moves."""
 
-    num_epochs: Positive = 1.0
+    num_epochs: Epochs = 1.0
     """Passes over the data; fractions are allowed."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps if the epochs are not over before."""
@@ -231,7 +233,7 @@ class Config(Section):
     output: Annotated[OutputConfig, _OrDefaults] = OutputConfig()
     faults: Annotated[FaultsConfig, _OrDefaults] = FaultsConfig()
     logging: Annotated[LoggingConfig, _OrDefaults] = LoggingConfig()
-    deepspeed: Text | None = None
+    deepspeed: LocalName | None = None
     """DeepSpeed JSON with ZeRO and communication keys only; --deepspeed wins; null: ds_configs/zero2.json."""
 
     @property

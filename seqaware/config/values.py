@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, Strict
+
+from seqaware.files import local_path
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?")
 
@@ -36,16 +38,45 @@ def _dtype(value: Any) -> Any:
     return _DTYPES.get(value, value) if isinstance(value, str) else value
 
 
+LARGEST = 10**12
+"""Of every number. What is computed from numbers below it stays within a float, an int64 and an index."""
+MOST_EPOCHS = 10_000
+"""The steps of each epoch are counted one by one."""
+MOST_MINUTES = 10**6
+"""Waiting functions of Python take 292 years at most, in nanoseconds."""
+MOST_PROCESSES = 1024
+
+
+def _at_most(largest: float) -> AfterValidator:
+    # A validator and not Field(le=…): the limit is no part of what the reference says of each key.
+    def check(value: float) -> float:
+        if value > largest:
+            raise ValueError(f"must be at most {largest:,}; got {value:.4g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _usable(value: str) -> str:
+    local_path(value)
+    return value
+
+
 Text = Annotated[str, Strict(), Field(min_length=1)]
+LocalName = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_usable)]
+"""A path, or a name that is looked for as a path first."""
 AnyText = Annotated[str, Strict()]
 Flag = Annotated[bool, Strict()]
-CountOrZero = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_whole_number)]
-Count = Annotated[int, Strict(), Field(ge=1), BeforeValidator(_whole_number)]
-SequenceLength = Annotated[int, Strict(), Field(ge=2), BeforeValidator(_whole_number)]
+CountOrZero = Annotated[int, Strict(), Field(ge=0), BeforeValidator(_whole_number), _at_most(LARGEST)]
+Count = Annotated[int, Strict(), Field(ge=1), BeforeValidator(_whole_number), _at_most(LARGEST)]
+SequenceLength = Annotated[int, Strict(), Field(ge=2), BeforeValidator(_whole_number), _at_most(LARGEST)]
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32), BeforeValidator(_whole_number)]
-FromOne = Annotated[float, Strict(), Field(ge=1, allow_inf_nan=False), BeforeValidator(_number)]
-Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
-NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
+FromOne = Annotated[float, Strict(), Field(ge=1, allow_inf_nan=False), BeforeValidator(_number), _at_most(LARGEST)]
+Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), BeforeValidator(_number), _at_most(LARGEST)]
+Epochs = Annotated[Positive, _at_most(MOST_EPOCHS)]
+Minutes = Annotated[Positive, _at_most(MOST_MINUTES)]
+Processes = Annotated[Count, _at_most(MOST_PROCESSES)]
+NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), BeforeValidator(_number), _at_most(LARGEST)]
 Share = Annotated[float, Strict(), Field(ge=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
 ShareBelowOne = Annotated[float, Strict(), Field(ge=0, lt=1, allow_inf_nan=False), BeforeValidator(_number)]
 PositiveShare = Annotated[float, Strict(), Field(gt=0, le=1, allow_inf_nan=False), BeforeValidator(_number)]
