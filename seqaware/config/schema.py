@@ -19,7 +19,6 @@ from seqaware.config.profile import ProfileConfig
 from seqaware.config.values import (
     Count,
     CountOrZero,
-    Epochs,
     Flag,
     FromOne,
     LocalName,
@@ -62,6 +61,8 @@ __all__ = [
 DEFAULT_GAMMA = 0.98
 DEFAULT_BATCH_SIZE = 4
 DEFAULT_ACCUMULATION_STEPS = 4
+MOST_EPOCHS = 10**6
+"""The steps of each epoch are counted one by one, up to max_steps."""
 SCHEMES = ("log_suffix", "linear", "uniform")
 
 
@@ -102,7 +103,7 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """How long, how large a step, and how the learning rate moves."""
 
-    num_epochs: Epochs = 1.0
+    num_epochs: Positive = 1.0
     """Passes over the data; fractions are allowed."""
     max_steps: Count | None = None
     """Stop after this many optimizer steps if the epochs are not over before."""
@@ -134,6 +135,8 @@ class ScheduleConfig(Section):
     def _one_spelling(self) -> Self:
         if len(self.written("warmup_steps", "warmup_ratio")) == 2:
             raise ValueError("warmup_steps and warmup_ratio are both written; keep one")
+        if self.num_epochs > MOST_EPOCHS and (self.max_steps or math.inf) > MOST_EPOCHS:
+            raise ValueError(f"num_epochs must be at most {MOST_EPOCHS:,}; got {self.num_epochs:g}")
         product = self.written("batch_size", "grad_accumulation_steps")
         ways = [" × ".join(product)] if product else []
         ways += self.written("global_batch_size", "global_batch_tokens")

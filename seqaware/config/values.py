@@ -40,8 +40,6 @@ def _dtype(value: Any) -> Any:
 
 LARGEST = 10**12
 """Of every number. What is computed from numbers below it stays within a float, an int64 and an index."""
-MOST_EPOCHS = 10_000
-"""The steps of each epoch are counted one by one."""
 MOST_MINUTES = 10**6
 """Waiting functions of Python take 292 years at most, in nanoseconds."""
 MOST_PROCESSES = 1024
@@ -73,7 +71,6 @@ SequenceLength = Annotated[int, Strict(), Field(ge=2), BeforeValidator(_whole_nu
 Seed = Annotated[int, Strict(), Field(ge=0, lt=2**32), BeforeValidator(_whole_number)]
 FromOne = Annotated[float, Strict(), Field(ge=1, allow_inf_nan=False), BeforeValidator(_number), _at_most(LARGEST)]
 Positive = Annotated[float, Strict(), Field(gt=0, allow_inf_nan=False), BeforeValidator(_number), _at_most(LARGEST)]
-Epochs = Annotated[Positive, _at_most(MOST_EPOCHS)]
 Minutes = Annotated[Positive, _at_most(MOST_MINUTES)]
 Processes = Annotated[Count, _at_most(MOST_PROCESSES)]
 NonNegative = Annotated[float, Strict(), Field(ge=0, allow_inf_nan=False), BeforeValidator(_number), _at_most(LARGEST)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from seqaware.config.packages import FLASH_MODULES, is_installed
 from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.capabilities import choices_of, refusals
-from seqaware.plan.facts import ModelFacts, World
+from seqaware.plan.facts import ModelFacts, World, divisors
 from seqaware.plan.offload import communication_contradictions, offload_contradictions, offload_device
 
 _GPU_OPTIMIZERS = ("fused_adam", "adamw_8bit")
@@ -27,7 +28,7 @@ def check_contradictions(config: Config, raw: Mapping[str, Any], *, world: World
         *_of_precision(world, dtype),
         *_of_optimizer(config.training.optimizer, zero, world),
         *offload_contradictions(zero, optimizer=config.training.optimizer.type, elsewhere=world.elsewhere),
-        *_of_communication(zero),
+        *_of_communication(raw, zero),
         *communication_contradictions(raw, world, dtype=dtype),
         *_of_packages(config, world),
         *_of_keeping(config),
@@ -45,18 +46,16 @@ def check_sequence_parallelism(ranks: int, *, world: World, model: ModelFacts | 
         ConfigError: it does not divide the ranks, or the query heads.
     """
     if world.size % ranks:
-        divisors = [n for n in range(1, world.size + 1) if world.size % n == 0]
         raise ConfigError(
             "parallel.sequence must divide the number of ranks",
             got=f"{ranks}, with {world.size} ranks",
-            do=f"write one of {divisors}, or start a multiple of {ranks} ranks",
+            do=f"write one of {divisors(world.size)}, or start a multiple of {ranks} ranks",
         )
     if model is not None and model.heads is not None and model.heads % ranks:
-        fitting = [n for n in range(1, world.size + 1) if world.size % n == 0 and model.heads % n == 0]
         raise ConfigError(
             "parallel.sequence must divide the model's attention heads: each rank computes whole heads",
             got=f"{ranks} ranks to a sequence, {model.heads} heads",
-            do=f"write one of {fitting}",
+            do=f"write one of {divisors(math.gcd(world.size, model.heads))}",
         )
 
 
@@ -110,8 +109,14 @@ def _of_optimizer(optimizer: OptimizerConfig, zero: Mapping[str, Any], world: Wo
         )
 
 
-def _of_communication(zero: Mapping[str, Any]) -> Iterator[ConfigError]:
+def _of_communication(raw: Mapping[str, Any], zero: Mapping[str, Any]) -> Iterator[ConfigError]:
     stage = zero.get("stage", 0)
+    if stage == 3 and raw.get("gradient_predivide_factor", 1) != 1 and zero.get("reduce_scatter", True):
+        yield ConfigError(
+            "gradient_predivide_factor: ZeRO-3 supports it only without reduce_scatter",
+            got=raw["gradient_predivide_factor"],
+            do="delete it from the DeepSpeed config",
+        )
     if stage < 2 and zero.get("overlap_comm") is True:
         yield ConfigError(
             "zero_optimization.overlap_comm needs ZeRO stage 2 or 3: gradients are reduced once a step",

@@ -6,7 +6,7 @@ follow from the YAML, so a JSON that holds them could only contradict it, and is
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from typing import Any
 from seqaware.config.messages import nearest, show
 from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
+from seqaware.files import MalformedError, read_json
 from seqaware.plan.facts import World
 from seqaware.plan.offload import with_own_swap_folder
-from seqaware.plan.zero_keys import check_aio_keys, check_zero_keys
+from seqaware.plan.zero_keys import check_communication_keys, check_zero_keys
 
 # What a person's JSON may hold. DeepSpeed ignores a key it does not know, so a misspelt one must not get that far.
 COMMUNICATION_KEYS = (
@@ -30,6 +31,7 @@ COMMUNICATION_KEYS = (
     "memory_breakdown",
 )
 
+_MOST_BYTES = 2**20
 _BATCH = "training.schedule.batch_size × grad_accumulation_steps, global_batch_size or global_batch_tokens"
 _OPTIMIZER = "training.optimizer"
 _DTYPE = "model.dtype"
@@ -68,14 +70,14 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
         ConfigError: missing, unreadable, no JSON, a key twice, a key that the Plan owns, or one DeepSpeed would ignore.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=lambda pairs: _unique(pairs, path))
+        raw = read_json(path, limit=_MOST_BYTES, pairs=lambda pairs: _unique(pairs, path))
     except FileNotFoundError as error:
         others = sorted(file.name for file in path.parent.glob("*.json")) if path.parent.is_dir() else []
         do = nearest(path.name, others) or (f"in that folder are {', '.join(others)}" if others else None)
         raise ConfigError("the DeepSpeed config does not exist", got=path, do=do) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("the DeepSpeed config cannot be read", got=f"{path} ({error})") from error
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ConfigError("the DeepSpeed config cannot be read", got=f"{path} ({error.strerror})") from error
+    except MalformedError as error:
         raise ConfigError("the DeepSpeed config is no valid JSON", got=f"{path}, {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError("the DeepSpeed config must be a JSON object", got=f"{show(raw)} in {path}")
@@ -84,11 +86,12 @@ def read_deepspeed_json(path: Path) -> dict[str, Any]:
 
 
 def _unique(pairs: list[tuple[str, Any]], path: Path) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    doubled = next((key for key in keys if keys.count(key) > 1), None)
-    if doubled is not None:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        doubled = next(key for key, count in counts.items() if count > 1)
         raise ConfigError(f"{path}: duplicate key {doubled}", do="keep one of them")
-    return dict(pairs)
+    return content
 
 
 def check_owned_keys(raw: Mapping[str, Any], *, origin: str) -> None:
@@ -119,7 +122,7 @@ def check_owned_keys(raw: Mapping[str, Any], *, origin: str) -> None:
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ConfigError(f"{origin}: zero_optimization.stage must be 0, 1, 2 or 3", got=show(stage))
     check_zero_keys(zero, origin=origin)
-    check_aio_keys(raw.get("aio", {}), origin=origin)
+    check_communication_keys(raw, origin=origin)
 
 
 def _instead(value: object, yaml_key: str) -> str:

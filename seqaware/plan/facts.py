@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
+import io
+import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from seqaware.config.messages import show
 from seqaware.config.schema import DatasetConfig, ModelConfig
 from seqaware.errors import ConfigError, DataError
+from seqaware.files import MalformedError, local_path, read_json
+
+MOST_LAYERS = 1024
+"""ZeRO-3's gathers are simulated module by module. The deepest published models have some 130 layers."""
+MOST_SIZE = 2**40
+_SAMPLE_BYTES = 32 * 2**20
 
 # Families spell the same figure differently; the first spelling that is there counts.
 _MAX_POSITIONS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length", "max_sequence_length")
@@ -97,6 +106,12 @@ class DataFacts:
     tokenizer: str = ""
 
 
+def divisors(number: int) -> list[int]:
+    """Every divisor, ascending, in time of the square root."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return small + [number // n for n in reversed(small) if n * n != number]
+
+
 def model_facts(model: ModelConfig) -> ModelFacts | None:
     """Facts from `model.from_scratch`, a folder's config.json, or the hub's cache on this machine.
 
@@ -107,9 +122,9 @@ def model_facts(model: ModelConfig) -> ModelFacts | None:
         ConfigError: `model.base_name` is a folder without a readable config.json.
     """
     if model.from_scratch is not None:
-        return replace(facts_from_dict(model.from_scratch), defaults_known=False)
+        return replace(facts_from_dict(model.from_scratch, origin="model.from_scratch"), defaults_known=False)
     assert model.base_name is not None, "the schema wants one of base_name and from_scratch"
-    folder = Path(model.base_name).expanduser()
+    folder = local_path(model.base_name)
     if folder.is_dir():
         return _facts_from_file(folder / "config.json")
     if folder.is_absolute() or model.base_name.startswith("."):
@@ -120,43 +135,56 @@ def model_facts(model: ModelConfig) -> ModelFacts | None:
     return None if cached is None else _facts_from_file(cached)
 
 
-def facts_from_dict(config: Mapping[str, Any]) -> ModelFacts:
-    """Facts from a transformers configuration as a mapping (config.json, or `PreTrainedConfig.to_dict()`)."""
+def facts_from_dict(config: Mapping[str, Any], *, origin: str = "the model's configuration") -> ModelFacts:
+    """Facts from a transformers configuration as a mapping (config.json, or `PreTrainedConfig.to_dict()`).
+
+    Args:
+        origin: what an error names.
+
+    Raises:
+        ConfigError: a size is below 1, too large, or a boolean.
+    """
     # Models of several modalities keep the language model's figures in a configuration of its own.
     inner = config.get("text_config")
     text = {**config, **inner} if isinstance(inner, Mapping) else config
-    hidden, heads = _figure(text, _HIDDEN_SIZE), _figure(text, _HEADS)
+
+    def figure(names: tuple[str, ...], most: int = MOST_SIZE) -> int | None:
+        name = next((name for name in names if isinstance(text.get(name), int)), None)
+        if name is None:
+            return None
+        size: int = text[name]
+        if isinstance(size, bool) or not 1 <= size <= most:
+            raise ConfigError(f"{origin}: {name} must be a whole number from 1 to {most:,}", got=show(size))
+        return size
+
+    hidden, heads = figure(_HIDDEN_SIZE), figure(_HEADS)
     return ModelFacts(
-        vocab_size=_figure(text, ("vocab_size",)),
-        max_positions=_figure(text, _MAX_POSITIONS),
+        vocab_size=figure(("vocab_size",)),
+        max_positions=figure(_MAX_POSITIONS),
         hidden_size=hidden,
-        layers=_figure(text, _LAYERS),
-        parameters=_figure(text, _PARAMETERS),
+        layers=figure(_LAYERS, MOST_LAYERS),
+        parameters=figure(_PARAMETERS, MOST_SIZE**2),
         model_type=str(config.get("model_type", "unknown")),
         heads=heads,
-        key_value_heads=_figure(text, _KEY_VALUE_HEADS) or heads,
-        head_dim=_figure(text, ("head_dim",)) or (hidden // heads if hidden and heads else None),
-        intermediate_size=_figure(text, _INTERMEDIATE),
+        key_value_heads=figure(_KEY_VALUE_HEADS) or heads,
+        head_dim=figure(("head_dim",)) or (hidden // heads if hidden and heads else None),
+        intermediate_size=figure(_INTERMEDIATE),
         tied=text.get("tie_word_embeddings") is True,
     )
 
 
-def _figure(config: Mapping[str, Any], names: tuple[str, ...]) -> int | None:
-    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
-
-
 def _facts_from_file(path: Path) -> ModelFacts:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise ConfigError(
             "model.base_name: the folder has no config.json", got=path.parent, do="name a Hugging Face model folder"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, MalformedError) as error:
         raise ConfigError("model.base_name: config.json cannot be read", got=f"{path} ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError("model.base_name: config.json is no mapping", got=path)
-    return facts_from_dict(content)
+    return facts_from_dict(content, origin=str(path))
 
 
 def _cached_config(name: str, revision: str | None) -> Path | None:
@@ -179,10 +207,18 @@ def rows_of_local_file(dataset: DatasetConfig) -> DataFacts | None:
     """
     if dataset.name is None or not dataset.name.endswith(".jsonl") or not Path(dataset.name).is_file():
         return None
-    with Path(dataset.name).open("rb") as file:
-        rows = sum(1 for line in file if line.strip())
+    rows = _rows(Path(dataset.name))
     if rows == 0:
         raise DataError("the dataset is empty", got=dataset.name)
     if dataset.max_examples is not None:
         rows = min(rows, dataset.max_examples)
     return DataFacts(rows, tokens=0, supervised_tokens=0, longest=0, fingerprint="", exact=False)
+
+
+def _rows(path: Path) -> int:
+    """Return the lines that are not empty; of a large file, as many as its beginning suggests."""
+    with path.open("rb") as file:
+        beginning = file.read(_SAMPLE_BYTES)
+        rest = file.seek(0, os.SEEK_END) - len(beginning)
+    rows = sum(1 for line in io.BytesIO(beginning) if line.strip())
+    return rows if rest <= 0 else round(rows * (1 + rest / len(beginning)))

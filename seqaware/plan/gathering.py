@@ -12,6 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 from seqaware.plan.decoder import Decoder, Module
 
@@ -112,6 +113,12 @@ class _Coordinator:
         self.sizes = {name: size for visit in visits for name, size in visit.parameters}
         self.persistent = {name for name, size in self.sizes.items() if size < settings.persistence}
         self.whole = set(self.persistent)
+        self.uses: dict[str, deque[int]] = defaultdict(deque)
+        for step, visit in enumerate(visits):
+            for name, _ in visit.parameters:
+                self.uses[name].append(step)
+        # Weights of all visits before each one: how far a later use is away.
+        self.before = [0, *accumulate(sum(size for _, size in visit.parameters) for visit in visits)]
         self.queue = deque((name, step) for step, visit in enumerate(visits) for name, _ in visit.parameters)
         self.fetched_for: dict[str, int] = defaultdict(lambda: -1)
         self.in_flight: dict[str, _Bundle] = {}
@@ -178,14 +185,15 @@ class _Coordinator:
         self._fetch(list(coming))
 
     def _release(self, visit: _Visit, step: int) -> None:
-        kept = {name for name, _ in visit.parameters if name in self.persistent or self.fetched_for[name] > step}
-        going = {name for name, _ in visit.parameters} - kept
-        passed = 0
-        for later in self.visits[step:]:
-            if passed >= self.settings.reuse or not going:
-                break
-            for name, size in later.parameters:
-                going.discard(name)
-                passed += size
-        self.whole -= going
-        self.live -= sum(self.sizes[name] for name in going)
+        """Let go of this module's parameters, but those that come again within the next `reuse` weights."""
+        for name, size in visit.parameters:
+            if name in self.persistent or self.fetched_for[name] > step or self._comes_again(name, step):
+                continue
+            self.whole.discard(name)
+            self.live -= size
+
+    def _comes_again(self, name: str, step: int) -> bool:
+        uses = self.uses[name]
+        while uses and uses[0] < step:
+            uses.popleft()
+        return bool(uses) and self.before[uses[0]] - self.before[step] < self.settings.reuse

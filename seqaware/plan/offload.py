@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from seqaware.errors import ConfigError
+from seqaware.files import MalformedError, checked_path
 from seqaware.plan.facts import World
 
 # The weight, two moments and the gradient of a sub-group are in memory at once; a pipeline also has the next one's.
@@ -90,6 +91,11 @@ def _of_nvme(key: str, stage: int, path: object, *, elsewhere: bool) -> Iterator
 
 
 def _of_drive(key: str, path: str) -> Iterator[ConfigError]:
+    try:
+        checked_path(Path(path))
+    except MalformedError as error:
+        yield ConfigError(f"{key}.nvme_path: {error}", do=_name_a_folder(key))
+        return
     if not Path(path).is_dir():
         yield ConfigError(f"{key}.nvme_path is not a folder on this machine", got=path, do=_name_a_folder(key))
     elif not os.access(path, os.W_OK | os.X_OK):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,6 +15,8 @@ from seqaware.plan.search import Choice, Longest, cheapest, fits, largest_micro_
 from seqaware.plan.throughput import ASSUMED, StepTime, micro_batches, step_time
 
 _GB = 1e9
+# Of what a device's figures may be replaced with: GiB and GB a second.
+_LEAST, _MOST = 1e-3, 1e6
 
 
 @dataclass(frozen=True)
@@ -171,11 +172,11 @@ def overridden(device: Device, *, memory_gib: float | None, link_gb: float | Non
     """The device with figures of one's own: GiB of memory, GB a second one way of NVLink and of the network adapter.
 
     Raises:
-        ConfigError: one of them is not above zero.
+        ConfigError: one of them is not a plausible number.
     """
     for name, value in (("--memory", memory_gib), ("--nvlink", link_gb), ("--network", network_gb)):
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{name} must be a number above zero", got=value)
+        if value is not None and not _LEAST <= value <= _MOST:
+            raise ConfigError(f"{name} must be a number from {_LEAST:g} to {_MOST:g}", got=value)
     if memory_gib is not None and memory_gib * GIB <= device.reserve:
         least = f"{device.reserve / GIB:g} GiB, which contexts and communication take"
         raise ConfigError(f"--memory must be above {least}", got=memory_gib)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+from seqaware.plan.facts import divisors
 from seqaware.plan.hardware import Device
 from seqaware.plan.layout import Layout
 from seqaware.plan.memory import memory
@@ -104,9 +106,8 @@ _SAVINGS: dict[str, dict[str, Any]] = {
 def _variants(bases: Iterable[tuple[str, Layout]], settings: dict[str, Any]) -> Iterator[tuple[str, Layout]]:
     """Each layout with these settings, and with every number of ranks that can share a sequence."""
     for source, base in bases:
-        world, heads = base.world, base.decoder.heads
-        shares = [ranks for ranks in range(1, world.size + 1) if world.size % ranks == 0 and heads % ranks == 0]
-        for ranks in shares:
+        world = base.world
+        for ranks in divisors(math.gcd(world.size, base.decoder.heads)):
             yield source, replace(base, **settings, world=replace(world, sequence=ranks))
 
 

@@ -1,4 +1,4 @@
-"""What `zero_optimization` of a DeepSpeed JSON may hold, as DeepSpeed 0.19 reads it, but known without torch.
+"""What a DeepSpeed JSON may hold besides the plan's own keys, as DeepSpeed 0.19 reads it, but known without torch.
 
 DeepSpeed checks its keys too, with a traceback, after the model is loaded. A test compares the tables with DeepSpeed's.
 """
@@ -55,6 +55,8 @@ class Value:
         return type(value) in self.types
 
     def _takes_number(self, value: float) -> bool:
+        if abs(value) > LARGEST:
+            return False
         # 5e8 is a whole number to DeepSpeed, although JSON reads it as a float.
         whole = math.isfinite(value) and value == int(value)
         if not (float in self.types and math.isfinite(value)) and not (int in self.types and whole):
@@ -71,6 +73,8 @@ _WORDS: Mapping[type, str] = {
     str: "a string",
     list: "a list of names",
 }
+LARGEST = 2**63 - 1
+"""Of every number: sizes are int64 in torch, and sys.maxsize is DeepSpeed's own default of one of them."""
 _BOOL = Value((bool,))
 _INT = Value((int,))
 _COUNT = Value((int,), low=0)
@@ -183,16 +187,43 @@ AIO_VALUES: Mapping[str, Value] = {
 }
 
 
-def check_aio_keys(aio: object, *, origin: str) -> None:
-    """Refuse keys of `aio` that DeepSpeed would pass over, and values that are not what it says.
+COMMUNICATION_TYPES = ("fp32", "fp16", "bf16")
+COMMUNICATION_VALUES: Mapping[str, Value] = {
+    "communication_data_type": Value((str,), nullable=True),
+    "prescale_gradients": _BOOL,
+    "gradient_predivide_factor": Value((float,), low=0, exclusive=True),
+    "memory_breakdown": _BOOL,
+}
+COMMUNICATION_BLOCKS: Mapping[str, Mapping[str, Value]] = {
+    "comms_logger": {"enabled": _BOOL, "prof_all": _BOOL, "prof_ops": _NAMES, "verbose": _BOOL, "debug": _BOOL},
+    "flops_profiler": {
+        "enabled": _BOOL,
+        "recompute_fwd_factor": Value((float,)),
+        "profile_step": _INT,
+        "module_depth": _INT,
+        "top_modules": _INT,
+        "detailed": _BOOL,
+        "output_file": _PATH,
+    },
+    "aio": AIO_VALUES,
+}
+
+
+def check_communication_keys(raw: Mapping[str, Any], *, origin: str) -> None:
+    """Refuse values outside of `zero_optimization` that DeepSpeed would refuse, after the model is loaded, or ignore.
 
     Raises:
         ConfigError: names the first such key.
     """
-    if not isinstance(aio, Mapping):
-        raise ConfigError(f"{origin}: aio must be an object", got=show(aio), do=f"its keys are {', '.join(AIO_VALUES)}")
-    for name, value in aio.items():
-        _check_value(name, value, AIO_VALUES, key=f"{origin}: aio.{name}", others=())
+    for name, value in raw.items():
+        if name in COMMUNICATION_BLOCKS:
+            _check_block(COMMUNICATION_BLOCKS[name], value, key=f"{origin}: {name}")
+        elif name in COMMUNICATION_VALUES:
+            _check_value(name, value, COMMUNICATION_VALUES, key=f"{origin}: {name}", others=())
+    dtype = raw.get("communication_data_type")
+    if dtype is not None and dtype.lower() not in COMMUNICATION_TYPES:
+        words = ", ".join(COMMUNICATION_TYPES)
+        raise ConfigError(f"{origin}: communication_data_type must be one of {words}", got=show(dtype))
 
 
 def check_zero_keys(zero: Mapping[str, Any], *, origin: str) -> None:
@@ -209,27 +240,26 @@ def check_zero_keys(zero: Mapping[str, Any], *, origin: str) -> None:
             why, instead = REMOVED[name]
             raise ConfigError(f"{key}: {why}", do=instead)
         if name in ZERO_BLOCKS:
-            _check_block(name, value, key=key)
+            if value is not None or name not in NULLABLE_BLOCKS:
+                _check_block(ZERO_BLOCKS[name], value, key=key)
             continue
         _check_value(name, value, ZERO_VALUES, key=key, others=tuple(ZERO_BLOCKS))
         if name in _STAGE3 and f"stage3_{name}" in zero:
             raise ConfigError(f"{key} and zero_optimization.stage3_{name} are the same key", do="keep one of them")
 
 
-def _check_block(name: str, block: object, *, key: str) -> None:
-    if block is None and name in NULLABLE_BLOCKS:
-        return
+def _check_block(known: Mapping[str, Value], block: object, *, key: str) -> None:
     if not isinstance(block, Mapping):
-        raise ConfigError(
-            f"{key} must be an object", got=show(block), do=f"its keys are {', '.join(ZERO_BLOCKS[name])}"
-        )
+        raise ConfigError(f"{key} must be an object", got=show(block), do=f"its keys are {', '.join(known)}")
     for inner, value in block.items():
-        _check_value(inner, value, ZERO_BLOCKS[name], key=f"{key}.{inner}", others=())
+        _check_value(inner, value, known, key=f"{key}.{inner}", others=())
 
 
 def _check_value(name: str, value: object, known: Mapping[str, Value], *, key: str, others: tuple[str, ...]) -> None:
     names = (*known, *others)
     if name not in known:
         raise ConfigError(f"{key}: unknown key", do=nearest(name, names) or f"the keys are {', '.join(names)}")
+    if isinstance(value, int | float) and LARGEST < abs(value) < math.inf:
+        raise ConfigError(f"{key} is too large", got=show(value), do="write at most 2^63 - 1")
     if not known[name].takes(value):
         raise ConfigError(f"{key} is not what DeepSpeed takes", got=show(value), do=f"write {known[name].words()}")
