@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 from seqaware.data.store_format import MANIFEST
 from seqaware.errors import DataError
+from seqaware.files import local_path
 
+_MOST_ENTRIES = 200_000
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLIT_SLICE = re.compile(r"(?P<split>[^\[\]]+)(\[(?P<begin>\d*):(?P<end>\d*)\])?")
@@ -99,7 +102,7 @@ class Located:
             case "files":
                 return self.files
             case "saved":
-                return tuple(sorted(file for file in self.path.rglob("*") if file.is_file()))
+                return tuple(_files_below(self.path))
             case "store":
                 return (self.path / MANIFEST,)
             case "hub":
@@ -114,7 +117,7 @@ def locate(source: SourceSpec) -> Located:
     """
     name = source.name
     assert name is not None, "a mixture has no name of its own"
-    path = Path(name).expanduser()
+    path = local_path(name)
     if path.is_dir():
         return _locate_folder(path, source)
     if path.is_file():
@@ -163,7 +166,7 @@ def _locate_folder(path: Path, source: SourceSpec) -> Located:
         return Located("saved", path=path / rows.split, rows=rows)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return Located("saved", path=path, rows=rows)
-    files = [file for file in sorted(path.rglob("*")) if file.is_file() and _kind(file) is not None]
+    files = [file for file in _files_below(path) if _kind(file) is not None]
     if not files:
         raise DataError(f"the folder {path} holds no data files", do=f"known kinds: {', '.join(KINDS)}, each also .gz")
     return Located("files", files=_files_of_split(files, path, rows.split), rows=rows)
@@ -171,10 +174,36 @@ def _locate_folder(path: Path, source: SourceSpec) -> Located:
 
 def _locate_glob(path: Path, source: SourceSpec) -> Located:
     root = Path(path.anchor or ".")
-    files = sorted(found for found in root.glob(str(path.relative_to(path.anchor))) if found.is_file())
+    files = _listed(root.glob(str(path.relative_to(path.anchor))), path)
     if not files:
         raise DataError(f"no file matches {path}", do="correct dataset.name")
     return Located("files", files=tuple(_checked(file) for file in files), rows=_parse_split(source))
+
+
+def _files_below(folder: Path) -> list[Path]:
+    return _listed(folder.rglob("*"), folder)
+
+
+def _listed(entries: Iterator[Path], origin: Path) -> list[Path]:
+    """The files among the entries, sorted.
+
+    Raises:
+        DataError: too many entries, as below `/`, or some that cannot be listed, as in /proc.
+    """
+    files = []
+    try:
+        for count, entry in enumerate(entries):
+            if count == _MOST_ENTRIES:
+                raise DataError(
+                    f"{origin} holds more than {_MOST_ENTRIES:,} files and folders", do="name a folder that holds data"
+                )
+            if entry.is_file():
+                files.append(entry)
+    except OSError as error:
+        raise DataError(f"{origin} cannot be listed", got=f"{error.filename}: {error.strerror}") from error
+    except ValueError as error:  # of pathlib: a pattern such as **x
+        raise DataError(f"{origin} is not a pattern of files", got=error) from error
+    return sorted(files)
 
 
 def _files_of_split(files: list[Path], root: Path, split: str) -> tuple[Path, ...]:
