@@ -48,6 +48,8 @@ def init(
         seqaware init my.yaml --model meta-llama/Llama-3.1-8B --data rows.jsonl --half-life 100 --gpus 8 --device h100
     """
     with person_errors():
+        if not path.name.isprintable():
+            raise ConfigError("a config's name must be printable", got=path.name)
         if path.exists():
             raise ConfigError(f"{path} is there already", do="name another file, or remove it")
         if path.suffix not in (".yaml", ".yml"):

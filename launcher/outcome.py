@@ -5,6 +5,7 @@ A command that trains is watched besides: whatever ends it, it is told once, and
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -12,16 +13,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import NoReturn
 
 import typer
 
 from seqaware.errors import USER_ERROR, SeqawareError
+from seqaware.files import MalformedError
 from seqaware.masking import escaped
 from seqaware.training.watch.heartbeat import WatchedHeartbeat
 from seqaware.training.watch.monitor import FAILURE
 
 _PATIENCE_SECONDS = 5.0
 _INTERRUPTED = 130
+_OF_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def say(text: str, *, err: bool = False) -> None:
@@ -33,19 +37,29 @@ def say(text: str, *, err: bool = False) -> None:
 def person_errors(rank: int = 0) -> Iterator[None]:
     """Inside, a `SeqawareError` becomes `error: …` on standard error and exit code 2.
 
+    So do a path that no file system takes, and a file that its bounded reader refuses.
+
     Args:
         rank: most errors are every rank's. Rank 0 has the word, and its end ends the others before they repeat it; an
             error of one rank alone is told by that rank a little later.
     """
     try:
         yield
-    except SeqawareError as error:
-        if rank == 0:
-            say(f"error: {error}", err=True)
-        else:
-            time.sleep(_PATIENCE_SECONDS)
-            say(f"error on rank {rank}: {error}", err=True)
-        sys.exit(USER_ERROR)
+    except (SeqawareError, MalformedError) as error:
+        _end(error, rank)
+    except OSError as error:
+        if error.errno not in _OF_A_PATH:
+            raise
+        _end(error, rank)
+
+
+def _end(error: Exception, rank: int) -> NoReturn:
+    if rank == 0:
+        say(f"error: {error}", err=True)
+    else:
+        time.sleep(_PATIENCE_SECONDS)
+        say(f"error on rank {rank}: {error}", err=True)
+    sys.exit(USER_ERROR)
 
 
 class Watched:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from seqaware.config.load import REPOSITORY
 from seqaware.config.messages import config_error
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
+from seqaware.files import JSON_BYTES, MalformedError, local_path, parse_json, parse_yaml
 from seqaware.plan.hardware import Device
 from seqaware.plan.search import Choice, cheapest
 from seqaware.training.outlook import Gpus, ask
@@ -100,23 +101,22 @@ def _why(best: Choice, answers: Answers) -> str:
 
 def _parsed(text: str) -> Config:
     try:
-        return Config.model_validate(yaml.safe_load(text))
+        return Config.model_validate(parse_yaml(text))
     except ValidationError as error:
         raise config_error(error, origin="the config of these answers") from error
 
 
 def first_row(data: str) -> dict[str, Any]:
     """The first row of a local jsonl file; empty for any other source."""
-    path = Path(data).expanduser()
+    path = local_path(data)
     if path.suffix != ".jsonl" or not path.is_file():
         return {}
-    with path.open(encoding="utf-8") as file:
-        try:
-            row = json.loads(next((line for line in file if line.strip()), "{}"))
-        except ValueError as error:
-            raise ConfigError(
-                f"{data}: the first row is not JSON", got=error, do="write one JSON object a line"
-            ) from error
+    with path.open("rb") as file:
+        line = file.readline(JSON_BYTES)
+    try:
+        row = parse_json(line) if line.strip() else {}
+    except MalformedError as error:
+        raise ConfigError(f"{data}: the first row is not JSON", got=error, do="write one JSON object a line") from error
     return row if isinstance(row, dict) else {}
 
 
@@ -134,7 +134,7 @@ def _format(data: str) -> str:
 def _evaluation(held_out: str | None) -> str:
     if held_out is None:
         return "  dataset: null                     # held-out rows, such as {name: heldout.jsonl}"
-    return f"  dataset: {{name: {json.dumps(held_out)}}}\n  every_steps: 100"
+    return f"  dataset: {{name: {_quoted(held_out)}}}\n  every_steps: 100"
 
 
 def _rendered(answers: Answers, layout: _Layout) -> str:
@@ -148,32 +148,32 @@ def _rendered(answers: Answers, layout: _Layout) -> str:
 #   seqaware train {answers.name}.yaml       one rank; deepspeed, torchrun, srun and mpirun start launcher/train.py
 
 model:
-  base_name: {json.dumps(answers.model)}
-  output_name: {json.dumps(answers.name)}
+  base_name: {_quoted(answers.model)}
+  output_name: {_quoted(answers.name)}
   activation_checkpointing: {layout.checkpointing:<10}# none | selective (less memory) | full (a third slower) | offload
 
 lora: {lora:<28}# {{rank: 16}} trains adapters instead of the whole model; null: all weights
 
 dataset:
-  name: {json.dumps(answers.data)}
+  name: {_quoted(answers.data)}
 
 format:
 {_format(answers.data)}
 
 training:
   parameters:
-    max_seq_length: {answers.max_seq_length:<15}# tokens of an example; seqaware weights tells what truncation loses
+    max_seq_length: {answers.max_seq_length:<14} # tokens of an example; seqaware weights tells what truncation loses
   optimizer:
     lr: {"2e-4" if answers.lora else "2e-5":<27}# the highest; adapters bear ten times more than whole models
     max_grad_norm: 1.0
   schedule:
     num_epochs: 1
     warmup_ratio: 0.03
-    global_batch_size: {answers.batch:<12}# sequences of an optimizer step, on any number of ranks
-    micro_batch_tokens: {answers.max_seq_length:<11}# what a rank holds at once: memory and speed only
+    global_batch_size: {answers.batch:<11} # sequences of an optimizer step, on any number of ranks
+    micro_batch_tokens: {answers.max_seq_length:<10} # what a rank holds at once: memory and speed only
   sft:
     # Token k of a sequence weighs w_k = (1 − γ^k) / (1 − γ); γ as gamma, half_life or horizon; 0: cross-entropy.
-    {discount}: {value:g}
+    {discount}: {value:.15g}
     # Σ w·l / Σ w: the gradient is as large as in plain cross-entropy: lr and max_grad_norm mean the same.
     normalize_by: weight
   control:
@@ -186,8 +186,13 @@ output:
   save_every: 200                   # optimizer steps between checkpoints; the same command goes on from the newest
 
 # {layout.why}
-deepspeed: {_reachable(layout.deepspeed)}
+deepspeed: {_quoted(_reachable(layout.deepspeed))}
 """
+
+
+def _quoted(text: str) -> str:
+    """In YAML's double quotes. JSON's are not the same: they have no escape for U+1F642."""
+    return yaml.safe_dump(text, default_style='"', allow_unicode=True, width=math.inf).rstrip("\n")
 
 
 def _reachable(name: str) -> str:
