@@ -73,12 +73,15 @@ make_venv() {
 # Its shared-memory operator is compiled on first use, one to two minutes. Here rather than in the first run, where
 # every rank would wait for it. A machine where it does not build runs all the same, a little slower.
 build_operators() {
-    say "building DeepSpeed's CPU operators (once, one to two minutes)"
+    say "building DeepSpeed's CPU operators, unless they are built already (one to two minutes)"
     if ! "$VENV/bin/python" - >"$VENV/operators.log" 2>&1 <<'PY'
 from seqaware.engine.ranks import prepare_environment
 
 prepare_environment()
 import deepspeed
+from seqaware.engine.operator_cache import build_each_once
+
+build_each_once()
 from deepspeed.accelerator import get_accelerator
 
 builder = get_accelerator().create_op_builder("ShareMemCommBuilder")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from seqaware.engine.operator_cache import build_each_once
 from seqaware.errors import ConfigError
 from seqaware.plan.offload import offload_device, swap_folders
 from seqaware.plan.plan import Plan
@@ -37,6 +38,7 @@ def check_operators(plan: Plan) -> None:
         return
     from deepspeed.accelerator import get_accelerator
 
+    build_each_once()
     for name, asked_by in needed.items():
         try:
             get_accelerator().create_op_builder(name).load(verbose=False)

@@ -27,6 +27,7 @@ from seqaware.engine.address import (
     why_alone,
 )
 from seqaware.engine.meeting import agree_on_port
+from seqaware.engine.operator_cache import build_each_once, operators_folder
 from seqaware.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -220,9 +221,7 @@ def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ra
         _name_interface(address)
     import deepspeed
 
-    from seqaware.engine.build_lock import free_locks_of_the_dead
-
-    free_locks_of_the_dead()
+    build_each_once()
     # DeepSpeed prints that it built its shared-memory op; nobody asked.
     with contextlib.redirect_stdout(io.StringIO()):
         deepspeed.init_distributed(
@@ -237,7 +236,8 @@ def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ra
 
 def beyond_hangs(hang_minutes: float | None) -> float | None:
     """Minutes for `connect` where the ranks watch each other: a group that gave up before them would name nobody."""
-    return None if hang_minutes is None else 1.5 * hang_minutes + 5.0
+    # Ranks of other hosts wait in a collective while an operator is built on one, however short hang_minutes is.
+    return None if hang_minutes is None else 1.5 * hang_minutes + 60.0
 
 
 def _let_groups_wait(minutes: float | None) -> timedelta:
@@ -293,13 +293,12 @@ def _unlink_shared_buffer(address: RankAddress) -> None:
 def prepare_environment() -> None:
     """Keep the libraries' notices off the screen, and their compiled operators with this Python.
 
-    A person reads our lines, and errors. DeepSpeed's operators are compiled against the installed packages: two
-    environments that shared one cache would rebuild them in turn. Called before the libraries are imported; whatever a
-    person set themselves stays.
+    A person reads our lines, and errors. DeepSpeed's operators are compiled against the installed packages, and kept
+    in a folder of these versions. Called before the libraries are imported; variables that the user set stay.
     """
     _find_programs_beside_python()
-    if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    if "TORCH_EXTENSIONS_DIR" not in os.environ and (operators := operators_folder(os.environ)) is not None:
+        os.environ["TORCH_EXTENSIONS_DIR"] = str(operators)
     for name, value in {
         "DS_LOG_LEVEL": "error",
         "TRANSFORMERS_VERBOSITY": "error",

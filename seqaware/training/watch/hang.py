@@ -13,7 +13,7 @@ from seqaware.training.watch.card import Card, Stuck
 from seqaware.training.watch.dial import Place
 
 # Innermost frames of a thread that waits for other ranks, or for a device that does.
-_WAITING_FILES = ("/torch/distributed/", "/deepspeed/comm/", "/torch/cuda/streams.py")
+_WAITING_FILES = ("/torch/distributed/", "/deepspeed/comm/", "/torch/cuda/streams.py", "/engine/build_lock.py")
 _WAITING_CALLS = ("wait", "wait_for_handle")
 _LIBRARIES = ("/torch/", "/deepspeed/")
 _COMMAND_LINE = "/site-packages/typer/"  # frames that say nothing

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from seqaware.engine.address import RankAddress
+from seqaware.engine.build_lock import BuildListener, listen
 from seqaware.training.watch.failing import fail
 from seqaware.training.watch.guard import is_needed, start_guard
 from seqaware.training.watch.launch_folder import LaunchFolder, open_launch_folder, unusable
@@ -83,6 +84,7 @@ class WatchedHeartbeat(Heartbeat):
             self.own.guarded = True
             if self.own.address.local_rank == 0:
                 self.own.guard = start_guard(self.own.address, self.own.folder)
+        listen(_Builds(self.own))
         self._monitor.start()
 
     def phase(self, name: str, step: int | None = None) -> None:
@@ -125,6 +127,25 @@ class WatchedHeartbeat(Heartbeat):
         if self.own.address.nodes > 1:
             self.own.share()
         self.own.folder.remove_if_all_ended(self.own.address.local_size)
+
+
+class _Builds(BuildListener):
+    """An operator that is compiled, by this rank or by the process it waits for, is progress."""
+
+    def __init__(self, own: OwnRank) -> None:
+        super().__init__(quiet=own.address.local_rank != 0)
+        self._own = own
+
+    def moved(self) -> None:
+        self._own.dial.move()
+
+    def builds(self, text: str) -> None:
+        self._own.log.note(text)
+        super().builds(text)
+
+    def waits(self, text: str) -> None:
+        self._own.log.note(text)
+        super().waits(text)
 
 
 def start_heartbeat(address: RankAddress, base: Path | None = None, *, host: str | None = None) -> WatchedHeartbeat:

@@ -3,18 +3,21 @@
 phase NAME STEP · settle RUN · hang MINUTES · say TEXT     it answers each with a line
 fail TEXT · lose · mend TEXT · end CODE                    how it ends
 stand · wait · grab                                        it stands still: by itself, in a collective, with the GIL
+build LOCK PROGRAM                                         it builds an operator under a lock, PROGRAM is the compiler
 """
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 from launcher.outcome import Watched
 from seqaware.engine.address import RankAddress
+from seqaware.engine.build_lock import KernelLock
 from seqaware.errors import DataError
 from seqaware.training.watch.heartbeat import WatchedHeartbeat, start_heartbeat
 
@@ -32,6 +35,13 @@ exec(
 
 def stand_in_forward() -> None:
     time.sleep(600)
+
+
+def build(lock_file: str, program: str) -> None:
+    lock = KernelLock(lock_file)
+    lock.try_acquire()
+    subprocess.run([sys.executable, "-c", program], check=True)
+    lock.release()
 
 
 def act(heartbeat: WatchedHeartbeat, command: str, rest: str) -> None:
@@ -55,6 +65,8 @@ def act(heartbeat: WatchedHeartbeat, command: str, rest: str) -> None:
             raise DataError(rest)
         case "end":
             raise SystemExit(int(rest))
+        case "build":
+            build(*rest.split(" ", 1))
         case "stand":
             stand_in_forward()
         case "wait":

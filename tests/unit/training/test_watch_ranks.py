@@ -289,6 +289,46 @@ def a_job_that_is_stopped_and_goes_on_does_not_hang(tmp_path: Path) -> None:
         assert ranks.screen == ""
 
 
+@scenario
+def an_operator_that_is_being_built_is_progress(tmp_path: Path) -> None:
+    """For the rank that builds, and for the one that waits for it, on whatever host."""
+    lock, built = tmp_path / "cpu_adam" / "lock", tmp_path / "built"
+    lock.parent.mkdir()
+    # A compiler uses CPU time, little of it on a busy machine.
+    until_built = f"iter(lambda: os.path.exists('{built}'), True)"
+    compiler = f"import os, time; any(time.sleep(0.2) or 0 * sum(range(10**6)) for _ in {until_built})"
+    with launch(tmp_path / "ranks", 2) as ranks:
+        for rank in range(2):
+            ranks.tell(rank, f"hang {HANG_MINUTES}", "phase connecting 0")
+        ranks.order(0, f"build {lock} {compiler}")
+        _wait_for(lock.exists)
+        ranks.order(1, f"build {lock} pass")
+        time.sleep(3 * HANG_SECONDS)
+        assert ranks.screen == "" and [rank.poll() for rank in ranks.ranks] == [None, None]
+        built.touch()
+        for rank in range(2):
+            assert ranks.answer(rank) == "done"
+            ranks.order(rank, "end 0")
+        assert ranks.codes() == [0, 0]
+        assert ranks.screen == ""
+
+
+@scenario
+def a_build_that_stands_still_is_named_and_not_who_waits_for_it(tmp_path: Path) -> None:
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    with launch(tmp_path / "ranks", 2) as ranks:
+        for rank in range(2):
+            ranks.tell(rank, f"hang {HANG_MINUTES}", "phase connecting 0")
+        ranks.order(1, f"build {lock} import time; time.sleep(600)")
+        _wait_for(lock.exists)
+        ranks.order(0, f"build {lock} pass")
+        assert ranks.codes() == [1, 1]
+        screen = ranks.screen
+    assert _first_line(screen).startswith(f"{_name(ranks, 1)} hangs since ")
+    assert "rank 0 on host" in screen and "build_lock.py" in screen
+
+
 def _under_mpirun(size: int) -> list[dict[str, object]]:
     return [{"launcher": "mpirun"} for _ in range(size)]
 

@@ -40,7 +40,7 @@ class Launch:
         answer = ""
         for line in lines:
             self.order(rank, line)
-            answer = self._answer(rank)
+            answer = self.answer(rank)
         return answer
 
     def order(self, rank: int, line: str) -> None:
@@ -52,11 +52,11 @@ class Launch:
 
     def ask(self, rank: int, line: str) -> str:
         self.order(rank, line)
-        answer = self._answer(rank)
-        assert self._answer(rank) == "done"
+        answer = self.answer(rank)
+        assert self.answer(rank) == "done"
         return answer
 
-    def _answer(self, rank: int) -> str:
+    def answer(self, rank: int) -> str:
         stdout = self.ranks[rank].stdout
         assert stdout is not None
         return stdout.readline().strip()
@@ -110,7 +110,7 @@ def launch(
             started.ranks.append(process)
     try:
         for rank in range(len(started.ranks)):
-            assert started._answer(rank) == "ready", started.screen
+            assert started.answer(rank) == "ready", started.screen
         yield started
     finally:
         for process in started.ranks:
