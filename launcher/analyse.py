@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
+from launcher.options import bounded, bounded_seed
 from launcher.outcome import person_errors, say
 from seqaware.engine.ranks import disconnect, find_address, prepare_environment
 
@@ -34,13 +35,17 @@ def analyse(
         str, typer.Argument(help="A hub id, or the folder of a model, an adapter, a checkpoint or a run.")
     ],
     prompt: Annotated[str, typer.Option(help="What the model continues.")],
-    samples: Annotated[int, typer.Option("--samples", "-n", metavar="N", min=1, help="Continuations to draw.")] = 64,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a continuation at most.")] = 32,
-    temperature: Annotated[float, typer.Option(metavar="X", min=0, help="0: greedy.")] = 1.0,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", metavar="N", min=1, callback=bounded, help="Continuations to draw.")
+    ] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, callback=bounded, help="Tokens of a continuation at most.")
+    ] = 32,
+    temperature: Annotated[float, typer.Option(metavar="X", min=0, callback=bounded, help="0: greedy.")] = 1.0,
     top_p: Annotated[
         float, typer.Option(metavar="X", callback=_share, help="Draw from the likeliest with this share.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", min=0, callback=bounded_seed, help="Of the draws.")] = 0,
     dtype: Annotated[
         ModelDType, typer.Option(metavar="DTYPE", help="Of the weights: float32 or bfloat16.")
     ] = ModelDType.float32,

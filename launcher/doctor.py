@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.options import DeepSpeedJson, LocalRank, Overrides
+from launcher.options import DeepSpeedJson, LocalRank, Overrides, bounded_ranks
 from launcher.outcome import person_errors, say
 from seqaware.engine.ranks import environment, find_address, prepare_environment
 from seqaware.errors import USER_ERROR
@@ -30,7 +30,8 @@ def doctor(
     deepspeed: DeepSpeedJson = None,
     hostfile: Annotated[Path | None, typer.Option(help="Of deepspeed: look at these hosts too, over ssh.")] = None,
     ranks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of the run; default: as started, or one a GPU.")
+        int | None,
+        typer.Option(metavar="N", min=1, callback=bounded_ranks, help="Of the run; default: as started, or one a GPU."),
     ] = None,
     local_rank: LocalRank = -1,
 ) -> None:

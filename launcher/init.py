@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from launcher.options import bounded, bounded_ranks
 from launcher.outcome import person_errors, say
 from seqaware.errors import ConfigError
 
@@ -30,12 +31,17 @@ def init(
     half_life: Annotated[
         float | None, typer.Option(metavar="X", help="γ in tokens: after so many the discount has halved.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(metavar="N", min=0, help="All GPUs of the run; 0: none.")] = None,
-    per_node: Annotated[int, typer.Option(metavar="N", min=1, help="GPUs of one node.")] = 8,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", min=0, callback=bounded_ranks, help="All GPUs of the run; 0: none.")
+    ] = None,
+    per_node: Annotated[int, typer.Option(metavar="N", min=1, callback=bounded_ranks, help="GPUs of one node.")] = 8,
     device: Annotated[str, typer.Option(help="h200, h100 or a100.")] = "h100",
-    max_seq_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an example.")] = 2048,
+    max_seq_length: Annotated[
+        int, typer.Option(metavar="N", min=2, callback=bounded, help="Tokens of an example.")
+    ] = 2048,
     batch: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Sequences of an optimizer step; 16 or more.")
+        int | None,
+        typer.Option(metavar="N", min=1, callback=bounded, help="Sequences of an optimizer step; 16 or more."),
     ] = None,
     lora: Annotated[bool, typer.Option("--lora", help="Train adapters instead of the whole model.")] = False,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from launcher.options import DeepSpeedJson, Overrides
+from launcher.options import DeepSpeedJson, Overrides, bounded_ranks
 from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 
@@ -26,8 +26,8 @@ def plan(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
     deepspeed: DeepSpeedJson = None,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(metavar="N", help="All GPUs of the run.", min=1)] = 8,
-    per_node: Annotated[int, typer.Option(metavar="N", help="GPUs of one node.", min=1)] = 8,
+    gpus: Annotated[int, typer.Option(metavar="N", help="All GPUs of the run.", min=1, callback=bounded_ranks)] = 8,
+    per_node: Annotated[int, typer.Option(metavar="N", help="GPUs of one node.", min=1, callback=bounded_ranks)] = 8,
     device: Annotated[str, typer.Option(help="h200, h100 or a100.")] = "h200",
     memory: Annotated[float | None, typer.Option(metavar="X", help="GiB of a GPU, instead of the device's.")] = None,
     nvlink: Annotated[float | None, typer.Option(metavar="X", help="GB/s one way between GPUs of a node.")] = None,

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
-from launcher.options import Overrides
+from launcher.options import Overrides, bounded_ranks
 from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
@@ -31,7 +31,10 @@ def prepare(
         str | None, typer.Option(help="I/N: only the I-th (from 1) of N parts of the training rows.")
     ] = None,
     merge: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="N: make the store of the N parts, and remove them.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, callback=bounded_ranks, help="N: make the store of the N parts, and remove them."
+        ),
     ] = None,
 ) -> None:
     """Tokenise the training rows of a config, and its held-out rows.

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
-from launcher.options import Overrides
+from launcher.options import Overrides, bounded, bounded_ranks
 from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import prepare_environment
@@ -24,13 +24,15 @@ app = typer.Typer(add_completion=False)
 def preview(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
     overrides: Overrides = None,
-    step: Annotated[int, typer.Option(metavar="N", min=1, help="Of this optimizer step.")] = 1,
-    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Show so many rows.")] = 2,
+    step: Annotated[int, typer.Option(metavar="N", min=1, callback=bounded, help="Of this optimizer step.")] = 1,
+    rows: Annotated[int, typer.Option(metavar="N", min=1, callback=bounded, help="Show so many rows.")] = 2,
     documents: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Show so many documents of a row, in the terminal.")
+        int,
+        typer.Option(metavar="N", min=1, callback=bounded, help="Show so many documents of a row, in the terminal."),
     ] = 4,
     ranks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="As the run on so many ranks lays them out.")
+        int | None,
+        typer.Option(metavar="N", min=1, callback=bounded_ranks, help="As the run on so many ranks lays them out."),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page of it here.")] = None,
 ) -> None:

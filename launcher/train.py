@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from launcher.imports import quick_imports
-from launcher.options import DeepSpeedJson, LocalRank, Overrides
+from launcher.options import DeepSpeedJson, LocalRank, Overrides, bounded_ranks
 from launcher.outcome import Watched, person_errors, say
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
@@ -38,14 +38,17 @@ def train(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved Plan and stop.")] = False,
     ranks: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="With --dry-run: plan for this many ranks.")
+        int | None,
+        typer.Option(metavar="N", min=1, callback=bounded_ranks, help="With --dry-run: plan for this many ranks."),
     ] = None,
     print_sbatch: Annotated[
         bool, typer.Option("--print-sbatch", help="Print this run's script for SLURM and stop.")
     ] = False,
-    nodes: Annotated[int, typer.Option(metavar="N", min=1, help="With --print-sbatch: nodes.")] = 1,
+    nodes: Annotated[
+        int, typer.Option(metavar="N", min=1, callback=bounded_ranks, help="With --print-sbatch: nodes.")
+    ] = 1,
     gpus_per_node: Annotated[
-        int, typer.Option(metavar="N", min=0, help="With --print-sbatch: GPUs of a node, one rank each.")
+        int, typer.Option(metavar="N", min=0, max=1024, help="With --print-sbatch: GPUs of a node, one rank each.")
     ] = 8,
     time: Annotated[str, typer.Option(help="With --print-sbatch: the time limit.")] = "24:00:00",
     local_rank: LocalRank = -1,

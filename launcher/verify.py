@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
-from launcher.options import DeepSpeedJson, LocalRank, Overrides
+from launcher.options import DeepSpeedJson, LocalRank, Overrides, bounded
 from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
@@ -35,7 +35,7 @@ def verify(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
     deepspeed: DeepSpeedJson = None,
     overrides: Overrides = None,
-    steps: Annotated[int, typer.Option(metavar="N", min=1, help="Optimizer steps to compare.")] = 3,
+    steps: Annotated[int, typer.Option(metavar="N", min=1, callback=bounded, help="Optimizer steps to compare.")] = 3,
     dtype: Annotated[
         OracleDType, typer.Option(metavar="DTYPE", help="Of the oracle: auto, float32 or float64.")
     ] = OracleDType.auto,

@@ -20,7 +20,7 @@ app = typer.Typer(add_completion=False)
 def watch(
     run: Annotated[Path, typer.Argument(help="The run's folder, on any disk that this machine sees.")],
     once: Annotated[bool, typer.Option("--once", help="Show one frame and stop.")] = False,
-    every: Annotated[float, typer.Option(metavar="X", min=0.2, help="Seconds between two looks.")] = 2.0,
+    every: Annotated[float, typer.Option(metavar="X", min=0.2, max=3600, help="Seconds between two looks.")] = 2.0,
 ) -> None:
     """Show how a run stands: progress, losses, held-out loss by position, and what is wrong, in words.
     Nothing is asked of the run itself: it may be on another machine. Ctrl-C ends the view, never the run.

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from launcher.imports import quick_imports
-from launcher.options import Overrides
+from launcher.options import Overrides, bounded
 from launcher.outcome import person_errors, say
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import prepare_environment
@@ -28,7 +28,8 @@ def weights(
     config: Annotated[Path | None, typer.Argument(help="The run's YAML; default: train_configs/default.yaml.")] = None,
     overrides: Overrides = None,
     documents: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Weigh only so many documents; default: all.")
+        int | None,
+        typer.Option(metavar="N", min=1, callback=bounded, help="Weigh only so many documents; default: all."),
     ] = None,
     lost: Annotated[
         bool,

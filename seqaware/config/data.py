@@ -22,6 +22,7 @@ from seqaware.config.values import (
     Text,
 )
 
+_LEAST_TEMPERATURE = 1e-6
 GENERATED = ("exact_match", "squad", "choice")
 # Where the answer stands, if answer_pattern is not written: behind GSM8K's mark, on the first line, at the front.
 _PATTERNS = {
@@ -140,6 +141,8 @@ class EvaluationConfig(Section):
     def _checked(self) -> Self:
         if self.dataset is None and (self.written("every_steps", "every_minutes") or self.metric != "none"):
             raise ValueError("every_steps, every_minutes and metric need held-out rows: write evaluation.dataset")
+        if 0 < self.temperature < _LEAST_TEMPERATURE:  # logits / temperature overflow float32
+            raise ValueError(f"temperature must be 0, or at least {_LEAST_TEMPERATURE:g}; got {self.temperature:g}")
         if self.answer_pattern is None:
             return self
         try:

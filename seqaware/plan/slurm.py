@@ -22,7 +22,7 @@ from seqaware.plan.plan import make_plan
 FORM = REPOSITORY / "slurm" / "train.sbatch"
 # As the run itself reckons: where the limit is short, most of it is for training.
 _LARGEST_SHARE_OF_LIMIT = 0.25
-_TIME = re.compile(r"(?:(\d+)-)?(\d+(?::\d+){0,2})")
+_TIME = re.compile(r"(?:([0-9]{1,6})-)?([0-9]{1,9}(?::[0-9]{1,9}){0,2})")
 
 
 @dataclass(frozen=True)

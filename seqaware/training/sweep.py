@@ -6,7 +6,7 @@ Imports without torch; the runs are commands of their own.
 
 from __future__ import annotations
 
-import json
+import re
 import shlex
 import signal
 import subprocess
@@ -18,14 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-import yaml
-
-from seqaware.config.load import REPOSITORY, load_config
+from seqaware.config.load import REPOSITORY, load_config, read_yaml
 from seqaware.errors import USER_ERROR, ConfigError
+from seqaware.files import MalformedError, read_json
 from seqaware.report.progress import duration
 from seqaware.training.interrupt import LEFT
 
 Say = Callable[[str], None]
+
+_MOST_RUNS = 1000  # of the values of γ, and of the seeds
 
 # What may differ between a run that is done and the same run given again.
 _NOT_THE_RUN = ("deepspeed", "logging", "faults", "output")
@@ -91,6 +92,8 @@ def gammas_of(text: str) -> tuple[str, ...]:
         ConfigError: a part is no number in [0, 1], or comes twice.
     """
     parts = tuple(part.strip() for part in text.split(",") if part.strip())
+    if len(parts) > _MOST_RUNS:
+        raise ConfigError(f"--gamma names more than {_MOST_RUNS:,} numbers")
     numbers = [_number(part) for part in parts]
     if not parts or any(number is None or not 0.0 <= number <= 1.0 for number in numbers):
         raise ConfigError("--gamma needs numbers in [0, 1]", got=repr(text), do="as in --gamma 0,0.9,0.98,1")
@@ -106,12 +109,14 @@ def seeds_of(text: str) -> tuple[int, ...]:
         ConfigError: not a count from 1, nor distinct whole numbers.
     """
     parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+    if not parts or not all(re.fullmatch("[0-9]{1,9}", part) for part in parts) or len(set(parts)) < len(parts):
         raise ConfigError("--seeds needs a count, or seeds with commas", got=repr(text), do="as in --seeds 3")
-    seeds = tuple(map(int, parts)) if "," in text else tuple(range(1, int(parts[0]) + 1))
+    seeds = tuple(map(int, parts)) if "," in text else range(1, int(parts[0]) + 1)
+    if len(seeds) > _MOST_RUNS:
+        raise ConfigError(f"--seeds names more than {_MOST_RUNS:,} seeds", got=repr(text))
     if not seeds:
         raise ConfigError("--seeds needs at least one seed", got=repr(text))
-    return seeds
+    return tuple(seeds)
 
 
 def _number(text: str) -> float | None:
@@ -124,13 +129,13 @@ def _number(text: str) -> float | None:
 def is_done(sweep: Sweep, combination: Combination) -> bool:
     """Whether this run is complete, and of this config: one of another config is for launcher/train.py to refuse."""
     try:
-        manifest = json.loads((combination.folder / "manifest.json").read_text(encoding="utf-8"))
-        found = yaml.safe_load((combination.folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, yaml.YAMLError):
+        manifest = read_json(combination.folder / "manifest.json")
+        found = read_yaml(combination.folder / "config.yaml")
+    except (OSError, MalformedError, ConfigError):
         return False
     wanted = load_config(sweep.config, [*sweep.overrides, *combination.overrides()]).model_dump(mode="json")
     same = all(found.get(key) == value for key, value in wanted.items() if key not in _NOT_THE_RUN)
-    return same and manifest.get("finished_steps") is not None
+    return same and isinstance(manifest, dict) and manifest.get("finished_steps") is not None
 
 
 def run_sweep(sweep: Sweep, *, say: Say) -> int:
