@@ -8,6 +8,7 @@ BIN := .venv/bin
 DEEPSPEED_CONFIG ?= ds_configs/zero3.json
 TRAIN_ARGS ?=
 PYTEST_ARGS ?=
+FUZZ_EXAMPLES ?= 20000
 # As many ranks as there are GPUs; two on a machine without.
 RANKS ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true); echo $$((n > 0 ? n : 2)))
 # One core's threads each: ranks that all take every core stand in each other's way.
@@ -21,7 +22,7 @@ ifeq ($(shell nvidia-smi -L 2>/dev/null),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help install packages train test test-matrix test-soak check format
+.PHONY: help install packages train test test-matrix test-soak fuzz check format
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,6 +49,9 @@ test-matrix: install ## layouts that cover every triple of choices, against the 
 
 test-soak: install ## a run that is killed 20 times at random moments; some ten minutes
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -m soak -s $(PYTEST_ARGS)
+
+fuzz: install ## FUZZ_EXAMPLES hostile inputs, other ones each time (make test draws 2,000, always the same)
+	@PATH="$$PWD/$(BIN):$$PATH" FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 check: install ## style, types, the direction of imports, the size budget
 	@$(BIN)/ruff check .

@@ -25,7 +25,7 @@ LONG = (
     "e2e/test_resume.py",
     "e2e/test_interrupted.py",
 )
-FOLDERS = ("e2e", "cluster", "unit", "gpu")
+FOLDERS = ("e2e", "cluster", "fuzz", "unit", "gpu")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
