@@ -127,6 +127,15 @@ def parse_json(text: str | bytes, *, pairs: Pairs | None = None, large_integers:
         raise MalformedError(str(error)) from error
     except ValueError as error:  # int() takes no more digits than this
         raise MalformedError(f"an integer of more than {sys.get_int_max_str_digits()} digits") from error
+    return checked_json(value, written)
+
+
+def checked_json(value: Any, written: str) -> Any:
+    """Return a value that was decoded from the JSON text `written`.
+
+    Raises:
+        MalformedError: it has more than MAX_DEPTH levels, or text with a lone surrogate.
+    """
     # A text with fewer brackets, or without an escaped surrogate, needs no second walk.
     if written.count("[") + written.count("{") > MAX_DEPTH:
         _check_depth(value)

@@ -19,7 +19,7 @@ from seqaware.files import local_path
 _MOST_ENTRIES = 200_000
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_SPLIT_SLICE = re.compile(r"(?P<split>[^\[\]]+)(\[(?P<begin>\d*):(?P<end>\d*)\])?")
+_SPLIT_SLICE = re.compile(r"(?P<split>[^\[\]]+)(\[(?P<begin>[0-9]{0,15}):(?P<end>[0-9]{0,15})\])?")
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

@@ -15,6 +15,7 @@ sequence of documents alone, and the parts are read in that sequence.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
+from seqaware.data.inside import Count, Text, first_problem
 from seqaware.data.sources import Source, open_source
 from seqaware.data.store import StoreWriter, TokenStore
 from seqaware.data.store_format import Tally, manifest_checksum
@@ -31,6 +34,7 @@ from seqaware.data.store_index import sources_of
 from seqaware.data.store_writer import disk_errors, remove_unfinished, sync_to_disk, unfinished, write_durably
 from seqaware.data.tokenize import Job, Progress, empty_source
 from seqaware.errors import DataError
+from seqaware.files import MalformedError, read_json
 
 _FORMAT = "seqaware part of a token store"
 _PART = "part.json"
@@ -52,9 +56,10 @@ class PartNumber:
             DataError: it is not of this form, or there is no such part.
         """
         first, slash, last = text.partition("/")
-        if not (slash and first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        numbers = [int(each) for each in (first, last) if re.fullmatch("[0-9]{1,9}", each)]
+        if not slash or len(numbers) != 2 or not 1 <= numbers[0] <= numbers[1]:
             raise DataError("a part is written I/N, with I from 1 to N", got=text, do="write for example 3/8")
-        return cls(int(first), int(last))
+        return cls(*numbers)
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"
@@ -66,6 +71,26 @@ class PartNumber:
     def folder(self, job: Job) -> Path:
         """Where the part lies when it is complete."""
         return parts_folder(job) / f"{self.index}-of-{self.count}"
+
+
+class _RunContent(BaseModel):
+    """What part.json says of the rows of one source."""
+
+    total: Count
+    documents: Count
+    tally: Tally
+
+
+class _PartContent(BaseModel):
+    """What part.json holds."""
+
+    part: Text
+    identity: dict[str, Any]
+    runs: list[_RunContent]
+    checksum: Text
+
+
+_COUNTS = TypeAdapter(list[list[Count]])
 
 
 @dataclass(frozen=True)
@@ -165,12 +190,23 @@ def _counted(job: Job, sources: Sequence[Source]) -> list[list[int]]:
     note = parts_folder(job) / _ROWS
     with _alone(note):
         if note.is_file():
-            counts: list[list[int]] = json.loads(note.read_text(encoding="utf-8"))
-            return counts
+            return _read_counts(note, len(sources))
         counts = [source.counts() for source in sources]
         with disk_errors(note):
             write_durably(note, json.dumps(counts))
         return counts
+
+
+def _read_counts(note: Path, sources: int) -> list[list[int]]:
+    do = "delete it, and run this part again"
+    try:
+        counts = _COUNTS.validate_python(read_json(note))
+    except (OSError, MalformedError, ValidationError) as error:
+        problem = first_problem(error) if isinstance(error, ValidationError) else error
+        raise DataError(f"{note} cannot be read", got=problem, do=do) from error
+    if len(counts) != sources:
+        raise DataError(f"{note} is of other sources", got=f"{len(counts)} instead of {sources}", do=do)
+    return counts
 
 
 def _check_complete(job: Job, parts: Sequence[PartNumber], command: str) -> None:
@@ -213,21 +249,20 @@ def _read_part(job: Job, part: PartNumber) -> list[Run]:
     """
     folder = part.folder(job)
     try:
-        content = json.loads((folder / _PART).read_text(encoding="utf-8"))
-        if content["checksum"] != manifest_checksum(content):
-            raise DataError(f"{_PART} was altered")
-        if content["part"] != str(part):
-            raise DataError(f"it is part {content['part']}")
-        if content["identity"] != job.identity:
-            raise _OtherTokensError
-        return [_run(folder / str(number), **written) for number, written in enumerate(content["runs"])]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_json(folder / _PART)
+        written = _PartContent.model_validate(content)
+    except (OSError, MalformedError) as error:
         raise DataError(f"{_PART} cannot be read", got=error) from error
-
-
-def _run(path: Path, *, total: int, documents: int, tally: dict[str, Any]) -> Run:
-    store = TokenStore.open(path) if documents else None
-    return Run(total, Tally(**tally), store)
+    except ValidationError as error:
+        raise DataError(f"{_PART} is invalid", got=first_problem(error)) from error
+    if written.checksum != manifest_checksum(content):
+        raise DataError(f"{_PART} was altered")
+    if written.part != str(part):
+        raise DataError(f"it is part {written.part}")
+    if written.identity != job.identity:
+        raise _OtherTokensError
+    stores = [TokenStore.open(folder / str(n)) if run.documents else None for n, run in enumerate(written.runs)]
+    return [Run(run.total, run.tally, store) for run, store in zip(written.runs, stores, strict=True)]
 
 
 def _join(job: Job, writer: StoreWriter, parts: Sequence[Sequence[Run]], progress: Progress | None) -> None:

@@ -1,4 +1,7 @@
-"""Rows of local files, each with its number: the line, or the row from 1 in parquet files."""
+"""Rows of local files, each with its number: the line, or the row from 1 in parquet files.
+
+Files are read in pieces of bounded size, whatever a line or a compressed file expands to.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,8 @@ import csv
 import gzip
 import io
 import json
-import sys
+import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -15,8 +19,14 @@ from typing import IO, Any
 
 from seqaware.data.locate import file_kind
 from seqaware.errors import DataError
+from seqaware.files import MalformedError, checked_json, parse_json
 
 _PARQUET_ROWS_AT_ONCE = 1024
+ROW_CHARACTERS = 32 * 2**20
+"""A row may be this long. The densest JSON of this length takes 0.7 GB in memory."""
+_CHUNK = 2**20
+_BLANK_LINES = 100_000
+_SPACE = re.compile(r"[ \t\n\r]*")
 Row = tuple[dict[str, Any], int]
 
 
@@ -52,8 +62,8 @@ def _file_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(f"{path} cannot be read", got=error.strerror or error) from error
-    except EOFError as error:
-        raise DataError(f"{path} is cut short", got=error) from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(f"{path} is truncated or corrupted", got=error) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text", got=error) from error
 
@@ -64,13 +74,57 @@ def _open(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig", newline="")
 
 
+class _Lines:
+    """The lines of a file, none longer than a row may be. A compressed file of 6 MB may hold a line of 6 GB.
+
+    Attributes:
+        number: of the line that was read last, from 1.
+    """
+
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._left = ROW_CHARACTERS
+        self.number = 0
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._file.readline(self._left + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self._left -= len(line)
+        if self._left < 0:
+            raise DataError(
+                f"{self._path}, line {self.number}: a row is longer than {ROW_CHARACTERS // 2**20} Mi characters",
+                do="split it into several rows",
+            )
+        return line
+
+    def end_row(self) -> None:
+        """The lines so far are done with: the next ones belong to another row (of CSV, which may have several)."""
+        self._left = ROW_CHARACTERS
+
+    def filled(self) -> Iterator[tuple[str, int]]:
+        """(line, number) of those that are not blank, each a row."""
+        blank = 0
+        for line in self:
+            self.end_row()
+            if not line.isspace():
+                blank = 0
+                yield line, self.number
+            elif (blank := blank + 1) > _BLANK_LINES:
+                raise DataError(f"{self._path}, line {self.number}: {_BLANK_LINES:,} blank lines in succession")
+
+
 def _read_jsonl(path: Path, begin: int, end: int | None) -> Iterator[Row]:
     with _open(path) as file:
-        lines = ((line, number) for number, line in enumerate(file, 1) if not line.isspace())
-        for line, number in islice(lines, begin, end):
+        for line, number in islice(_Lines(file, path).filled(), begin, end):
             try:
-                value = json.loads(line)
-            except ValueError as error:
+                value = parse_json(line, large_integers=True)
+            except MalformedError as error:
                 raise DataError(
                     f"{path}, line {number}: not JSON", got=_shown(line), do=f"correct it ({error})"
                 ) from error
@@ -81,7 +135,7 @@ def _read_jsonl(path: Path, begin: int, end: int | None) -> Iterator[Row]:
 
 def _count_jsonl(path: Path) -> int:
     with _open(path) as file:
-        return sum(not line.isspace() for line in file)
+        return sum(1 for _ in _Lines(file, path).filled())
 
 
 def _read_json(path: Path, begin: int, end: int | None) -> Iterator[Row]:
@@ -89,58 +143,148 @@ def _read_json(path: Path, begin: int, end: int | None) -> Iterator[Row]:
     if not _is_array(path):
         yield from _read_jsonl(path, begin, end)
         return
-    for number, row in islice(enumerate(_json_array(path), 1), begin, end):
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, element {number}: an element must be an object with fields", got=_shown(str(row)))
-        yield row, number
+    with _open(path) as file:
+        for number, row in islice(enumerate(_Elements(file, path), 1), begin, end):
+            if not isinstance(row, dict):
+                what = f"{path}, element {number}: an element must be an object with fields"
+                raise DataError(what, got=f"a {type(row).__name__}")
+            yield row, number
 
 
 def _count_json(path: Path) -> int:
-    return len(_json_array(path)) if _is_array(path) else _count_jsonl(path)
+    if not _is_array(path):
+        return _count_jsonl(path)
+    with _open(path) as file:
+        return sum(1 for _ in _Elements(file, path))
 
 
 def _is_array(path: Path) -> bool:
     with _open(path) as file:
-        first = next((line for line in file if not line.isspace()), "")
+        # One that begins with more white space than this is refused by whoever reads its lines.
+        chunks = (file.read(_CHUNK) for _ in range(ROW_CHARACTERS // _CHUNK + 1))
+        first = next((chunk for chunk in chunks if not chunk.isspace()), "")
     return first.lstrip().startswith("[")
 
 
-def _json_array(path: Path) -> list[Any]:
-    with _open(path) as file:
+class _Elements:
+    """The elements of a file that is one JSON array, one by one: the array itself may be larger than memory."""
+
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self._file = file
+        self._path = path
+        self._text = ""
+        self._at = 0
+        self._number = 0
+        self._decoder = json.JSONDecoder()
+
+    def __iter__(self) -> Iterator[Any]:
+        self._expect("[")
+        if self._peek() == "]":
+            self._expect("]")
+        else:
+            yield self._element()
+            while self._peek() == ",":
+                self._expect(",")
+                yield self._element()
+            self._expect("]")
+        if self._peek():
+            raise self._not_json("text after the array")
+
+    def _peek(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        blank = 0
+        while blank <= ROW_CHARACTERS:
+            found = _SPACE.match(self._text, self._at)
+            assert found is not None, "white space may be empty"
+            blank += found.end() - self._at
+            self._at = found.end()
+            if self._at < len(self._text) or not self._fill():
+                return self._text[self._at : self._at + 1]
+        raise self._not_json(f"more than {ROW_CHARACTERS // 2**20} Mi characters of white space")
+
+    def _expect(self, character: str) -> None:
+        found = self._peek()
+        if found != character:
+            raise self._not_json(f"expected {character!r}, got {found!r}" if found else "it ends too early")
+        self._at += 1
+
+    def _fill(self) -> bool:
+        """Read on, twice as much each time within one element; whether there was anything left."""
+        more = self._file.read(max(_CHUNK, len(self._text) - self._at))
+        self._text, self._at = self._text[self._at :] + more, 0
+        return more != ""
+
+    def _element(self) -> Any:
+        self._number += 1
+        self._peek()
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except RecursionError as error:
+                raise self._not_json("nested too deeply") from error
+            except ValueError as error:
+                problem = str(error)
+            else:
+                # A number that ends where the text does may go on behind it.
+                if end < len(self._text) or not self._fill():
+                    written, self._at = self._text[self._at : end], end
+                    return self._checked(value, written)
+                continue
+            if len(self._text) - self._at > ROW_CHARACTERS:
+                raise self._not_json(f"longer than {ROW_CHARACTERS // 2**20} Mi characters, or {problem}")
+            if not self._fill():
+                raise self._not_json(problem)
+
+    def _checked(self, value: Any, written: str) -> Any:
         try:
-            rows: list[Any] = json.load(file)
-        except ValueError as error:
-            raise DataError(f"{path} is not JSON", got=error) from error
-    return rows
+            return checked_json(value, written)
+        except MalformedError as error:
+            raise self._not_json(str(error)) from error
+
+    def _not_json(self, problem: str) -> DataError:
+        where = f", element {self._number}" if self._number else ""
+        return DataError(f"{self._path}{where}: not JSON", got=problem)
 
 
 def _read_csv(path: Path, begin: int, end: int | None) -> Iterator[Row]:
     with _open(path) as file:
-        reader = _csv_reader(file, path)
+        lines = _Lines(file, path)
+        reader = _csv_reader(lines, path)
         try:
             if reader.fieldnames is None:  # asked first: the reader takes the first row it sees for the header
                 return
-            for _ in islice(filter(None, reader.reader), begin):
+            for _ in islice(_rows_of(reader.reader, lines), begin):
                 pass
             left = None if end is None else end - begin
-            yield from (_csv_row(row, reader, path) for row in islice(reader, left))
+            for row in islice(reader, left):
+                lines.end_row()
+                yield _csv_row(row, reader, path)
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.reader.line_num}: not CSV", got=error) from error
+
+
+def _rows_of(rows: Iterator[list[str]], lines: _Lines) -> Iterator[list[str]]:
+    """Those that are not blank."""
+    for row in rows:
+        lines.end_row()
+        if row:
+            yield row
 
 
 def _count_csv(path: Path) -> int:
     with _open(path) as file:
-        reader = _csv_reader(file, path)
+        lines = _Lines(file, path)
+        reader = _csv_reader(lines, path)
         try:
-            return 0 if reader.fieldnames is None else sum(map(bool, reader.reader))
+            return 0 if reader.fieldnames is None else sum(1 for _ in _rows_of(reader.reader, lines))
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.reader.line_num}: not CSV", got=error) from error
 
 
-def _csv_reader(file: IO[str], path: Path) -> csv.DictReader[str]:
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+def _csv_reader(lines: _Lines, path: Path) -> csv.DictReader[str]:
+    csv.field_size_limit(ROW_CHARACTERS)
     bare = path.with_suffix("") if path.suffix == ".gz" else path
-    return csv.DictReader(file, delimiter="\t" if bare.suffix == ".tsv" else ",", strict=True)
+    return csv.DictReader(lines, delimiter="\t" if bare.suffix == ".tsv" else ",", strict=True)
 
 
 def _csv_row(row: dict[str | Any, str | Any], reader: csv.DictReader[str], path: Path) -> Row:
@@ -190,13 +334,18 @@ def _parquet(path: Path) -> Iterator[Any]:
 def _read_text(path: Path, begin: int, end: int | None) -> Iterator[Row]:
     """A line is a document, as `datasets` reads text files."""
     with _open(path) as file:
-        for number, line in islice(enumerate(file, 1), begin, end):
-            yield {"text": line.rstrip("\r\n")}, number
+        lines = _Lines(file, path)
+        for line in islice(lines, begin, end):
+            lines.end_row()
+            yield {"text": line.rstrip("\r\n")}, lines.number
 
 
 def _count_lines(path: Path) -> int:
     with _open(path) as file:
-        return sum(1 for _ in file)
+        lines = _Lines(file, path)
+        for _ in lines:
+            lines.end_row()
+        return lines.number
 
 
 def _shown(line: str) -> str:

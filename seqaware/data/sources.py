@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from seqaware.data.locate import Located, SourceSpec, SplitSlice, locate
 from seqaware.data.read_files import count_rows, read_file
 from seqaware.data.stored_rows import stored_rows
 from seqaware.errors import DataError
+from seqaware.files import read_json
 
 
 class Record(NamedTuple):
@@ -124,7 +124,7 @@ class Source:
 
         path = self.located.path
         try:
-            for file in json.loads(inside(path, "state.json").read_text(encoding="utf-8"))["_data_files"]:
+            for file in read_json(inside(path, "state.json"))["_data_files"]:
                 inside(path, file["filename"])
             return datasets.load_from_disk(str(path))
         except (OSError, ValueError, KeyError, TypeError) as error:

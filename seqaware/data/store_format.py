@@ -139,10 +139,10 @@ class Tally:
         named: name and reason of the first of them.
     """
 
-    records: int = 0
-    truncated: int = 0
-    split: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)
+    records: Count = 0
+    truncated: Count = 0
+    split: Count = 0
+    dropped: dict[str, Count] = field(default_factory=dict)
     named: list[dict[str, str]] = field(default_factory=list)
 
     def drop(self, name: str, reason: str) -> None:

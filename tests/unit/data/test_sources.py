@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +15,15 @@ import pyarrow.parquet
 import pytest
 
 from seqaware.config.data import DatasetConfig
+from seqaware.data import read_files
 from seqaware.data.locate import SHORT_NAMES, locate
 from seqaware.data.sources import Record, open_source
 from seqaware.errors import DataError
 
+CORRUPT_GZ = bytes(
+    byte ^ 0x5A if 20 <= place < 60 else byte
+    for place, byte in enumerate(gzip.compress(b'{"question":"a","answer":"b"}\n' * 5000, mtime=0))
+)
 ROWS = [{"question": f"{i} + 1 = ?", "answer": f"{i + 1}"} for i in range(5)]
 
 
@@ -205,12 +211,28 @@ def test_files_of_unknown_kind(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n[1, 2]\n', r"a\.jsonl, line 2: a line must be an object"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl is not UTF-8"),
         ("a.json", b'[{"text": "x"}, 3]', r"a\.json, element 2"),
-        ("a.json", b'[{"text": "x"', r"a\.json is not JSON"),
+        ("a.json", b'[{"text": "x"', r"a\.json, element 1: not JSON"),
+        ("a.json", b'[{"text": "x"}', r"a\.json, element 1: not JSON.*ends too early"),
+        ("a.json", b'[{"text": "x"} {}]', r"a\.json, element 1: not JSON.*expected ']'"),
+        ("a.json", b'[{"text": "x"}] {}', r"a\.json, element 1: not JSON.*after the array"),
+        ("a.json", b"[" * 100_000, r"a\.json, element 1: not JSON.*too deeply"),
+        ("a.json", b'[{"text": ' + b"[" * 65 + b"]" * 65 + b"}]", r"a\.json, element 1: not JSON.*64 levels"),
+        ("a.json", b'[{"text": "\\ud800"}]', r"a\.json, element 1: not JSON.*lone surrogate"),
+        ("a.json", b'[{"text": ' + b"9" * 5000 + b"}]", r"a\.json, element 1: not JSON.*4300 digits"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, r"a\.jsonl, line 1: not JSON.*levels deep"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl, line 1: not JSON.*lone surrogate"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", r"a\.jsonl, line 1: not JSON.*4300 digits"),
+        ("a.jsonl", b"\n" * 200_000, r"a\.jsonl, line 100001: 100,000 blank lines"),
+        ("a.jsonl.gz", CORRUPT_GZ, r"a\.jsonl\.gz is truncated or corrupted.*invalid"),
         ("a.csv", b"question,answer\n1,2\n3\n", r"a\.csv, line 3: a row must have the header's 2 columns"),
         ("a.csv", b"question,answer\n1,2,3\n", r"a\.csv, line 2"),
         ("a.csv", b'question,answer\n"1,2\n', r"a\.csv, line \d: not CSV"),
         ("a.parquet", b"PAR1 and nothing else", r"a\.parquet is not a readable parquet file"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20], r"a\.jsonl\.gz is cut short"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 1000, mtime=0)[:-20],
+            r"a\.jsonl\.gz is truncated or corrupted",
+        ),
         ("a.jsonl.gz", b"not gzip at all", r"a\.jsonl\.gz cannot be read"),
     ],
 )
@@ -218,3 +240,58 @@ def test_broken_files_are_told_by_name_and_line(tmp_path: Path, name: str, conte
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=said):
         records(tmp_path / name)
+
+
+class Piecewise(io.StringIO):
+    """A file of which nobody may ask for more than a row at once."""
+
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
+        assert 0 < size <= 1001
+        return super().readline(size)
+
+    def read(self, size: int = -1) -> str:  # type: ignore[override]
+        assert 0 < size <= 2000
+        return super().read(size)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.jsonl", "x" * 9000, r"line 1: a row is longer"),
+        ("a.jsonl", '{"text": "x"}\n' + " " * 9000, r"line 2: a row is longer"),
+        ("a.json", "x" * 9000, r"line 1: a row is longer"),
+        ("a.json", " " * 9000, r"line 1: a row is longer"),
+        ("a.json", '[{"text": "' + "x" * 9000, r"element 1: not JSON.*longer than"),
+        ("a.json", '[{"text": "x"},' + " " * 9000 + "{}]", r"element 2: not JSON.*white space"),
+        ("a.json", "[" + " " * 9000 + "]", r"a\.json: not JSON.*white space"),
+        ("a.txt", "x" * 9000, r"line 1: a row is longer"),
+        ("a.csv", "x" * 9000, r"line 1: a row is longer"),
+        ("a.csv", 'a,b\n"' + "x\n" * 9000, r"a row is longer|field larger"),
+        ("a.csv", "a,b\n" + '"x\n",' * 9000, r"a row is longer"),
+    ],
+)
+def test_a_row_that_is_too_long_is_refused_before_it_is_read(
+    monkeypatch: pytest.MonkeyPatch, name: str, content: str, said: str
+) -> None:
+    """A compressed file of 6 MB may hold a line of 6 GB."""
+    monkeypatch.setattr(read_files, "ROW_CHARACTERS", 1000)
+    monkeypatch.setattr(read_files, "_CHUNK", 100)
+    monkeypatch.setattr(read_files, "_open", lambda path: Piecewise(content))
+    with pytest.raises(DataError, match=said):
+        list(read_files.read_file(Path(name)))
+    with pytest.raises(DataError, match=said):
+        read_files.count_rows(Path(name))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
+def test_an_array_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(read_files, "_CHUNK", chunk)
+    rows = [{"text": "a, ]é"}, {"n": 12345, "deep": [[{"x": None}]]}, {}, {"text": ""}]
+    for number, indent in enumerate((None, 3)):
+        path = tmp_path / f"{number}.json"
+        path.write_text(" \n" + json.dumps(rows, indent=indent, ensure_ascii=False) + "\n ", encoding="utf-8")
+        assert list(read_files.read_file(path)) == [(row, place) for place, row in enumerate(rows, 1)]
+        assert list(read_files.read_file(path, begin=1, end=3)) == [(rows[1], 2), (rows[2], 3)]
+        assert read_files.count_rows(path) == 4
+    (tmp_path / "empty.json").write_text(" [ ] ")
+    assert list(read_files.read_file(tmp_path / "empty.json")) == [] and read_files.count_rows(path) == 4
