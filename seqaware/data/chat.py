@@ -8,23 +8,42 @@ end. That holds only if each of these texts begins the next one; a template that
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from seqaware.data.read_files import ROW_CHARACTERS
 from seqaware.data.templates import Example, Segment, checked_weight
 from seqaware.errors import ConfigError, DataError
 
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 Span = tuple[int, int]
 _RENDER: Any = render_jinja_template  # its annotation (a string) is not what it returns
+CPU_SECONDS = 2.0
+"""For one text of one conversation, of which most take a thousandth of a second."""
+_TEXT_CHARACTERS = 2 * ROW_CHARACTERS
+_LONGEST_REASON = 300
+# What the code of a template may raise, beside jinja2's own errors.
+_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RuntimeError,  # recursion without end, too
+    SyntaxError,  # more nested loops than Python compiles
+    TypeError,
+    ValueError,
+)
 
 
 class ChatRenderer:
-    """Messages to examples.
+    """Messages to examples. A template may not end, so only a `ChatProcess` calls `example`.
 
     Args:
         chat_template: Jinja template; None: the tokenizer's.
@@ -38,7 +57,7 @@ class ChatRenderer:
         chat_template: str | None,
         train_on: Literal["completion", "all"] | None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._special_tokens = tokenizer.special_tokens_map
         try:
             self._template = tokenizer.get_chat_template(chat_template)
         except ValueError as error:
@@ -106,16 +125,35 @@ class ChatRenderer:
             return "", []
         bare = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         try:
-            texts, marks = _RENDER(
-                conversations=[bare],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._marked,
-                add_generation_prompt=prompt,
-                **self._tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError, ValueError) as error:
-            raise DataError(f"{name}: the chat template refuses the messages", got=error) from error
-        return texts[0], [(begin, end) for begin, end in marks[0]] if self._marked else []
+            with _limited_time():
+                texts, marks = _RENDER(
+                    conversations=[bare],
+                    chat_template=self._template,
+                    return_assistant_tokens_mask=self._marked,
+                    add_generation_prompt=prompt,
+                    **self._special_tokens,
+                )
+                text = str(texts[0])
+                text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name}: the chat template writes a lone surrogate") from error
+        except _FAILURES as error:
+            reason = str(error)[:_LONGEST_REASON] or type(error).__name__
+            raise DataError(f"{name}: the chat template refuses the messages", got=reason) from None
+        if len(text) > _TEXT_CHARACTERS:
+            what = f"{name}: the chat template writes more than {_TEXT_CHARACTERS // 2**20} Mi characters"
+            raise DataError(what, got=f"{len(text):,}")
+        return text, [(begin, end) for begin, end in marks[0]] if self._marked else []
+
+
+@contextmanager
+def _limited_time() -> Iterator[None]:
+    """Inside, the kernel ends this process once it has used up CPU_SECONDS: see chat_process.py."""
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 def _checked_messages(value: Any, name: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -133,7 +133,7 @@ class ExampleEncoder:
         Raises:
             DataError: a record that cannot be used, by name.
         """
-        examples = [self._example(record) for record in records]
+        examples = self._examples(records)
         encoded = self._encode_segments(examples)
         builder = _BlockBuilder(self._recipe, records[0].prefix)
         for record, example, segments in zip(records, examples, encoded, strict=True):
@@ -146,7 +146,7 @@ class ExampleEncoder:
         Raises:
             DataError: the record cannot be used, or has no prompt.
         """
-        example = self._example(record)
+        (example,) = self._examples([record])
         turns = [index for index, segment in enumerate(example.segments) if segment.turn]
         if not turns or turns[0] == 0:
             do = "evaluate rows with a question and an answer, a prompt and a completion, or messages"
@@ -166,20 +166,25 @@ class ExampleEncoder:
         encoded = self._texts.continuing([completion for _, _, completion in found])
         return [(label, text, tuple(ids)) for (label, text, _), ids in zip(found, encoded, strict=True)]
 
-    def _example(self, record: Record) -> Example:
-        fields = fields_of(record.fields, self._recipe.form.columns, record.name)
-        if self._renderer.wants_messages(fields):
-            example: Example = self._chat_renderer().example(fields, record.name)
-            return example
-        return self._renderer.example(fields, record.name)
+    def _examples(self, records: Sequence[Record]) -> list[Example]:
+        rows = [(fields_of(record.fields, self._recipe.form.columns, record.name), record.name) for record in records]
+        wants = [self._renderer.wants_messages(fields) for fields, _ in rows]
+        talks = [row for row, is_talk in zip(rows, wants, strict=True) if is_talk]
+        rendered: Iterator[Example] = iter(self._chat_process().examples(talks) if talks else ())
+        return [
+            next(rendered) if is_talk else self._renderer.example(*row)
+            for row, is_talk in zip(rows, wants, strict=True)
+        ]
 
-    def _chat_renderer(self) -> Any:
+    def _chat_process(self) -> Any:
         if self._chat is None:
             from seqaware.data.chat import ChatRenderer
+            from seqaware.data.chat_process import ChatProcess
 
             tokenizer = pickle.loads(self._recipe.chat_tokenizer)
             form = self._recipe.form
-            self._chat = ChatRenderer(tokenizer, chat_template=self._recipe.chat_template, train_on=form.train_on)
+            renderer = ChatRenderer(tokenizer, chat_template=self._recipe.chat_template, train_on=form.train_on)
+            self._chat = ChatProcess(renderer)
         return self._chat
 
     def _encode_segments(self, examples: Sequence[Example]) -> list[list[list[int]]]:

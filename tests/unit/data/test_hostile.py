@@ -18,11 +18,13 @@ import pytest
 
 from seqaware.config.data import DatasetConfig
 from seqaware.data.chat import ChatRenderer
+from seqaware.data.chat_process import ChatProcess
 from seqaware.data.sources import open_source
 from seqaware.data.store import Counted, Document, StoreWriter, TokenStore
 from seqaware.data.store_format import MANIFEST, manifest_checksum
+from seqaware.data.templates import Example
 from seqaware.errors import DataError
-from tests.small_tokenizers import byte_level
+from tests.small_tokenizers import CHATML, byte_level
 
 ROOT = Path(__file__).parents[3]
 
@@ -299,10 +301,59 @@ def test_what_a_row_names_is_not_opened(tmp_path: Path) -> None:
     ],
 )
 def test_a_chat_template_cannot_leave_its_sandbox(victim: Path, template: str) -> None:
-    renderer = ChatRenderer(byte_level(), chat_template=template.replace("VICTIM", str(victim)), train_on="all")
-    talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     with pytest.raises(DataError, match=r"rows\.jsonl:1"):
-        renderer.example({"messages": talk}, "rows.jsonl:1")
+        rendered(template.replace("VICTIM", str(victim)))
+
+
+def rendered(template: str) -> Example:
+    process = ChatProcess(ChatRenderer(byte_level(), chat_template=template, train_on="all"))
+    talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    (example,) = process.examples([({"messages": talk}, "rows.jsonl:1")])
+    return example
+
+
+NESTED = "{% for a in range(99999) %}" * 9 + "x" + "{% endfor %}" * 9
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (NESTED, "did not end"),
+        (
+            "{% set n = namespace(s='x') %}" + NESTED.replace("x", "{% set n.s = n.s ~ n.s %}"),
+            "MemoryError|did not end",
+        ),
+        ("{% macro m(n) %}{{ m(n - 1) if n }}{{ m(n - 1) if n }}{% endmacro %}{{ m(100) }}", "did not end"),
+        ("{{ (10 ** (10 ** 9)) % 7 }}", "did not end|MemoryError|OverflowError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "recursion"),
+        ("{% for i in range(100000000000) %}x{% endfor %}", "Range too big"),
+        ("{{ 'x' * 100000000000 }}", "MemoryError"),
+        ("{{ 'x' | center(100000000000) }}", "MemoryError"),
+        ("{{ '%100000000000d' % 1 }}", "MemoryError|width"),
+        ("{{ 'x' * 100000000 }}", "more than 64 Mi characters"),
+        ("{{ '\\ud800' }}", "lone surrogate"),
+        ("{{ 1 // 0 }}", "zero"),
+        ("{{ messages[7].content }}", "undefined|no element"),
+        ("{% for %}", "Expected an expression"),
+        ("(" * 1000 + "{{ " + "(" * 5000, "refuses the messages"),
+        ("{% for a in 'x' %}" * 100 + "{% endfor %}" * 100, "refuses the messages"),
+        ("{% include '/etc/passwd' %}", "refuses the messages"),
+    ],
+    ids=lambda value: value[:40],
+)
+def test_a_chat_template_that_takes_too_much_is_ended(template: str, said: str) -> None:
+    with pytest.raises(DataError, match=rf"rows\.jsonl:1.*({said})"):
+        rendered(template)
+
+
+def test_the_process_of_a_chat_template_ends_with_its_user() -> None:
+    process = ChatProcess(ChatRenderer(byte_level(), chat_template=CHATML, train_on="all"))
+    talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    rows = [({"messages": talk}, "rows.jsonl:1")] * 3
+    assert [len(example.segments) for example in process.examples(rows)] == [3, 3, 3]
+    child = process._process
+    del process
+    assert child.exitcode == 0
 
 
 def calls() -> Iterator[tuple[str, ast.Call, str]]:
