@@ -12,7 +12,7 @@ import os
 import resource
 import signal
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -96,12 +96,17 @@ def _serve(renderer: ChatRenderer, connection: Connection, parents: Connection) 
         except EOFError:
             return
         with suppress(BrokenPipeError):  # the parent ends, and the next `recv` says so
-            for fields, name in rows:
-                try:
-                    connection.send(renderer.example(fields, name))
-                except DataError as error:
-                    connection.send(error)
-                    break
+            for answer in _answers(renderer, rows):
+                connection.send(answer)
+
+
+def _answers(renderer: ChatRenderer, rows: Sequence[Row]) -> Iterator[Example | DataError]:
+    """The examples up to the first row that cannot be used, and its error."""
+    try:
+        for fields, name in rows:
+            yield renderer.example(fields, name)
+    except DataError as error:
+        yield error
 
 
 def _address_space() -> int:

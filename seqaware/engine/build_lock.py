@@ -19,6 +19,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from seqaware.masking import escaped
+
 _BETWEEN_LOOKS = 1.0
 # A wait that is shorter is not worth a line.
 _SAID_AFTER_SECONDS = 1.0
@@ -43,12 +45,12 @@ class BuildListener:
 
     def builds(self, text: str) -> None:
         """This process starts to compile an operator."""
-        print(text, file=sys.stderr, flush=True)
+        print(escaped(text), file=sys.stderr, flush=True)
 
     def waits(self, text: str) -> None:
         """This process waits for another one that compiles an operator."""
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(escaped(text), file=sys.stderr, flush=True)
 
 
 _listener = BuildListener()
