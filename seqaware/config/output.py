@@ -29,7 +29,8 @@ class OutputConfig(Section):
     keep_every: Count | None = None
     """Checkpoints of steps that are a multiple of this are kept for good."""
     keep_best: CountOrZero = 0
-    """So many checkpoints with the lowest held-out loss are kept too; needs evaluation.every_steps or every_minutes."""
+    """Keep the checkpoints of this many lowest held-out losses too. An evaluated step that becomes one of them is saved
+    at once, whatever save_every. Needs evaluation.every_steps or every_minutes."""
     async_save: Flag = False
     """Write checkpoints while training goes on; needs CPU memory for one more copy of what a rank saves."""
     save_model: Flag = True

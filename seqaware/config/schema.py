@@ -103,10 +103,10 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     """How long, how large a step, and how the learning rate moves."""
 
-    num_epochs: Positive = 1.0
-    """Passes over the data; fractions are allowed."""
+    num_epochs: Positive | None = None
+    """Passes over the data; fractions are allowed. null: as many as max_steps needs, or 1 without max_steps."""
     max_steps: Count | None = None
-    """Stop after this many optimizer steps if the epochs are not over before."""
+    """Optimizer steps of the run. With num_epochs, the smaller of the two ends it."""
     scheduler_type: Literal["constant", "linear", "cosine", "polynomial", "wsd"] = "cosine"
     """Course of the learning rate after the warm-up; wsd: stable, then a linear decay over the last decay_ratio."""
     warmup_steps: CountOrZero | None = None
@@ -135,7 +135,7 @@ class ScheduleConfig(Section):
     def _one_spelling(self) -> Self:
         if len(self.written("warmup_steps", "warmup_ratio")) == 2:
             raise ValueError("warmup_steps and warmup_ratio are both written; keep one")
-        if self.num_epochs > MOST_EPOCHS and (self.max_steps or math.inf) > MOST_EPOCHS:
+        if (self.num_epochs or 0.0) > MOST_EPOCHS and (self.max_steps or math.inf) > MOST_EPOCHS:
             raise ValueError(f"num_epochs must be at most {MOST_EPOCHS:,}; got {self.num_epochs:g}")
         product = self.written("batch_size", "grad_accumulation_steps")
         ways = [" × ".join(product)] if product else []
@@ -143,6 +143,13 @@ class ScheduleConfig(Section):
         if len(ways) > 1:
             raise ValueError(f"the size of a step is written in {len(ways)} ways ({', '.join(ways)}); keep one")
         return self
+
+    @property
+    def epoch_limit(self) -> float | None:
+        """Passes over the data after which the run ends; None where max_steps alone ends it."""
+        if self.num_epochs is None and self.max_steps is None:
+            return 1.0
+        return self.num_epochs
 
 
 class SftConfig(Section):

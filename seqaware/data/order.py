@@ -179,8 +179,14 @@ class StepOrder:
             epoch, left = epoch + 1, left - steps
         return epoch, left
 
-    def steps_per_epoch(self, num_epochs: float, max_steps: int | None = None) -> tuple[int, ...]:
-        """The steps of each epoch that is begun, the last one whole; no epoch beyond `max_steps`."""
+    def steps_per_epoch(self, num_epochs: float | None, max_steps: int | None = None) -> tuple[int, ...]:
+        """Return the steps of each epoch that is begun, the last one whole; no epoch beyond `max_steps`.
+
+        Args:
+            num_epochs: None returns the first epoch's alone: `max_steps` ends the run, however many epochs it needs.
+        """
+        if num_epochs is None:
+            return (self.steps_in_epoch(0),)
         steps: list[int] = []
         total = 0
         for epoch in range(math.ceil(_as_written(num_epochs))):

@@ -30,7 +30,7 @@ from seqaware.engine.muon import import_muon
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
 from seqaware.engine.ranks import Ranks
 from seqaware.objective.sums import StepSums
-from seqaware.objective.weighting import SCHEMES, Weighting
+from seqaware.objective.weighting import Weighting
 from seqaware.plan.plan import Plan
 
 _LOSS_SCALES = 40  # from 2^16 down to 2^-24, far below anything that is still of use
@@ -191,9 +191,9 @@ class Engine:
         return torch.full((), float(count), dtype=torch.float64, device=self.ranks.device)
 
     def _forward(self, batch: Batch, weights_RT: Tensor, *, by_position: bool = False) -> tuple[Tensor, Tensor]:
-        # The batch leaves out what the data weighs with 0, and no scheme of ours gives a token 0: nothing has to be
-        # asked of the device.
-        positive = self.weighting.scheme in SCHEMES
+        # The batch leaves out what the data weighs with 0. Where no scheme gives a token 0 either, the device need not
+        # be asked.
+        positive = self.weighting.is_positive
         k = batch.k if by_position else None
         targets = Targets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive, k=k)
         loss: tuple[Tensor, Tensor] = self.deepspeed(self._model_input(batch), targets)

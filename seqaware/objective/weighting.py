@@ -15,11 +15,12 @@ from __future__ import annotations
 import importlib
 import math
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Literal, TypeAlias
 
 import torch
@@ -32,6 +33,8 @@ Scale: TypeAlias = Literal["raw", "horizon", "mean_one"]
 
 SCHEMES = ("log_suffix", "linear", "uniform")
 SCALES = ("raw", "horizon", "mean_one")
+# Schemes that never give a token the weight 0: nothing looks for zeros then. Others may.
+_POSITIVE_SCHEMES = ("log_suffix", "linear", "uniform")
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Weighting:
             raise ValueError(f"scale horizon belongs to scheme log_suffix; got {self.scheme!r}; use raw or mean_one")
         if self.scale == "horizon" and self.gamma == 1.0:
             raise ValueError("scale horizon multiplies by 1 - gamma, which is 0 at gamma 1; use raw or mean_one")
+
+    @property
+    def is_positive(self) -> bool:
+        """Whether every token with loss has a weight above 0, which is known of some schemes only."""
+        return isinstance(self.scheme, str) and self.scheme in _POSITIVE_SCHEMES
 
     def weights(
         self,
@@ -129,37 +137,45 @@ def log_suffix_weight(k: Tensor, gamma: float) -> Tensor:
 
 @cache
 def resolve_scheme(name: str) -> Scheme:
-    """The function that `module:function` names; the module is looked for in the working directory too.
+    """Return the function that `module:function` names; the module is looked for in the working directory first.
 
     Raises:
-        ValueError: not of that form, no such module, or nothing callable of that name in it.
+        ValueError: not of that form, no such module, another one of that name, or nothing callable of that name in it.
     """
     module_name, colon, function_name = name.partition(":")
     if not colon or not module_name or not function_name:
         raise ValueError(f"weighting must be one of {', '.join(SCHEMES)}, or module:function; got {name!r}")
     try:
-        with _working_directory_searched():
-            module = importlib.import_module(module_name)
+        module = _import_from_working_directory(module_name)
     except ImportError as error:
         raise ValueError(f"weighting {name!r}: cannot import {module_name!r} ({error})") from error
     function: Scheme | None = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"weighting {name!r}: {module_name!r} has no function {function_name!r}")
+        where = getattr(module, "__file__", None) or "built in"
+        raise ValueError(f"weighting {name!r}: {module_name!r} ({where}) has no function {function_name!r}")
     return function
 
 
-@contextmanager
-def _working_directory_searched() -> Iterator[None]:
-    """A launched script searches its own folder, not the one it was started in. Last, so that it hides nothing."""
+def _import_from_working_directory(name: str) -> ModuleType:
+    """Import a user's module as a script in the working directory would.
+
+    A launched script searches its own folder instead: `python launcher/train.py` finds launcher/weights.py.
+    """
     here = str(Path.cwd())
-    sys.path.append(here)
+    sys.path.insert(0, here)
     importlib.invalidate_caches()
     try:
-        yield
+        module = importlib.import_module(name)
     finally:
-        # Not the last entry blindly: the module may have changed the path itself.
+        # Not the first entry blindly: the module may have changed the path itself.
         if here in sys.path:
-            del sys.path[len(sys.path) - 1 - sys.path[::-1].index(here)]
+            sys.path.remove(here)
+    top = name.partition(".")[0]
+    own = PathFinder.find_spec(top, [here])
+    loaded = getattr(sys.modules[top], "__file__", None)
+    if own is not None and own.origin and loaded and not Path(loaded).samefile(own.origin):
+        raise ImportError(f"{loaded} is loaded under that name already; rename {own.origin}")
+    return module
 
 
 def _log_suffix(k: Tensor, gamma: float) -> Tensor:

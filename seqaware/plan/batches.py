@@ -32,7 +32,8 @@ class BatchPlan:
         global_batch_size, global_batch_tokens: the size of a step over all ranks; exactly one of them is None.
         micro_batch_tokens: what one rank holds at once. max_seq_length: tokens a document may have.
         length_known: False while the model's maximum, not known here, may make max_seq_length smaller.
-        steps_per_epoch: of every epoch that is begun, up to max_steps; None while the data is not known.
+        steps_per_epoch: of every epoch that is begun, up to max_steps; of the first alone where max_steps alone ends
+            the run; None while the data is not known.
         total_steps, warmup_steps: of the run; None while they are not known.
         exact: the steps were counted, not guessed from rows or tokens.
         derivation: how each figure came about, a line each.
@@ -68,7 +69,8 @@ def derive_batches(
     _check_shared(size, world, lines)
     micro = _micro_batch_tokens(schedule, length, least, lines)
     per_epoch = _steps_per_epoch(schedule, size, tokens, data)
-    exact = data is not None and data.exact and (size is not None or data.steps_per_epoch is not None)
+    counted = data is not None and data.exact and (size is not None or data.steps_per_epoch is not None)
+    exact = counted or schedule.epoch_limit is None
     total = _total_steps(schedule, per_epoch, exact=exact, lines=lines)
     warmup = _warmup_steps(schedule, total, exact=exact, lines=lines)
     return BatchPlan(size, tokens, micro, length, known, per_epoch, total, warmup, exact, tuple(lines))
@@ -174,7 +176,8 @@ def _steps_per_epoch(
 ) -> tuple[int, ...] | None:
     if data is None:
         return None
-    epochs = math.ceil(_exactly(schedule.num_epochs))
+    limit = schedule.epoch_limit
+    epochs = 1 if limit is None else math.ceil(_exactly(limit))
     if data.steps_per_epoch is not None:
         return data.steps_per_epoch[:epochs]
     if size is not None:
@@ -205,21 +208,33 @@ def _exactly(number: float) -> Fraction:
 def _total_steps(
     schedule: ScheduleConfig, per_epoch: tuple[int, ...] | None, *, exact: bool, lines: list[str]
 ) -> int | None:
+    limit = schedule.epoch_limit
+    if limit is None:
+        lines.append(_as_many_epochs_as_needed(schedule.max_steps, per_epoch))
+        return schedule.max_steps
     if per_epoch is None:
         lines.append(f"steps: {WHEN_TOKENISED}" if schedule.max_steps is None else _at_most(schedule.max_steps))
         return None
     enough = schedule.max_steps is not None and sum(per_epoch) >= schedule.max_steps
-    known = len(per_epoch) >= math.ceil(_exactly(schedule.num_epochs))
+    known = len(per_epoch) >= math.ceil(_exactly(limit))
     assert known or enough, "steps_per_epoch covers every epoch that is begun, up to max_steps"
-    in_epochs = steps_of_epochs(schedule.num_epochs, per_epoch) if known else sum(per_epoch)
+    in_epochs = steps_of_epochs(limit, per_epoch) if known else sum(per_epoch)
     total = in_epochs if schedule.max_steps is None else min(in_epochs, schedule.max_steps)
     about = "" if exact else "about "
-    line = f"steps: {about}{total} = {schedule.num_epochs:g} epoch(s) of {about}{_spread(per_epoch)} steps"
+    line = f"steps: {about}{total} = {limit:g} epoch(s) of {about}{_spread(per_epoch)} steps"
     if schedule.max_steps is not None:
         stops = total < in_epochs or not known
         line += f", max_steps {schedule.max_steps} {'stops the run first' if stops else 'is not exceeded'}"
     lines.append(line if exact else f"{line}; exact once the data is tokenised and in order, when the run starts")
     return total
+
+
+def _as_many_epochs_as_needed(max_steps: int | None, per_epoch: tuple[int, ...] | None) -> str:
+    assert max_steps is not None, "without max_steps an epoch ends the run"
+    epochs = "in as many epochs as needed"
+    if per_epoch is not None:
+        epochs = f"about {max_steps / per_epoch[0]:.3g} epoch(s) of {per_epoch[0]} steps"
+    return f"steps: {max_steps} (max_steps), {epochs}"
 
 
 def _at_most(max_steps: int) -> str:

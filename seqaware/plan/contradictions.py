@@ -72,11 +72,11 @@ def _of_precision(world: World, dtype: str) -> Iterator[ConfigError]:
 
 
 def _of_keeping(config: Config) -> Iterator[ConfigError]:
-    if config.output.keep_best and config.evaluation.every_steps is None:
+    if config.output.keep_best and not config.evaluation.written("every_steps", "every_minutes"):
         yield ConfigError(
-            "output.keep_best keeps the checkpoints with the lowest held-out loss, and none is measured",
-            got=f"{config.output.keep_best}, without evaluation.every_steps",
-            do="write evaluation.every_steps, best a multiple of output.save_every, or leave keep_best out",
+            "output.keep_best keeps the checkpoints with the lowest held-out loss, and none is measured in training",
+            got=f"{config.output.keep_best}, without evaluation.every_steps and every_minutes",
+            do="write one of them, with evaluation.dataset, or leave keep_best out",
         )
 
 

@@ -89,7 +89,7 @@ class DataFacts:
         longest: tokens of the longest document, of those that an epoch leaves out too.
         fingerprint: of the prepared data; empty where there is none yet.
         exact: counted in a prepared store, not guessed from rows.
-        steps_per_epoch: of epoch 0, 1, … as the order of the data has them, up to max_steps; None: so many as
+        steps_per_epoch: of epoch 0, 1, … as the order of the data has them, as in `BatchPlan`; None: as many as
             `documents` make.
         tokens_exact: False where every epoch draws other documents, so that its tokens are known on average only.
         tokenizer: digest of the tokenizer that made the tokens; empty where it is not known.

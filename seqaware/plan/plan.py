@@ -20,6 +20,7 @@ from seqaware.plan.contradictions import (
 from seqaware.plan.deepspeed_config import build_deepspeed_config, read_deepspeed_json
 from seqaware.plan.facts import DataFacts, ModelFacts, World
 from seqaware.plan.offload import offload_device
+from seqaware.plan.weighting_source import weighting_source
 
 DEFAULT_DEEPSPEED = REPOSITORY / "ds_configs" / "zero2.json"
 # Four implementations of one update: where the weights lie decides which is fast, not what is computed.
@@ -43,6 +44,8 @@ class Plan:
         attention: the backend as asked; the engine resolves auto on the device.
         deepspeed: the complete dict for `deepspeed.initialize`; deepspeed_path: the JSON it started from.
         model, data: None while they are not known here.
+        weighting_source: digest of a user's weighting function, as it was when the plan was made; None: not a user's,
+            or not found.
         notes: what works but a person may not expect.
     """
 
@@ -57,6 +60,7 @@ class Plan:
     model: ModelFacts | None
     data: DataFacts | None
     notes: tuple[str, ...]
+    weighting_source: str | None = None
 
     @property
     def total_steps(self) -> int | None:
@@ -102,6 +106,8 @@ class Plan:
             shape = training.schedule.model_dump(mode="json", include={"min_lr_ratio", "power", "decay_ratio"})
             schedule |= {**shape, "total_steps": batches.total_steps}
         objective = training.sft.model_dump(mode="json", exclude={"gamma", "half_life", "horizon"})
+        if self.weighting_source is not None:
+            objective["weighting_source"] = self.weighting_source
         of_model = {"base_name", "from_scratch", "revision", "dropout"}
         adapters = config.lora and {"lora": config.lora.model_dump(mode="json", exclude={"export"})}
         return {
@@ -131,6 +137,8 @@ class Plan:
             unknown.append("the model's maximum")
         if self.data is None or not self.data.fingerprint:
             unknown.append("the tokenised data")
+        if ":" in self.config.training.sft.weighting and self.weighting_source is None:
+            unknown.append("the weighting function's source")
         return tuple(unknown)
 
     def _tokenizer_identity(self) -> dict[str, Any]:
@@ -181,6 +189,7 @@ def make_plan(
         model=model,
         data=data,
         notes=tuple(_notes(config, raw)),
+        weighting_source=weighting_source(config.training.sft.weighting),
     )
 
 

@@ -38,13 +38,15 @@ class RunFigures:
     def heading(self) -> Iterator[tuple[str, str]]:
         """(label, text) of steps, tokens and packing."""
         plan, data = self.plan, self.plan.data
-        epochs = plan.config.training.schedule.num_epochs
-        if plan.total_steps is None or data is None:
-            yield "run", f"{epochs:g} epoch(s); steps and tokens: {WHEN_TOKENISED}"
+        limit = plan.config.training.schedule.epoch_limit
+        if data is None or plan.total_steps is None:
+            length = f"{plan.total_steps:,} steps; " if limit is None else f"{limit:g} epoch(s); steps and "
+            yield "run", f"{length}tokens: {WHEN_TOKENISED}"
             return
         about = "" if plan.batches.exact else "about "
         tokens = f", {data.tokens:,} tokens an epoch" if data.tokens else ""
-        yield "run", f"{about}{plan.total_steps:,} steps, {epochs:g} epoch(s) of {data.documents:,} documents{tokens}"
+        epochs = "epochs" if limit is None else f"{limit:g} epoch(s)"
+        yield "run", f"{about}{plan.total_steps:,} steps, {epochs} of {data.documents:,} documents{tokens}"
         if self.packing is not None:
             packing, full = self.packing, plan.batches.micro_batch_tokens
             packed = "packed" if plan.config.packing.enabled else "one document a row"

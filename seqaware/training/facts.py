@@ -35,7 +35,7 @@ def data_facts(store: TokenStore, order: StepOrder | None, schedule: ScheduleCon
         longest=facts.longest,
         fingerprint=facts.fingerprint,
         exact=True,
-        steps_per_epoch=None if order is None else order.steps_per_epoch(schedule.num_epochs, schedule.max_steps),
+        steps_per_epoch=None if order is None else order.steps_per_epoch(schedule.epoch_limit, schedule.max_steps),
         tokens_exact=everything,
         tokenizer=store.tokenizer,
     )

@@ -103,7 +103,7 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str, anyway: Collectio
         raise ConfigError(
             "output.dir holds another run",
             got=f"{path}, where {listed(refused)}",
-            do=f"choose another output.dir, go back to that run's config, or {how_to_go_on(refused)}",
+            do=f"choose another output.dir, go back to that run's config, or {how_to_go_on(refused, plan)}",
         )
 
 

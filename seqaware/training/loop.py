@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from seqaware.data.batch import Batch
 from seqaware.engine.engine import Engine, StepResult
@@ -22,6 +22,8 @@ from seqaware.training.watch.heartbeat import Heartbeat
 # The ranks' devices are compared now and then, first once they are warm.
 _PACE_STEPS = 100
 _PACE_FIRST = 20
+
+Done = TypeVar("Done")
 
 
 @dataclass
@@ -41,7 +43,8 @@ class Due:
     """What happens between steps. Each is collective, so every rank calls it after the same step.
 
     Attributes:
-        save: write a checkpoint. leave: write one, and leave (raises `Left`). evaluate: the held-out rows.
+        save: write a checkpoint. leave: write one, and leave (raises `Left`).
+        evaluate: the held-out rows; returns whether the step is one of the best, which is saved then.
         pace: how fast each rank computes.
         not_finite: a step was not applied, because its loss or its gradient is not finite; course.done is before it.
         interrupts, votes: what this rank is asked to do, and what all are. spikes: holds losses against the usual.
@@ -51,7 +54,7 @@ class Due:
 
     save: Callable[[int], None]
     leave: Callable[[int], None]
-    evaluate: Callable[[int], None]
+    evaluate: Callable[[int], bool]
     pace: Callable[[int], None]
     not_finite: Callable[[int, StepResult, Sequence[Batch]], None]
     interrupts: Interrupts
@@ -108,13 +111,12 @@ class TrainingLoop:
             self._between_steps(lambda step: due.profile.close(), step)
         is_last = step == self._total
         evaluate = Asked.EVALUATE in asked or (evaluation.every_steps and step % evaluation.every_steps == 0)
-        if evaluate and not is_last:
-            self._between_steps(due.evaluate, step)
+        best = bool(evaluate) and not is_last and self._between_steps(due.evaluate, step)
         if step % _PACE_STEPS == _PACE_FIRST:
             self._between_steps(due.pace, step)
         if Asked.LEAVE in asked and not is_last:
             self._between_steps(due.leave, step)
-        elif is_last or Asked.SAVE in asked or (output.save_every and step % output.save_every == 0):
+        elif is_last or best or Asked.SAVE in asked or (output.save_every and step % output.save_every == 0):
             self._between_steps(due.save, step)
         if due.profile.begins(step + 1):
             self._between_steps(due.profile.start, step + 1)
@@ -144,10 +146,11 @@ class TrainingLoop:
         self._due.heartbeat.reported(reported)
         self._due.spikes.see(reported)
 
-    def _between_steps(self, action: Callable[[int], None], step: int, *, until: float | None = None) -> None:
+    def _between_steps(self, action: Callable[[int], Done], step: int, *, until: float | None = None) -> Done:
         self._see(self._reporter.flush(until=until))
-        action(step)
+        done = action(step)
         self._reporter.skip_time()
+        return done
 
 
 def scheduled_rate(plan: Plan, step: int) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 from seqaware.engine.checkpoint.manifest import (
     MANIFEST,
     Listing,
+    RunState,
     first_wrong_hash,
     inspect,
     named_checkpoints,
@@ -23,6 +24,8 @@ from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import MATHEMATICS, Plan
 from seqaware.training.process import Say
 from seqaware.training.watch.host import HostProcess
+
+_SOURCE = "weighting_source"  # of `Plan.mathematics()["objective"]`
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _check(listing: Listing, plan: Plan, *, anyway: Collection[str], allowed: Co
         raise CheckpointError(
             "the checkpoint belongs to another run",
             got=f"{checkpoint}, where {listed(refused)}",
-            do=how_to_go_on(refused),
+            do=how_to_go_on(refused, plan),
         )
     if plan.total_steps is not None and state.step > plan.total_steps:
         raise CheckpointError(
@@ -188,6 +191,25 @@ def _unseen(listing: Listing, ranks: Ranks) -> str | None:
     return next((name for name in names if not (listing.path / name).is_file()), None)
 
 
+def refuse_different_plans(plan: Plan, ranks: Ranks) -> None:
+    """Refuse to train where a rank read another config, other data or other code than rank 0. Collective.
+
+    Raises:
+        ConfigError: on every rank.
+    """
+    hashes: list[str] = ranks.gather(plan.mathematics_hash())
+    other = next((rank for rank, each in enumerate(hashes) if each != hashes[0]), None)
+    if other is None:
+        return
+    plans: list[dict[str, Any]] = ranks.gather(plan.mathematics())
+    names = [name for name in MATHEMATICS if plans[0].get(name) != plans[other].get(name)]
+    raise ConfigError(
+        "the ranks would train different runs",
+        got=f"another {', '.join(names)} on rank {other} than on rank 0",
+        do="give every host the same config, data, model and, for training.sft.weighting, the same module",
+    )
+
+
 def check_names(anyway: Iterable[str]) -> None:
     """Refuse what `--resume-anyway` cannot mean.
 
@@ -212,11 +234,30 @@ class Change:
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Change]:
-    """What differs between the mathematics of two runs, by their top names."""
+    """Return what differs between the mathematics of two runs, by their top names.
+
+    The source of a user's weighting function counts only where the run before recorded it: version 0.1 recorded its
+    name alone.
+    """
     # As it reads back from a file: tuples become lists.
     written: dict[str, Any] = json.loads(json.dumps(now))
+    if not _records_source(before):
+        written["objective"].pop(_SOURCE, None)
     names = [name for name in MATHEMATICS if before.get(name) != written.get(name)]
     return {name: Change(before.get(name), written.get(name)) for name in names}
+
+
+def _records_source(mathematics: Mapping[str, Any]) -> bool:
+    objective = mathematics.get("objective")
+    return isinstance(objective, dict) and _SOURCE in objective
+
+
+def unrecorded(state: RunState, plan: Plan) -> str | None:
+    """Return what a checkpoint of an earlier version does not record of the run, or None."""
+    if plan.weighting_source is None or _records_source(state.mathematics):
+        return None
+    name = plan.config.training.sft.weighting
+    return f"the checkpoint does not record the source of training.sft.weighting {name}: it is assumed unchanged"
 
 
 def listed(differences: Mapping[str, Change]) -> str:
@@ -224,8 +265,20 @@ def listed(differences: Mapping[str, Change]) -> str:
     return "; ".join(_difference(change.was, change.now, name) for name, change in differences.items())
 
 
-def how_to_go_on(differences: Mapping[str, Change]) -> str:
-    return f"to go on all the same, write --resume-anyway {','.join(differences)}"
+def how_to_go_on(differences: Mapping[str, Change], plan: Plan) -> str:
+    """Return what allows the changes, and what undoes the one that a user did not write."""
+    allow = f"to resume all the same, write --resume-anyway {','.join(differences)}"
+    if _was_one_epoch(differences.get("schedule"), plan):
+        return f"write training.schedule.num_epochs: 1, which earlier versions took for null; {allow}"
+    return allow
+
+
+def _was_one_epoch(schedule: Change | None, plan: Plan) -> bool:
+    """Whether the run ended with its first epoch because `num_epochs` defaulted to 1 beside `max_steps`."""
+    if schedule is None or plan.config.training.schedule.epoch_limit is not None:
+        return False
+    first_epoch = plan.batches.steps_per_epoch and plan.batches.steps_per_epoch[0]
+    return isinstance(schedule.was, dict) and schedule.was.get("total_steps", 0) == first_epoch
 
 
 def _difference(old: Any, new: Any, name: str) -> str:

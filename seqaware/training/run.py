@@ -40,7 +40,15 @@ from seqaware.training.lock import alone_in
 from seqaware.training.loop import Course
 from seqaware.training.prepare import Prepared, prepare
 from seqaware.training.process import Process, Say
-from seqaware.training.resume import ResumePoints, Wish, check_names, first_whole, resume_points
+from seqaware.training.resume import (
+    ResumePoints,
+    Wish,
+    check_names,
+    first_whole,
+    refuse_different_plans,
+    resume_points,
+    unrecorded,
+)
 from seqaware.training.session import Session
 from seqaware.training.summary import model_card, summary_lines
 from seqaware.training.watch.heartbeat import Heartbeat
@@ -109,6 +117,7 @@ def run(
         ranks = connect(address, timeout_minutes=beyond_hangs(prepared.plan.config.faults.hang_minutes))
         # Rank 0 alone decides where to go on: hosts may see different files.
         points: ResumePoints | None = ranks.agree(standing)
+        refuse_different_plans(prepared.plan, ranks)
         if points is None:
             total = prepared.plan.total_steps
             say(f"complete: all {total} steps of this run are done; its model and results are in {folder.path}")
@@ -139,6 +148,8 @@ def _work(
         phase("loading the checkpoint", course.done)
         checkpoints.load(checkpoint)
         say(f"resumed     after step {course.done}, from {checkpoint.path}")
+        if gap := unrecorded(checkpoint.state, plan):
+            say(f"warning     {gap}")
     try:
         _train(Session(prepared, engine, folder=folder, course=course, checkpoints=checkpoints, process=process))
     finally:

@@ -128,8 +128,12 @@ class Session:
             if loss is None:
                 raise self._left(0)
             self.reporter.event({"kind": "evaluation", "step": 0, **loss})
-        elif held_out is not None and held_out.owes(done, self.total, metrics=self.folder.metrics):
-            self.evaluate(done)
+        elif (
+            held_out is not None
+            and held_out.owes(done, self.total, metrics=self.folder.metrics)
+            and self.evaluate(done)
+        ):
+            self.save(done)
 
     def finish(self) -> None:
         """After the last step: the model's folder, and the last look at the held-out rows.
@@ -178,17 +182,21 @@ class Session:
         self.votes.cast(self.interrupts.asked())
         return self.votes.result() == Asked.LEAVE
 
-    def evaluate(self, step: int) -> None:
-        """The held-out rows. A run that is asked to leave meanwhile leaves here, and the next one looks at them."""
+    def evaluate(self, step: int) -> bool:
+        """Evaluate the held-out rows; a shutdown request meanwhile ends the run here, and the next one evaluates.
+
+        Returns:
+            whether the step is to be saved, because it is among the best (`output.keep_best`).
+        """
         if self.held_out is None:
-            return
+            return False
         self.process.heartbeat.phase("evaluating", step)
         line = self.held_out.evaluate(step, answers=None, leaving=self.leaving)
         if line is None:
             self.leave(step)
         self.reporter.event(line)
-        self.checkpoints.note_evaluation(step, line["loss"])
         self.interrupts.evaluated()
+        return self.checkpoints.note_evaluation(step, line["loss"])
 
     def pace(self, step: int) -> None:
         """How fast each rank's device computes, where there are several."""

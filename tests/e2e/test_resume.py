@@ -33,7 +33,8 @@ def _check_requests(folder: Path, ranks: int) -> None:
 def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) -> None:
     workshop = tiny.build(tmp_path)
     # Five rows a step: the thirteen rows make a ragged epoch of three steps, and step 4 lies in the second epoch.
-    schedule = {"num_epochs": 2, "global_batch_size": 5, "scheduler_type": "constant", "micro_batch_tokens": 128}
+    # max_steps alone decides how many epochs there are.
+    schedule = {"global_batch_size": 5, "scheduler_type": "constant", "micro_batch_tokens": 128}
     path = workshop.write("run", workshop.config(training__schedule=schedule, output__save_every=2))
 
     def request(name: str, max_steps: int, **more: str) -> dict[str, object]:

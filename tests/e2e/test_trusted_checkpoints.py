@@ -99,7 +99,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     workshop = tiny.build(tmp_path_factory.mktemp("trusted"))
     stages = Stages(workshop)
     at = {name: str(workshop.folder / name) for name in ("whole", "damaged", "hopeless", "killed", "kept", "changed")}
-    more = ("taken", "planted", "outside", "elsewhere", "made by the pickle", "moved", "the good one")
+    more = ("best", "taken", "planted", "outside", "elsewhere", "made by the pickle", "moved", "the good one")
     at |= {name: str(workshop.folder / name) for name in more}
     behind = {"async_save": True}
     killed = stages.config(at["killed"], output=behind)
@@ -149,6 +149,15 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     for steps in (3, LAST):
         short = {**schedule, "max_steps": steps}
         stages.add(f"kept until {steps}", at["kept"], output=keep, evaluation=held_out, training__schedule=short)
+    # Evaluated by the clock, after every step; a rate at which the loss rises and falls. Saved only where an evaluation
+    # asks for it, in the background, while the next one may already be due.
+    stages.add(
+        "best",
+        at["best"],
+        output={"save_every": None, "keep_last": 1, "keep_best": 2, "async_save": True},
+        evaluation={"dataset": held_out["dataset"], "every_minutes": 1e-9},
+        training__optimizer={"lr": 0.03},
+    )
     return stages.start()
 
 
@@ -259,3 +268,15 @@ def test_the_last_the_regular_and_the_best_checkpoints_are_kept(told: dict[str, 
     kept = {int(path.name[5:]) for path in (folder / "checkpoints").glob("step-*")}
     assert kept == {2, 4, LAST, min(losses, key=losses.__getitem__)}
     assert largest(checkpoint(folder, LAST)).stat().st_size > 0
+
+
+def test_the_best_evaluated_steps_are_saved_when_nothing_else_saves_them(told: dict[str, Told]) -> None:
+    best = told["best"]
+    assert best.how == "trained", best.text
+    lines = [json.loads(line) for line in (best.folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if line["kind"] == "evaluation" and line["step"]}
+    assert set(losses) == set(range(1, LAST + 1))
+    lowest = set(sorted(losses, key=losses.__getitem__)[:2])
+    assert lowest - {LAST, LAST - 1}, "an early step must be one of the best: the last two are the newest in any case"
+    kept = {int(path.name[5:]) for path in (best.folder / "checkpoints").glob("step-*")}
+    assert kept == {*lowest, LAST}

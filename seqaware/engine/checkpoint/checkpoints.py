@@ -12,7 +12,7 @@ from typing import Any
 
 from seqaware.engine.checkpoint.background import BackgroundWrite
 from seqaware.engine.checkpoint.load import load_checkpoint
-from seqaware.engine.checkpoint.manifest import PARTIAL, Listing, RunState, checkpoint_name
+from seqaware.engine.checkpoint.manifest import PARTIAL, Listing, RunState, checkpoint_name, step_of, survey
 from seqaware.engine.checkpoint.retention import Evaluations, Retention, forget_old, set_aside_later, sweep
 from seqaware.engine.checkpoint.save import call_latest, complete, describe, make_empty
 from seqaware.engine.checkpoint.storage import save_through
@@ -170,16 +170,25 @@ class Checkpoints:
         own = self._folder / checkpoint_name(step)
         self.complete = step if listing.path.resolve() == own.resolve() else None
 
-    def note_evaluation(self, step: int, loss: float) -> None:
-        """Remember the held-out loss after a step, for `Retention.keep_best`. Not collective: rank 0 alone acts."""
-        if not self._ranks.is_first:
-            return
+    def note_evaluation(self, step: int, loss: float) -> bool:
+        """Remember the held-out loss after a step, for `Retention.keep_best`. Collective.
+
+        Returns:
+            whether the step is among the best, so that it is to be saved.
+        """
+        best = self._among_best(step, loss) if self._ranks.is_first else False
+        return self._keep.keep_best > 0 and bool(self._ranks.agree(best))
+
+    def _among_best(self, step: int, loss: float) -> bool:
         try:
             self._evaluations.note(step, loss)
         except OSError as error:
             self._warnings.append(f"the held-out loss of step {step} could not be noted: {error}")
         if self._writing is None:  # else the thread that writes will see to it
             self._warnings += self._forget_old()
+        saved = {step_of(path) for path in survey(self._folder, self._trusted).whole} if self._keep.keep_best else set()
+        coming = {self._writing.step} if self._writing is not None else set()
+        return step in self._keep.best(saved | coming | {step}, self._evaluations.losses)
 
     def _judge(self, writing: _Writing, manifest: Mapping[str, Any], votes: Sequence[Vote]) -> None:
         """Rank 0, perhaps in the background: complete the checkpoint, or clear away what there is of it."""

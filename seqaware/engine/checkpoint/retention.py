@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ class Retention:
     Attributes:
         keep_last: newest checkpoints; also of those that were set aside so many are kept.
         keep_every: steps that are a multiple of it are kept for good; None: none.
-        keep_best: so many of those that were evaluated at their own step.
+        keep_best: as many of those that were evaluated at their own step. The run saves each step whose evaluation
+            puts it among them.
     """
 
     keep_last: int
@@ -47,8 +48,12 @@ class Retention:
         """
         last = sorted(steps)[-self.keep_last :]
         regular = [step for step in steps if self.keep_every and step % self.keep_every == 0]
+        return {*last, *regular, *self.best(steps, losses)}
+
+    def best(self, steps: Iterable[int], losses: Mapping[int, float]) -> set[int]:
+        """Return the `keep_best` of `steps` with the lowest losses; steps without a loss do not count."""
         judged = sorted((losses[step], step) for step in steps if step in losses)
-        return {*last, *regular, *(step for _, step in judged[: self.keep_best])}
+        return {step for _, step in judged[: self.keep_best]}
 
 
 class Evaluations:

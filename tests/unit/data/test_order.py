@@ -241,6 +241,7 @@ def test_epochs_of_token_steps_become_steps():
     assert order.steps_per_epoch(2.5) == tuple(per_epoch[:3])
     assert order.total_steps(2.5) == sum(per_epoch[:2]) + math.ceil(per_epoch[2] / 2)
     assert order.steps_per_epoch(4, per_epoch[0] + 1) == tuple(per_epoch[:2])
+    assert order.steps_per_epoch(None, 10**12) == (per_epoch[0],)
     assert order.total_steps(4, per_epoch[0] + 1) == per_epoch[0] + 1
 
 

@@ -46,3 +46,12 @@ def test_what_a_checkpoint_holds_is_read(tmp_path: Path) -> None:
 )
 def test_which_checkpoints_are_kept(keep: Retention, losses: dict[int, float], kept: set[int]) -> None:
     assert keep.kept(range(1, 7), losses) == kept
+
+
+def test_a_step_is_worth_saving_while_fewer_than_the_best_are_saved() -> None:
+    keep = Retention(1, keep_best=2)
+    losses = {2: 0.9, 4: 0.5, 6: 0.7, 8: 0.8}
+    assert keep.best({2, 4, 6}, losses) == {4, 6}
+    assert 8 not in keep.best({4, 6, 8}, losses)
+    assert 8 in keep.best({4, 8}, losses), "step 6 could not be saved"
+    assert Retention(1).best({4}, losses) == set()

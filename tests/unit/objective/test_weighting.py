@@ -215,7 +215,11 @@ def test_a_scheme_is_imported_once() -> None:
 def test_a_scheme_is_found_in_the_working_directory(tmp_path: Path) -> None:
     """As under the launcher: a script in another folder, which Python searches in place of the working directory."""
     (tmp_path / "launcher").mkdir()
-    (tmp_path / "my_scheme_module.py").write_text("def ones(k, length):\n    return k.new_ones(k.shape).float()\n")
+    # Names of a script beside the launcher's, and of a helper module that is installed too.
+    (tmp_path / "launcher" / "weights.py").write_text("")
+    (tmp_path / "weights.py").write_text("from packaging import one\ndef ones(k, length):\n    return k * 0.0 + one\n")
+    (tmp_path / "packaging.py").write_text("one = 1.0\n")
+    (tmp_path / "json.py").write_text("def ones(k, length):\n    return k * 0.0 + 1\n")
     (tmp_path / "launcher" / "train.py").write_text(
         "import os, sys\n"
         f"sys.path.append({str(Path(__file__).resolve().parents[3])!r})\n"
@@ -223,8 +227,14 @@ def test_a_scheme_is_found_in_the_working_directory(tmp_path: Path) -> None:
         "import torch\n"
         "before = list(sys.path)\n"
         "k = torch.tensor([1, 2])\n"
-        "assert Weighting(0.9, 'my_scheme_module:ones').weights(k, k).tolist() == [1.0, 1.0]\n"
+        "assert Weighting(0.9, 'weights:ones').weights(k, k).tolist() == [1.0, 1.0]\n"
         "assert sys.path == before and os.getcwd() not in before\n"
+        "try:\n"
+        "    Weighting(0.9, 'json:ones')\n"
+        "except ValueError as error:\n"
+        "    assert 'is loaded under that name already; rename' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('another module answered')\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     script = [sys.executable, "launcher/train.py"]

@@ -91,6 +91,10 @@ def test_a_step_of_tokens_holds_every_sequence() -> None:
         ({"num_epochs": 2.1}, (7, 7, 7), 15),
         ({"num_epochs": 3, "max_steps": 10}, (7, 7), 10),
         ({"num_epochs": 1, "max_steps": 10}, (7,), 7),
+        ({"max_steps": 10}, (7,), 10),
+        ({"max_steps": 3}, (7,), 3),
+        ({"max_steps": 10**12}, (7,), 10**12),
+        ({"num_epochs": None, "max_steps": None}, (7,), 7),
     ],
 )
 def test_steps_of_a_run(schedule: dict[str, Any], per_epoch: tuple[int, ...], total: int) -> None:
@@ -126,7 +130,18 @@ def test_steps_before_the_data_is_known() -> None:
     assert plan.steps_per_epoch is None
     assert not plan.exact
     assert any("run `python launcher/prepare.py CONFIG`" in line for line in plan.derivation)
-    assert any("at most 5" in line for line in derive(max_steps=5).derivation)
+    assert any("at most 5" in line for line in derive(max_steps=5, num_epochs=1).derivation)
+
+
+def test_max_steps_alone_is_the_length_of_the_run_whatever_the_data() -> None:
+    unknown = derive(max_steps=50, warmup_ratio=0.1)
+    assert (unknown.total_steps, unknown.warmup_steps, unknown.exact) == (50, 5, True)
+    assert "steps: 50 (max_steps), in as many epochs as needed" in unknown.derivation
+    guessed = derive(facts=data(exact=False), max_steps=50, warmup_ratio=0.1)
+    assert (guessed.total_steps, guessed.warmup_steps, guessed.exact) == (50, 5, True)
+    assert "steps: 50 (max_steps), about 7.14 epoch(s) of 7 steps" in guessed.derivation
+    with pytest.raises(ConfigError, match="the run has 50 steps"):
+        derive(max_steps=50, warmup_steps=51)
 
 
 @pytest.mark.parametrize("size", [{"global_batch_size": 16}, {"global_batch_tokens": 256}])

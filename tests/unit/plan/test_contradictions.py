@@ -123,7 +123,8 @@ def test_fewer_bits_need_their_library(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_best_checkpoints_need_something_to_be_judged_by() -> None:
     rows = {"dataset": {"name": "gsm8k"}}
-    for evaluation, refused in (({}, True), (rows, True), ({**rows, "every_steps": 5}, False)):
+    by_clock = {**rows, "every_minutes": 5}
+    for evaluation, refused in (({}, True), (rows, True), ({**rows, "every_steps": 5}, False), (by_clock, False)):
         written = {"model": {"base_name": "gpt2"}, "dataset": {"name": "gsm8k"}, "evaluation": evaluation}
         config = Config.model_validate({**written, "output": {"keep_best": 1}})
         with pytest.raises(ConfigError, match="keep_best") if refused else nullcontext():

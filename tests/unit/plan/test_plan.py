@@ -187,6 +187,22 @@ def test_a_run_at_a_constant_rate_may_go_on_for_longer() -> None:
     assert constant(max_steps=5).mathematics_hash() == constant(num_epochs=3).mathematics_hash()
 
 
+# What the first releases wrote into checkpoints. A change here makes every run started before refuse to resume.
+IDENTITIES = [
+    ({}, "a7861d95e468af42e07bab3fca501486b46ca16618e2e60d201d18db2a2e504b"),
+    ({"num_epochs": 1}, "a7861d95e468af42e07bab3fca501486b46ca16618e2e60d201d18db2a2e504b"),
+    (
+        {"num_epochs": 1, "max_steps": 100, "warmup_ratio": 0.1},
+        "3947bd1d46dcfaf89d399e0f89fb07ce1e9dc5734d1b49d608550da340460d54",
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "identity"), IDENTITIES)
+def test_a_run_keeps_the_identity_that_its_checkpoints_hold(schedule: dict[str, Any], identity: str) -> None:
+    assert plan(config(training={"schedule": schedule})).mathematics_hash() == identity
+
+
 def test_adapters_are_mathematics_and_their_export_is_not() -> None:
     whole, adapted = plan(), plan(config(lora={}))
     assert "lora" not in whole.mathematics() and whole.mathematics_hash() != adapted.mathematics_hash()

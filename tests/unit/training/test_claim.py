@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training import folder as claiming
 from seqaware.training.folder import RunFolder, allowed_before, attempts_before, check_claim, claim, is_finished
 from seqaware.training.lock import LOCK, alone_in
-from seqaware.training.resume import ResumePoints, Wish, first_whole
+from seqaware.training.resume import ResumePoints, Wish, first_whole, refuse_different_plans
 from tests.fakes import checkpoint_folder
 from tests.unit.plan.test_plan import plan
 
@@ -88,6 +89,19 @@ def test_a_host_that_does_not_see_the_checkpoints_makes_no_run_begin_anew(tmp_pa
     assert first_whole(points, plan(), TwoRanks(None), say=print) == points.newest  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match=r"does not see.*on rank 1, where seqaware\.json is missing"):
         first_whole(points, plan(), TwoRanks(MANIFEST), say=print)  # type: ignore[arg-type]
+
+
+def test_ranks_that_read_different_runs_are_refused() -> None:
+    class Hosts(TwoRanks):
+        """Rank 1 has another file of the weighting function."""
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, self.other.mathematics() if isinstance(value, dict) else self.other.mathematics_hash()]
+
+    other = replace(plan(), weighting_source="f" * 64)
+    refuse_different_plans(plan(), Hosts(plan()))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"different runs; got another objective on rank 1 than on rank 0"):
+        refuse_different_plans(plan(), Hosts(other))  # type: ignore[arg-type]
 
 
 def test_who_starts_again_by_itself_goes_on_and_not_back(tmp_path: Path) -> None:

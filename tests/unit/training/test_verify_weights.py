@@ -7,12 +7,14 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+from seqaware.config import schema
 from seqaware.config.schema import SftConfig
 from seqaware.data.batch import build_batch
 from seqaware.data.pieces import split_document
 from seqaware.data.store import Document
-from seqaware.objective.weighting import Weighting
+from seqaware.objective.weighting import SCHEMES, Weighting
 from seqaware.training.verify import worlds
 from seqaware.training.verify.items import WEIGHT_ROUNDING
 from seqaware.training.verify.weights import denominator, scored_tokens
@@ -54,6 +56,25 @@ def test_the_recurrence_is_the_sum_over_suffixes() -> None:
 )
 def test_by_hand(sft: dict[str, object], expected: list[float]) -> None:
     assert _weights(ROW, **sft) == pytest.approx(expected)
+
+
+def test_a_scheme_without_a_formula_here_is_the_runs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CONTRIBUTING's recipe: a name in both lists, and a case of `_evaluate`."""
+    own = Weighting._evaluate
+
+    def with_squares(self: Weighting, k: Tensor, length: Tensor) -> Tensor:
+        return (k - 1).double() ** 2 if self.scheme == "squares" else own(self, k, length)
+
+    for module in ("seqaware.config.schema", "seqaware.objective.weighting"):
+        monkeypatch.setattr(f"{module}.SCHEMES", (*SCHEMES, "squares"))
+    monkeypatch.setattr(Weighting, "_evaluate", with_squares)
+    assert _weights(ROW, weighting="squares") == [0.0, 1.0, 4.0]
+    # Its first token weighs 0, which nothing knows of before it looks.
+    assert not Weighting(0.5, "squares").is_positive and Weighting(0.5).is_positive
+
+
+def test_both_lists_of_schemes_are_one() -> None:
+    assert schema.SCHEMES == SCHEMES
 
 
 def test_the_datas_factors_multiply_in_after_the_scaling() -> None:
