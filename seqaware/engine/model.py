@@ -12,6 +12,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from seqaware.engine.attention import NAME as OUR_ATTENTION
 from seqaware.engine.attention import Documents
 from seqaware.engine.lora import Adapters, quantization
 from seqaware.errors import ConfigError
+from seqaware.files import MalformedError, read_json
 from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits
 from seqaware.objective.fused import fused_by_position, fused_cross_entropy
 
@@ -62,8 +64,9 @@ def build_initial_model(
     with FileLock(folder.with_name(folder.name + ".lock")):
         wanted = {"fields": dict(fields), "seed": seed, "vocabulary": len(tokenizer)}
         mark = folder / "seqaware_initial.json"
-        if mark.is_file() and json.loads(mark.read_text()) == wanted:
-            return folder
+        with suppress(OSError, MalformedError):
+            if read_json(mark) == wanted:
+                return folder
         partial = folder.with_name(folder.name + ".partial")
         for stale in (partial, folder):
             shutil.rmtree(stale, ignore_errors=True)

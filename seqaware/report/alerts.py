@@ -57,6 +57,8 @@ class Alerts:
         return new
 
     def _of_step(self, line: Mapping[str, Any]) -> dict[str, str]:
+        if not {"unweighted_loss", "grad_norm", "lr"} <= line.keys():
+            return dict(self._standing)  # of another version, or not written by us
         self._losses.append(float(line["unweighted_loss"]))
         self._norms.append(float(line["grad_norm"]))
         self._rates.append(float(line["lr"]))

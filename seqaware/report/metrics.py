@@ -1,17 +1,93 @@
-"""`metrics.jsonl`: one JSON object a line, written by rank 0, complete up to the last line even after a crash."""
+"""`metrics.jsonl`: one JSON object a line, written by rank 0, complete up to the last line even after a crash.
+
+A line is read only if it is valid: a damaged one is skipped and counted. `LINES` says what the lines of each kind hold.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, BinaryIO, Literal
 
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from seqaware.data.inside import Count, Text
 from seqaware.engine.checkpoint.manifest import write_durably
 from seqaware.errors import StorageError
+from seqaware.files import MalformedError, parse_json
+
+# A line has about 500 bytes; one of an evaluation with many buckets some thousands.
+_LINE_BYTES = 2**20
+
+Number = Annotated[float, Field(strict=True)] | Literal["nan", "inf", "-inf"]
+"""A figure that may be no number, or infinite: JSON has neither, so they are written as text."""
+Amount = Annotated[float, Field(strict=True, ge=0, le=1e15)]
+Share = Annotated[float, Field(strict=True, ge=0, le=1)]
+
+
+class _Line(BaseModel):
+    """Any line, of unknown kinds too."""
+
+    kind: Text
+    step: Count
+
+
+class _Step(_Line):
+    loss: Number
+    unweighted_loss: Number
+    grad_norm: Number = 0.0
+    lr: Amount = 0.0
+    epoch: Amount = 0.0
+    tokens: Amount = 0.0
+    supervised_tokens: Amount = 0.0
+    sequences: Amount = 0.0
+    accuracy: Number = 0.0
+    weight_sum: Number = 0.0
+    step_seconds: Amount = 0.0
+    tokens_per_second: Amount = 0.0
+    supervised_tokens_per_second: Amount = 0.0
+    mfu: Amount | None = None
+    wait_share: Amount | None = None
+    padding_share: Amount | None = None
+    peak_memory_gb: Amount | None = None
+
+
+class _Bucket(BaseModel):
+    """The held-out tokens of some positions."""
+
+    first: Annotated[Count, Field(ge=1)] = Field(alias="from")
+    last: Annotated[Count, Field(ge=1)] | None = Field(alias="to")
+    loss: Number
+    accuracy: Number
+    weight: Number
+
+
+class _Evaluation(_Line):
+    loss: Number = 0.0
+    unweighted_loss: Number = 0.0
+    accuracy: Number = 0.0
+    exact_match: Share | None = None
+    questions: Count | None = None
+    by_position: list[_Bucket] = []
+
+
+class _Pace(_Line):
+    seconds: Annotated[list[Amount], Field(min_length=1)]
+    hosts: list[Text]
+
+    @model_validator(mode="after")
+    def _one_host_each(self) -> _Pace:
+        if len(self.hosts) != len(self.seconds):
+            raise ValueError("seconds and hosts are of different ranks")
+        return self
+
+
+LINES: Mapping[str, type[_Line]] = {"step": _Step, "evaluation": _Evaluation, "pace": _Pace}
 
 
 class MetricsFile:
@@ -73,31 +149,47 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, *, lost: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics file that can be read. A torn last line, as a crash leaves it, ends the reading.
+    """The valid lines of a metrics file.
 
     Args:
-        lost: takes the numbers, from 1, of the lines before the last that cannot be read.
+        lost: takes the numbers, from 1, of the lines that are not valid; without a last one that ends without a line
+            break, as a crash or a look in mid-write finds it.
+
+    Raises:
+        OSError: the file cannot be read.
     """
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for number, text in enumerate(lines, start=1):
-        line = _line(text)
-        if line is not None:
-            yield line
-        elif number < len(lines) and lost is not None:
-            lost.append(number)
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    with path.open("rb") as file:
+        for number, text in enumerate(_texts(file), start=1):
+            line = _line(text)
+            if line is not None:
+                yield line
+            elif text.endswith(b"\n") and lost is not None:
+                lost.append(number)
 
 
-def _line(text: str) -> dict[str, Any] | None:
+def _texts(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of the file; of one that is too long only the end, which is not valid."""
+    while text := file.readline(_LINE_BYTES):
+        while not text.endswith(b"\n") and (more := file.readline(_LINE_BYTES)):
+            text = b"too long " + more[-1:]
+        yield text
+
+
+def _line(text: bytes) -> dict[str, Any] | None:
     try:
-        line = json.loads(text)
-    except ValueError:
+        line: dict[str, Any] = parse_json(text)
+        kind = _Line.model_validate(line).kind
+        LINES.get(kind, _Line).model_validate(line)
+    except (MalformedError, ValidationError):
         return None
-    return line if isinstance(line, dict) else None
+    return line
 
 
 def _keep_until(path: Path, step: int, *, lost: list[int] | None = None) -> None:
     # A run that begins anew tells everything anew, also what comes before its first step.
-    kept = [line for line in read_metrics(path, lost=lost) if line.get("step", 0) <= step] if step else []
+    kept = [line for line in read_metrics(path, lost=lost) if line["step"] <= step] if step else []
     write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

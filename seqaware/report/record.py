@@ -5,17 +5,21 @@ Nothing here needs torch, the machine of the run, or a folder that is whole. Wha
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from seqaware import __version__
+from seqaware.data.inside import Count, Text, first_problem
 from seqaware.errors import DataError
+from seqaware.files import MalformedError, read_json
+from seqaware.report.metrics import Amount, Share, read_metrics
 
 Line = Mapping[str, Any]
 
@@ -31,6 +35,71 @@ TROUBLES = {
     "save_failed": "the checkpoint of step {step} could not be written",
 }
 """Kinds of lines that tell of what went wrong, and what each says."""
+
+
+class _Objective(BaseModel):
+    gamma: Share = 0.0
+    weighting: Text = ""
+    scale: Text = ""
+    positions: Text = ""
+
+
+class _Mathematics(BaseModel):
+    objective: _Objective | None = None
+    seed: int | str | None = None
+
+
+class _Manifest(BaseModel):
+    """What is read of manifest.json."""
+
+    seqaware: Annotated[str, Field(strict=True, max_length=100)] | None = None
+    git_revision: Text | None = None
+    mathematics: _Mathematics | None = None
+    attempts: list[dict[str, Any]] | None = None
+    finished_steps: Count | None = None
+
+
+class _Counts(BaseModel):
+    total_steps: Count | None = None
+    global_batch_size: Count | None = None
+    documents: Count | None = None
+    tokens: Count | None = None
+    supervised_tokens: Count | None = None
+    longest: Count | None = None
+    size: Count | None = None
+
+
+class _Optimizer(BaseModel):
+    max_grad_norm: Amount = 0.0
+
+
+class _Training(BaseModel):
+    optimizer: _Optimizer | None = None
+
+
+class _Config(BaseModel):
+    training: _Training | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+class _Plan(BaseModel):
+    """What is read of plan.json."""
+
+    config: _Config | None = None
+    world: _Counts | None = None
+    batches: _Counts | None = None
+    data: _Counts | None = None
+    mathematics: _Mathematics | None = None
+
+
+class _Certificate(BaseModel):
+    """What is read of certificate.json."""
+
+    items: list[dict[str, Any]] | None = None
+
+
+class _Results(BaseModel):
+    """What an evaluation has left: shares by name, and other values."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +188,11 @@ def read_run(path: Path) -> RunRecord:
     if not path.is_dir():
         raise DataError("there is no such run folder", got=path, do=_runs_beside(path))
     notes: list[str] = []
-    manifest = _json(path / "manifest.json", notes)
-    plan = _json(path / "plan.json", notes)
-    certificate = _json(path / "certificate.json", notes)
-    results = {file.parent.name: _json(file, notes) for file in sorted(path.glob("evaluations/*/results.json"))}
+    manifest = _json(path / "manifest.json", _Manifest, notes)
+    plan = _json(path / "plan.json", _Plan, notes)
+    certificate = _json(path / "certificate.json", _Certificate, notes)
+    found = sorted(path.glob("evaluations/*/results.json"))
+    results = {file.parent.name: _json(file, _Results, notes) for file in found}
     metrics = path / "metrics.jsonl"
     lines = tuple(_lines(metrics, notes))
     if not lines and not manifest and not plan:
@@ -140,38 +210,34 @@ def _has(line: Line, *names: str) -> bool:
     return all(isinstance(line.get(name), int | float) for name in names)
 
 
-def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+def _json(path: Path, model: type[BaseModel], notes: list[str]) -> dict[str, Any]:
+    """The content of a file, whose values the model checks; empty, with a note, where it is damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(path)
+        model.model_validate(content)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, MalformedError) as error:
         notes.append(f"{path.name} cannot be read ({str(error)[:_LONGEST_TEXT]})")
         return {}
-    if not isinstance(content, dict):
-        notes.append(f"{path.name} holds no mapping")
+    except ValidationError as error:
+        notes.append(f"{path.name} is not valid ({first_problem(error)})")
         return {}
     return content
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[Line]:
-    """The lines that can be read. The last may be torn, as a crash or a look in mid-write finds it."""
+    """The valid lines. The last may be torn, as a crash or a look in mid-write finds it."""
+    lost: list[int] = []
     try:
-        texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    bad = []
-    for number, text in enumerate(texts, start=1):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if isinstance(line, dict):
+        for line in read_metrics(path, lost=lost):
             yield _with_numbers(line)
-        elif number < len(texts):
-            bad.append(number)
-    if bad:
-        notes.append(f"{path.name}: {len(bad)} lines cannot be read, the first of them line {bad[0]}")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read ({error.strerror})")
+    if lost:
+        notes.append(f"{path.name}: {len(lost)} lines cannot be read, the first of them line {lost[0]}")
 
 
 def _with_numbers(value: Any) -> Any:

@@ -15,10 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from seqaware.config.output import LoggingConfig
+from seqaware.files import MalformedError, read_json
 from seqaware.report.trackers import Opening, wandb_mode
 
 _NAMES = "trackers.json"
+_NAMES_FILE = TypeAdapter(dict[str, dict[str, str]])
 _MLFLOW_PARAMS_AT_ONCE = 100
 _MLFLOW_LONGEST = 500
 # The services open in threads of their own.
@@ -140,10 +144,9 @@ def _flat(values: Mapping[str, Any], above: str = "") -> Iterable[tuple[str, Any
 
 def _names(folder: Path) -> dict[str, dict[str, str]]:
     try:
-        names: dict[str, dict[str, str]] = json.loads((folder / _NAMES).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return {}
-    return names
+        return _NAMES_FILE.validate_python(read_json(folder / _NAMES))
+    except (OSError, MalformedError, ValidationError):
+        return {}  # the run is then a new one for the services
 
 
 def _kept(folder: Path, service: str) -> dict[str, str] | None:

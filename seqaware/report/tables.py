@@ -123,7 +123,7 @@ def plan_against_run(run: RunRecord) -> Section:
     if steps and batches.get("global_batch_size"):
         rows.append(["sequences of a step", str(batches["global_batch_size"]), _range(run, "sequences")])
     if steps:
-        peak = max(float(line["lr"]) for line in steps)
+        peak = max(float(line.get("lr", 0.0)) for line in steps)
         rows.append(["highest learning rate", f"{(config.get('optimizer') or {}).get('lr', '?')}", f"{peak:g}"])
     rows.append(["steps passed over, saves that failed, …", "0", str(len(run.troubles))])
     rows.append(["attempts", "1", str(len(run.manifest.get("attempts") or []))])
@@ -152,7 +152,8 @@ def results(runs: Sequence[RunRecord]) -> Section | None:
         for run in runs
         for name, content in run.results.items()
         for figure, share in content.items()
-        if isinstance(low := content.get(f"{figure}_low"), float)
+        if isinstance(share, float)
+        and isinstance(low := content.get(f"{figure}_low"), float)
         and isinstance(high := content.get(f"{figure}_high"), float)
     ]
     head = ["run", "model", "figure", "share", "95 %"]

@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from seqaware import __version__
+from seqaware.data.inside import Count, Text, first_problem
 from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.manifest import RunState, survey, write_durably
 from seqaware.engine.versions import git_revision, versions
 from seqaware.errors import ConfigError
+from seqaware.files import MalformedError, read_json
 from seqaware.plan.plan import Plan, mathematics_hash
 from seqaware.training.lock import LOCK
 from seqaware.training.resume import Wish, changes, how_to_go_on, listed
@@ -40,6 +43,21 @@ _BEFORE_THE_CLAIM = (
 )
 _BYTES_PER_PARAMETER_MODEL = 4
 _BYTES_PER_PARAMETER_CHECKPOINT = 14  # bfloat16 weights, float32 master weights and two moments
+
+
+class _Attempt(BaseModel):
+    """What a later attempt reads of an earlier one."""
+
+    asked: dict[str, Any] | None = None
+
+
+class _RunManifest(BaseModel):
+    """What a rerun reads of manifest.json."""
+
+    mathematics: dict[str, Any]
+    attempts: list[_Attempt] = []
+    goes_on_from: list[Text] = []
+    finished_steps: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -245,13 +263,14 @@ def _read_manifest(folder: RunFolder) -> dict[str, Any]:
         ConfigError: it cannot be read, or is not what a run has written.
     """
     try:
-        manifest = json.loads(folder.manifest.read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = read_json(folder.manifest)
+        _RunManifest.model_validate(manifest)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, MalformedError) as error:
         raise _damaged(folder, str(error)) from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("mathematics"), dict):
-        raise _damaged(folder, "no mathematics in it")
+    except ValidationError as error:
+        raise _damaged(folder, first_problem(error)) from error
     return manifest
 
 

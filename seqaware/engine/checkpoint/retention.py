@@ -21,6 +21,7 @@ from seqaware.engine.checkpoint.manifest import (
     survey,
     write_durably,
 )
+from seqaware.files import read_json
 
 EVALUATIONS = "evaluations.json"
 
@@ -68,7 +69,7 @@ class Evaluations:
         self.losses: dict[int, float] = {}
         self.problem: str | None = None
         try:
-            written = json.loads(self._path.read_text(encoding="utf-8"))
+            written = read_json(self._path)
             self.losses = {int(step): float(loss) for step, loss in written.items()}
         except FileNotFoundError:
             pass

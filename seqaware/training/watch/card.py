@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from seqaware.files import read_json
 from seqaware.training.watch.dial import Place
 from seqaware.training.watch.host import HostProcess
 
@@ -63,7 +64,7 @@ class Card:
 def read_card(path: Path) -> Card | None:
     """The card of another rank; None where there is none."""
     try:
-        return _card(json.loads(path.read_text(encoding="utf-8")))
+        return _card(read_json(path))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # not yet written, or by another version
 
@@ -76,7 +77,7 @@ def write_cards(path: Path, cards: Iterable[Card]) -> None:
 def read_cards(path: Path) -> list[Card]:
     """Return the cards that another host has written; none where there is no such file."""
     try:
-        return [_card(values) for values in json.loads(path.read_text(encoding="utf-8"))]
+        return [_card(values) for values in read_json(path)]
     except (OSError, ValueError, KeyError, TypeError):
         return []  # not yet written, or by another version
 

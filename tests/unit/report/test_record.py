@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import io
+import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
 from seqaware.errors import DataError
+from seqaware.report import page
+from seqaware.report.page import write_report
 from seqaware.report.record import read_run
-from tests.unit.report.runs import write_run
+from seqaware.report.watch import frame
+from tests.unit.report.runs import evaluation_line, step_line, write_run
 
 
 def test_a_whole_run(tmp_path: Path) -> None:
@@ -55,3 +62,62 @@ def test_the_state_is_told_from_the_clock(tmp_path: Path) -> None:
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "left", "step": 30, "reason": "SIGTERM"}\n')
     assert read_run(folder).state().startswith("left")
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value"),
+    [
+        ("manifest.json", (), "[]"),
+        ("manifest.json", (), "[" * 5000),
+        ("manifest.json", ("seqaware",), "9" * 5000),
+        ("manifest.json", ("mathematics",), [1]),
+        ("manifest.json", ("mathematics", "objective"), "x"),
+        ("manifest.json", ("mathematics", "objective", "gamma"), 1e300),
+        ("manifest.json", ("mathematics", "objective", "gamma"), "<b>"),
+        ("manifest.json", ("mathematics", "seed"), [1]),
+        ("manifest.json", ("attempts",), ["x"]),
+        ("manifest.json", ("finished_steps",), "x"),
+        ("plan.json", ("config",), "x"),
+        ("plan.json", ("config", "training", "optimizer", "max_grad_norm"), "x"),
+        ("plan.json", ("config", "evaluation"), 3),
+        ("plan.json", ("batches", "total_steps"), -1),
+        ("plan.json", ("data", "tokens"), "many"),
+        ("plan.json", ("data", "longest"), 10**300),
+        ("plan.json", ("world",), [8]),
+        ("certificate.json", (), '{"items": [3]}'),
+        ("evaluations/m/results.json", (), '{"a": "x", "a_low": 0.1, "a_high": 0.2}'),
+        ("evaluations/m/results.json", (), "3"),
+    ],
+)
+def test_a_file_with_invalid_values_is_named_and_the_rest_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, keys: tuple[str, ...], value: Any
+) -> None:
+    # Figures are drawn, not written: that takes a second, and the next test does it.
+    monkeypatch.setattr(page, "_saved", lambda name, caption, figure, out: {"caption": caption, "svg": ""})
+    path = write_run(tmp_path / "run", done=30) / name
+    if keys:
+        content = json.loads(path.read_text())
+        section = content
+        for key in keys[:-1]:
+            section = section[key]
+        section[keys[-1]] = value
+        value = json.dumps(content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value)
+    run = read_run(tmp_path / "run")
+    assert run.done == 30
+    assert any(Path(name).name in note for note in run.notes) or '"a_low"' in value
+    other = write_run(tmp_path / "other", gamma=0.5)
+    assert write_report([tmp_path / "run", other], out=tmp_path / "report").is_file()
+    Console(file=io.StringIO()).print(frame(tmp_path / "run", width=80))
+
+
+def test_a_diverged_run_is_drawn(tmp_path: Path) -> None:
+    lines = [step_line(step, loss=1.0, unweighted_loss="inf", loss_="nan", grad_norm="inf") for step in range(1, 70)]
+    lines += [evaluation_line(70, loss=1.0)]
+    lines[-1]["by_position"][0] |= {"loss": "inf", "weight": "nan"}
+    lines[-1]["unweighted_loss"] = "nan"
+    folder = write_run(tmp_path / "run", done=3)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert write_report([folder], out=tmp_path / "report").is_file()
+    Console(file=io.StringIO()).print(frame(folder, width=80))
