@@ -52,6 +52,8 @@ class OracleSettings:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     max_grad_norm: float = 1.0
+    optimizer: str = "adamw"
+    momentum: float = 0.95
 
 
 @dataclass
@@ -72,22 +74,32 @@ def train(model_folder: Path, steps: Sequence[Sequence[OracleDocument]], setting
 
 def descend(model, steps: Sequence[Sequence[OracleDocument]], settings: OracleSettings) -> OracleRun:
     """Train every parameter of a float64 model, whatever it is made of."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+    outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+    hidden = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in outer and settings.optimizer == "muon"]
+    muon = Muon(hidden, settings)
+    rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    adamw = torch.optim.AdamW(
+        [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ],
         betas=settings.betas,
         eps=settings.eps,
         foreach=False,
     )
     run = OracleRun()
     for documents, rate in zip(steps, settings.learning_rates, strict=True):
-        _step(model, optimizer, documents, settings=settings, rate=rate, run=run)
+        _gradients(model, documents, settings=settings, run=run)
+        for group in adamw.param_groups:
+            group["lr"] = rate
+        adamw.step()
+        muon.step(rate)
     run.weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     return run
 
 
-def _step(model, optimizer, documents, *, settings, rate, run) -> None:
+def _gradients(model, documents, *, settings, run) -> None:
+    """The clipped gradient of a step into every parameter, and the step's figures into `run`."""
     weighted, plain, weight_sum, tokens, correct = 0.0, 0.0, 0.0, 0, 0
     for document in documents:
         ids = torch.tensor([list(document.tokens)])
@@ -104,16 +116,34 @@ def _step(model, optimizer, documents, *, settings, rate, run) -> None:
         correct += int((logits[places].argmax(-1) == targets[places]).sum())
     denominator = {"tokens": tokens, "weight": weight_sum, "sequences": len(documents)}[settings.normalize_by]
     loss = weighted / denominator
-    optimizer.zero_grad()
+    model.zero_grad()
     loss.backward()
     norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
     if settings.max_grad_norm and norm > settings.max_grad_norm:
         for p in model.parameters():
             p.grad *= settings.max_grad_norm / norm
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.step()
     run.losses.append(float(loss.detach()))
     run.unweighted.append(plain / tokens)
     run.grad_norms.append(float(norm))
     run.accuracies.append(correct / tokens)
+
+
+class Muon:
+    """Momentum, orthogonalized by the published five quintic Newton–Schulz steps, with Nesterov's look ahead."""
+
+    def __init__(self, matrices: Sequence[torch.nn.Parameter], settings: OracleSettings) -> None:
+        self.matrices, self.settings = matrices, settings
+        self.averages = [torch.zeros_like(p) for p in matrices]
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        beta = self.settings.momentum
+        for p, average in zip(self.matrices, self.averages, strict=True):
+            average.copy_(beta * average + (1 - beta) * p.grad)
+            x = beta * average + (1 - beta) * p.grad
+            x = x / (x.norm() + 1e-7)
+            for _ in range(5):
+                a = x @ x.T
+                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+            p.mul_(1 - rate * self.settings.weight_decay)
+            p.sub_(rate * max(1.0, p.shape[0] / p.shape[1]) ** 0.5 * x)

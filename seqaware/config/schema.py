@@ -97,7 +97,7 @@ class OptimizerConfig(Section):
     momentum: ShareBelowOne = 0.95
     """Muon's momentum."""
     max_grad_norm: NonNegative = 1.0
-    """Clip the global gradient to this L2 norm; 0: no clipping."""
+    """Clip the global gradient to this L2 norm; 0: no clipping. Muon orthogonalizes the clipped gradient."""
 
 
 class ScheduleConfig(Section):

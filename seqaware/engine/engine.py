@@ -26,7 +26,7 @@ from torch import Tensor
 from seqaware.data.batch import Batch
 from seqaware.engine.attention import Documents
 from seqaware.engine.model import ModelInput, Targets, WeightedCausalLM
-from seqaware.engine.muon import import_muon
+from seqaware.engine.muon import clip_before_muon, import_muon, marking
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
 from seqaware.engine.ranks import Ranks
 from seqaware.objective.sums import StepSums
@@ -231,9 +231,11 @@ def _initialize(plan: Plan, model: WeightedCausalLM) -> Any:
     settings = dict(plan.deepspeed)
     optimizer_config = plan.config.training.optimizer
     if "optimizer" in settings:
-        mark_for_muon(model.model)
         groups = parameter_groups(model, optimizer_config.weight_decay)
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
+        with marking(lambda: mark_for_muon(model.model)):
+            engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
+        if plan.zero_stage:
+            clip_before_muon(engine.optimizer, stage=plan.zero_stage)
     else:
         offloaded = "offload_optimizer" in settings["zero_optimization"]
         optimizer = build_optimizer(optimizer_config, model, on_cpu=offloaded or plan.world.device == "cpu")

@@ -28,10 +28,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def mark_for_muon(model: nn.Module) -> None:
-    """Tell DeepSpeed's Muon which parameters it may orthogonalise: hidden matrices, not embeddings, head, norms."""
+    """Mark what Muon orthogonalizes: hidden matrices, not the head, and no table of embeddings."""
     outer = {
-        id(p) for part in ("get_input_embeddings", "get_output_embeddings") for p in getattr(model, part)().parameters()
+        id(p) for part in model.modules() if isinstance(part, nn.Embedding) for p in part.parameters(recurse=False)
     }
+    outer |= {id(p) for p in model.get_output_embeddings().parameters()}  # type: ignore[operator]
     for parameter in model.parameters():
         parameter.use_muon = len(shape_of(parameter)) >= 2 and id(parameter) not in outer  # type: ignore[attr-defined]
 

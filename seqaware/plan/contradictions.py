@@ -96,12 +96,6 @@ def _of_optimizer(optimizer: OptimizerConfig, zero: Mapping[str, Any], world: Wo
             f"{name} updates weights in CPU memory, and the DeepSpeed config leaves them on the GPU",
             do="take ds_configs/zero3_offload_cpu.json, or write training.optimizer.type: adamw",
         )
-    if kind == "muon" and optimizer.max_grad_norm and zero.get("stage", 0) == 0:
-        # Under ZeRO, DeepSpeed orthogonalises before it clips, so the same run would differ with the stage.
-        yield ConfigError(
-            f"{name} without ZeRO clips the gradient, and with ZeRO the orthogonalised update",
-            do="use ds_configs/zero1.json, or write training.optimizer.max_grad_norm: 0",
-        )
     if kind == "muon" and zero.get("stage") == 3 and zero.get("reduce_scatter") is True:
         yield ConfigError(
             f"{name} needs whole gradients, which ZeRO-3 with reduce_scatter never has",

@@ -21,6 +21,7 @@ CHOICES: Mapping[str, Sequence[Any]] = {
     "gamma": (0.0, 0.9, 0.98, 1.0),
     "normalize_by": ("tokens", "weight", "sequences"),
     "kind": ("questions", "places", "chat", "text"),
+    "optimizer": ("adamw", "muon"),
 }
 
 # Compiling takes longer than all the rest of a run.
@@ -29,7 +30,7 @@ CHEAP: Mapping[str, Sequence[Any]] = {"compiled": (False,), "ranks": (1, 2)}
 
 @dataclass(frozen=True)
 class Layout:
-    """One cell of the matrix: all fields are topology but the last three, the objective and the kind of data."""
+    """One cell of the matrix: all fields are topology but the last four: objective, kind of data and optimizer."""
 
     ranks: int
     sequence: int
@@ -43,6 +44,7 @@ class Layout:
     gamma: float
     normalize_by: str
     kind: str = "questions"
+    optimizer: str = "adamw"
 
     @property
     def name(self) -> str:
@@ -50,7 +52,7 @@ class Layout:
         micro = "one" if self.micro_batch_tokens == CHOICES["micro_batch_tokens"][0] else "several"
         return (
             f"r{self.ranks}-s{self.sequence}-z{self.stage}-{rows}-{micro}-{self.kernel}-{self.checkpointing}"
-            f"-t{self.mlp_tile or 0}-c{self.compiled:d}-g{self.gamma}-{self.normalize_by}-{self.kind}"
+            f"-t{self.mlp_tile or 0}-c{self.compiled:d}-g{self.gamma}-{self.normalize_by}-{self.kind}-{self.optimizer}"
         )
 
 

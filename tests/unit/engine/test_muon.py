@@ -1,4 +1,4 @@
-"""DeepSpeed's Muon is the same when its functions are compiled at their first call."""
+"""DeepSpeed's Muon: compiled at its first call, and over the matrices that we mark."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from seqaware.engine.muon import import_muon
+from seqaware.engine.muon import import_muon, marking
+from seqaware.engine.optimizer import mark_for_muon
+from tests.unit.engine.models import tiny
 
 NAME = "deepspeed.runtime.zero.muon.original_muon"
 
@@ -36,3 +38,21 @@ def test_functions_are_compiled_at_their_first_call(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(product, product.diagonal().mean() * torch.eye(3), atol=0.02, rtol=0)
     assert 0.2 < float(product[0, 0]) < 2.5
     assert torch.equal(*turned)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_hidden_matrices_are_orthogonalized_and_no_others(family: str) -> None:
+    """GPT-2's tables of embeddings are called wte and wpe, and its head is one of them."""
+    model = tiny(family)
+    with marking(lambda: mark_for_muon(model)):
+        import deepspeed
+
+        # As deepspeed.initialize calls it.
+        deepspeed.set_optimizer_flags(None, model)
+    found = {name: parameter.use_muon for name, parameter in model.named_parameters()}  # type: ignore[attr-defined]
+    hidden = {
+        name: p.ndim == 2 and not any(w in name for w in ("embed", "wte", "wpe", "lm_head"))
+        for name, p in model.named_parameters()
+    }
+    assert found == hidden and any(hidden.values())
+    assert deepspeed.set_optimizer_flags.__module__ == "deepspeed"
