@@ -69,6 +69,10 @@ def clip_before_muon(zero: Any, *, stage: int) -> None:
     Args:
         zero: the optimizer of ZeRO stage 1, 2 or 3, around a MuonWithAuxAdam.
     """
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+
+    if isinstance(zero, BF16_Optimizer):
+        return  # stage 1 in bfloat16: it clips first by itself
     if stage == 3:
         _clip_partitions(zero)
     elif zero.cpu_offload:
@@ -182,7 +186,8 @@ def _clip_factor(zero: Any, scaled_norm: Tensor) -> Tensor | None:
     if not zero.clip_grad:
         return torch.ones_like(scaled_norm)
     # As unscale_and_clip_grads of all stages has it, and torch's clip_grad_norm_, which clips without ZeRO.
-    return ((scaled_norm / zero.loss_scale + 1e-6) / zero.clip_grad).clamp(min=1.0)
+    factor: Tensor = ((scaled_norm / zero.loss_scale + 1e-6) / zero.clip_grad).clamp(min=1.0)
+    return factor
 
 
 def _divide(tensors: Iterable[Tensor], scale: Tensor) -> None:
