@@ -35,8 +35,8 @@ LOSS_TOLERANCE = 1e-5
 NORM_TOLERANCE = 2e-5
 # An update is proportional to the gradient here (see EPS), so it carries the relative error of NORM_TOLERANCE, a factor
 # of five to spare; and each step rounds the float32 weight itself once, by up to 2^-24 of its size.
-# Muon's five quintic steps multiply an error of a matrix by at most 3.4445^5 = 485. Its norm is 1 before them, and about
-# the root of its rank after them, here at least 4: an error of 1e-6 of the float32 gradient comes to 1e-4.
+# Muon's five quintic steps multiply an error of a matrix by at most 3.4445^5 = 485. Its norm is 1 before them and about
+# the root of its rank, here at least 4, after them: an error of 1e-6 of the float32 gradient comes to 1e-4.
 UPDATE_TOLERANCE = 1e-4
 ROUNDING = STEPS * 2.0**-24
 # AdamW's first updates are lr · g / (|g| + ε). With the usual ε they are signs, which hide any error in g's size and
