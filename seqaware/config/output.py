@@ -51,6 +51,9 @@ class FaultsConfig(Section):
     """Steps whose median a loss is held against; before so many have been seen there are no spikes."""
     hang_minutes: Minutes | None = 30.0
     """A rank that makes no progress for so long ends the run, by name; null: wait for ever."""
+    connect_minutes: Minutes = 5.0
+    """While they start, ranks wait so long for each other; then the run ends and names the address, the ranks that are
+    missing and the cause."""
     time_limit_minutes: Minutes | None = None
     """Save and leave before the run has lasted so long. A SLURM job's own limit is found out without this."""
     leave_minutes: Minutes = 5.0

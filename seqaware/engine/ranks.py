@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,17 +23,19 @@ from seqaware.engine.address import (
     RankAddress,
     address_in,
     check_variables,
-    free_port,
     interface_towards,
     why_alone,
 )
-from seqaware.engine.meeting import agree_on_port
 from seqaware.engine.operator_cache import build_each_once, operators_folder
+from seqaware.engine.rendezvous import Patience, Waiting, agree_on_port, listen, reach, wait_for_all
 from seqaware.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+# Of torch's store, to whoever connects to its port.
+_STORE_ANSWERS = timedelta(seconds=10)
 
 
 def find_address(environment: Mapping[str, str] | None = None, *, check: bool = True) -> RankAddress:
@@ -191,7 +194,7 @@ def disconnect() -> None:
         dist.destroy_process_group()
 
 
-def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ranks:
+def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0, patience: Patience | None = None) -> Ranks:
     """Start the process group through DeepSpeed: NCCL where there are GPUs, gloo elsewhere.
 
     The group is made for a single rank too, because DeepSpeed's engine asks for one. A process that is already
@@ -199,20 +202,16 @@ def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ra
 
     Args:
         timeout_minutes: how long collectives wait at most; None: for ever.
+        patience: how long the ranks wait for each other here; default: `Patience()`.
+
+    Raises:
+        ConfigError: the ranks do not find each other: the port is in use, the address is wrong, ranks are missing.
     """
     import torch
+    import torch.distributed as dist
 
     timeout = _let_groups_wait(timeout_minutes)
-    address = _away_from_torchruns_store(address, timeout)
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    os.environ.update(
-        RANK=str(address.rank),
-        WORLD_SIZE=str(address.size),
-        LOCAL_RANK=str(address.local_rank),
-        LOCAL_SIZE=str(address.local_size),
-        MASTER_ADDR=address.master_address,
-        MASTER_PORT=str(address.master_port),
-    )
     if cuda:
         # srun may show each task its own GPU only: every local rank then calls it number 0.
         torch.cuda.set_device(address.local_rank % torch.cuda.device_count())
@@ -222,15 +221,21 @@ def connect(address: RankAddress, *, timeout_minutes: float | None = 30.0) -> Ra
     import deepspeed
 
     build_each_once()
-    # DeepSpeed prints that it built its shared-memory op; nobody asked.
-    with contextlib.redirect_stdout(io.StringIO()):
-        deepspeed.init_distributed(
-            dist_backend="nccl" if cuda else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timeout,
-            verbose=False,
-        )
-    _unlink_shared_buffer(address)
+    with Waiting(address, patience or Patience()) as waiting:
+        if not dist.is_initialized():
+            _start_group(waiting, timeout, cuda=cuda)
+            address = waiting.address
+        _set_variables(address)
+        waiting.cause = f"not all {address.size} ranks have set up their communication"
+        # DeepSpeed prints that it built its shared-memory op; nobody asked.
+        with contextlib.redirect_stdout(io.StringIO()):
+            deepspeed.init_distributed(
+                dist_backend="nccl" if cuda else "gloo",
+                auto_mpi_discovery=False,
+                timeout=timeout,
+                verbose=False,
+            )
+        _unlink_shared_buffer(address)
     return Ranks(address, torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"))
 
 
@@ -251,29 +256,84 @@ def _let_groups_wait(minutes: float | None) -> timedelta:
     return timeout
 
 
-def _away_from_torchruns_store(address: RankAddress, timeout: timedelta) -> RankAddress:
-    """The address, with a port of rank 0's own in place of torchrun's store, which mixes up its attempts."""
+def _start_group(waiting: Waiting, timeout: timedelta, *, cuda: bool) -> None:
+    """Find all ranks and start torch's default group with them.
+
+    Args:
+        timeout: of the group's collectives. The connections of gloo wait no longer than the patience.
+    """
+    import torch
+    import torch.distributed as dist
+    from torch.distributed import distributed_c10d
+
+    store = _find_all(waiting)
+    store.set_timeout(timeout)
+    name = "NCCL_SOCKET_IFNAME" if cuda else "GLOO_SOCKET_IFNAME"
+    backend = "nccl" if cuda else "gloo"
+    waiting.cause = f"{backend} has not connected all ranks ({name}={os.environ.get(name, '')})"
+    # As DeepSpeed does: NCCL connects now, and later groups split off. One rank has nobody to connect to.
+    device = torch.device("cuda", torch.cuda.current_device()) if cuda and waiting.address.size > 1 else None
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=waiting.address.rank,
+        world_size=waiting.address.size,
+        timeout=timeout if cuda else min(timeout, waiting.patience.limit),
+        device_id=device,
+    )
+    distributed_c10d._set_pg_timeout(timeout)  # not of send and recv, which nothing here uses
+
+
+def _find_all(waiting: Waiting) -> Any:
+    """A store that all ranks have reached; torchrun's ranks agree on a port, which changes `waiting.address`."""
     import torch.distributed as dist
 
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
-        return address
-    meeting = (address.master_address, address.master_port)
-    store = dist.TCPStore(*meeting, is_master=False, timeout=timeout)  # type: ignore[attr-defined]
-    port = agree_on_port(store, address.rank, size=address.size, port=free_port())
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # or torch would look for torchrun's store at the new port
-    return replace(address, master_port=port)
+    address = waiting.address
+    if address.size == 1:
+        return dist.HashStore()  # type: ignore[attr-defined]  # listens nowhere
+    join = partial(dist.TCPStore, is_master=False, timeout=_STORE_ANSWERS)  # type: ignore[attr-defined]
+    shared = None
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        shared = reach(address, join, waiting)
+        os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"  # or torch would look for torchrun's store at the new port
+    listener = listen(address, address.master_port if shared is None else 0, waiting) if address.rank == 0 else None
+    if shared is not None:
+        port = agree_on_port(shared, listener.getsockname()[1] if listener else 0, waiting)
+        waiting.address = replace(address, master_port=port)
+    if listener is None:
+        store = reach(waiting.address, join, waiting)
+    else:
+        host, port = listener.getsockname()[:2]
+        own = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+        fd = listener.detach()
+        store = dist.TCPStore(own, port, is_master=True, wait_for_workers=False, master_listen_fd=fd)  # type: ignore[attr-defined]
+    wait_for_all(store, waiting)
+    return store
+
+
+def _set_variables(address: RankAddress) -> None:
+    """torch's variables, which DeepSpeed reads."""
+    os.environ.update(
+        RANK=str(address.rank),
+        WORLD_SIZE=str(address.size),
+        LOCAL_RANK=str(address.local_rank),
+        LOCAL_SIZE=str(address.local_size),
+        MASTER_ADDR=address.master_address,
+        MASTER_PORT=str(address.master_port),
+    )
 
 
 def _name_interface(address: RankAddress) -> None:
-    """Let gloo meet the other hosts on the network where rank 0 is.
+    """Let gloo use the network where rank 0 is; among ranks of one host the loopback, where no other host reaches it.
 
-    By itself it takes the address that this host's own name stands for. That is 127.0.1.1 on Debian, where nobody
+    By itself gloo takes the address that this host's own name stands for. That is 127.0.1.1 on Debian, where nobody
     else can reach it: the ranks would wait for each other without end.
     """
-    if address.nodes > 1 and "GLOO_SOCKET_IFNAME" not in os.environ:
-        interface = interface_towards(address.master_address)
-        if interface is not None:
-            os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    interface = interface_towards(address.master_address) if address.nodes > 1 else "lo"
+    if interface is not None:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
 
 
 def _unlink_shared_buffer(address: RankAddress) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -25,3 +26,8 @@ class Process:
     say: Say
     signals: Signals = field(default_factory=Signals)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)
+
+    def tell(self, text: str) -> None:
+        """Show a line of this rank's on the screen, whichever rank it is, and keep it in its log."""
+        self.heartbeat.note(text)
+        print(text, file=sys.stderr, flush=True)

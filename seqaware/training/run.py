@@ -17,6 +17,7 @@ from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import probe_head, probe_isolation
 from seqaware.engine.randomness import begin_randomness
 from seqaware.engine.ranks import Ranks, beyond_hangs, connect, environment
+from seqaware.engine.rendezvous import Patience
 from seqaware.engine.together import not_written, together
 from seqaware.errors import CheckpointError, StorageError
 from seqaware.plan.offload import swap_folders
@@ -114,7 +115,9 @@ def run(
     with ExitStack() as stack:
         standing = _standing(request, prepared, process, stack=stack) if address.rank == 0 else None
         phase("connecting")
-        ranks = connect(address, timeout_minutes=beyond_hangs(prepared.plan.config.faults.hang_minutes))
+        faults = prepared.plan.config.faults
+        patience = Patience(faults.connect_minutes, tell=process.tell)
+        ranks = connect(address, timeout_minutes=beyond_hangs(faults.hang_minutes), patience=patience)
         # Rank 0 alone decides where to go on: hosts may see different files.
         points: ResumePoints | None = ranks.agree(standing)
         refuse_different_plans(prepared.plan, ranks)

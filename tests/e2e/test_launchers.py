@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -88,3 +89,15 @@ def test_tasks_of_srun(workshop: tiny.Workshop, alone: list[float]) -> None:
     errors = [task.communicate(timeout=300)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], errors
     _check(workshop, "srun", "srun", alone)
+
+
+def test_a_port_in_use_is_the_users_error_and_named(workshop: tiny.Workshop) -> None:
+    """Not a connection that was lost to another rank."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = launch.python("launcher/train.py", str(_config(workshop, "port")), **ranks, **place)
+    assert done.returncode == 2, done.stderr
+    assert f"error: port {port} is in use; got Address already in use at 127.0.0.1:{port}" in done.stderr
+    assert "--master_port" in done.stderr and "lost its connection" not in done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import ipaddress
 import socket
-import time
 from collections.abc import Iterator
 
 from seqaware.training.doctor.findings import Finding, error, ok, warning
@@ -86,22 +85,3 @@ class Listener:
 
     def __exit__(self, *_: object) -> None:
         self._socket.close()
-
-
-def answers_within(address: str, port: int, *, seconds: float) -> str | None:
-    """None as soon as something listens there, else why nothing did in all that time."""
-    deadline = time.monotonic() + seconds
-    while True:
-        reason = reaches(address, port, seconds=5.0)
-        if reason is None or time.monotonic() > deadline:
-            return reason
-        time.sleep(0.5)
-
-
-def reaches(address: str, port: int, *, seconds: float) -> str | None:
-    """None if something answers there within so long, else why not."""
-    try:
-        with socket.create_connection((address, port), timeout=seconds):
-            return None
-    except OSError as trouble:
-        return trouble.strerror or str(trouble)

@@ -12,10 +12,11 @@ from typing import Any
 
 from seqaware.engine.address import RankAddress
 from seqaware.engine.ranks import Ranks, connect, disconnect
+from seqaware.engine.rendezvous import Patience
+from seqaware.errors import SeqawareError
 from seqaware.training.doctor import probe
 from seqaware.training.doctor.findings import Finding, error, of_hosts, ok, warning
 from seqaware.training.doctor.hosts import same_folder, same_software, same_time
-from seqaware.training.doctor.network import answers_within
 from seqaware.training.doctor.shared_folder import Note
 
 MEETING_SECONDS = 60.0
@@ -55,15 +56,13 @@ def together(
         local: what this rank found on its host; empty but for the first rank of a host. folder: of the run, or what
             exists of the way there.
     """
-    if address.rank > 0:
-        # torch would say no more than that it waited, twice, and print its stack.
-        silent = answers_within(address.master_address, address.master_port, seconds=MEETING_SECONDS)
-        if silent is not None:
-            yield _not_met(address, silent)
-            return
+    minutes = MEETING_SECONDS / 60
     try:
-        ranks = connect(address, timeout_minutes=MEETING_SECONDS / 60)
-    except (RuntimeError, OSError, ValueError) as trouble:  # torch's errors of meeting are RuntimeErrors
+        ranks = connect(address, timeout_minutes=minutes, patience=Patience(minutes))
+    except SeqawareError as trouble:
+        yield _not_met(address, f"{trouble.what}: {trouble.got}")
+        return
+    except (RuntimeError, OSError, ValueError) as trouble:  # of gloo and NCCL
         yield _not_met(address, (str(trouble).strip().splitlines() or [type(trouble).__name__])[0][:200])
         return
     heard, place = _hear(ranks, local, folder=folder, packages=packages)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from seqaware.training.doctor import gpus, network, settings, shared_folder, software
+from seqaware.training.doctor import gpus, network, probe, settings, shared_folder, software
 from seqaware.training.doctor.findings import Finding, Level
 from seqaware.training.doctor.shared_folder import disk, file_system, nearest_existing
 from tests.launch import free_port
@@ -71,13 +71,13 @@ def test_ports() -> None:
         port = server.getsockname()[1]
         assert levels(list(network.master_port(port, chosen=False))) == [("master port", Level.WARNING)]
         assert levels(list(network.master_port(port, chosen=True))) == [("master port", Level.ERROR)]
-        assert network.reaches("127.0.0.1", port, seconds=5) is None
+        assert probe.why_unreachable("127.0.0.1", port) is None
         with network.Listener.on(port) as other:  # in use: on another one
             assert other.port != port
-            assert network.answers_within("127.0.0.1", other.port, seconds=0.1) is None
+            assert probe.why_unreachable("127.0.0.1", other.port) is None
     port = free_port()
     assert levels(list(network.master_port(port, chosen=True))) == [("master port", Level.OK)]
-    assert network.answers_within("127.0.0.1", port, seconds=0.1) == "Connection refused"
+    assert probe.why_unreachable("127.0.0.1", port) == "Connection refused"
     assert network.address_towards("127.0.0.1") == "127.0.0.1"
 
 
