@@ -72,7 +72,7 @@ def _ask(*, model: str | None, data: str | None, gpus: int | None) -> dict[str, 
     """What was not written: asked on a terminal, refused elsewhere."""
     if not sys.stdin.isatty():
         for name, value in (("--model", model), ("--data", data)):
-            if value is None:
+            if not value:
                 raise ConfigError(f"{name} is needed where nobody can be asked", do="see seqaware init --help")
     return {
         "model": model or typer.prompt("Model (hub id or folder)", default="gpt2"),

@@ -58,7 +58,8 @@ class ModelConfig(Section):
             raise ValueError(f"exactly one of base_name and from_scratch is needed; {found}")
         if self.from_scratch is None:
             return self
-        if not self.from_scratch.get("model_type"):
+        kind = self.from_scratch.get("model_type")
+        if not isinstance(kind, str) or not kind:
             raise ValueError("from_scratch needs a model_type, such as llama or gpt2")
         if self.tokenizer is None:
             raise ValueError("from_scratch needs a tokenizer: write model.tokenizer (hub id or folder)")

@@ -26,6 +26,8 @@ _ROUNDS = 8
 # With fewer bits the network reaches too few of the permutations of a small set; walking cycles costs little there.
 _FEWEST_BITS = 8
 _CHUNK = 1 << 20
+# Epochs whose steps are counted one by one: 2 · 10^8 documents take seconds.
+_MANY_EPOCHS, _MOST_LAID_OUT = 100, 2 * 10**8
 
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)
@@ -192,9 +194,19 @@ class StepOrder:
         for epoch in range(math.ceil(_as_written(num_epochs))):
             if max_steps is not None and total >= max_steps:
                 break
+            self._check_countable(epoch)
             steps.append(self.steps_in_epoch(epoch))
             total += steps[-1]
         return tuple(steps)
+
+    def _check_countable(self, epoch: int) -> None:
+        if self._batch_size is None and epoch >= _MANY_EPOCHS and epoch * self.documents_per_epoch > _MOST_LAID_OUT:
+            raise ConfigError(
+                "training.schedule: the steps of so many epochs cannot be counted, each with other steps of "
+                "global_batch_tokens",
+                got=f"more than {epoch:,} epochs of {self.documents_per_epoch:,} documents",
+                do="write a smaller num_epochs or max_steps",
+            )
 
     def total_steps(self, num_epochs: float, max_steps: int | None = None) -> int:
         """Steps of the whole epochs and ⌈fraction · steps⌉ of the epoch begun last, but no more than `max_steps`."""

@@ -18,6 +18,7 @@ from seqaware.config.schema import Config
 from seqaware.data.locate import Located, SourceSpec, locate
 from seqaware.data.store_format import MANIFEST, read_manifest
 from seqaware.errors import DataError
+from seqaware.files import local_path
 
 # Raise it whenever the same data, tokenizer and format would give other tokens or flags than before.
 CODE_VERSION = 1
@@ -32,7 +33,7 @@ def sources_of(dataset: DatasetConfig) -> list[SourceSpec]:
 
 def store_folder(dataset: DatasetConfig) -> Path:
     """Where the token stores of a dataset lie."""
-    return Path(dataset.store_dir or "~/.cache/seqaware/stores").expanduser()
+    return local_path(dataset.store_dir or "~/.cache/seqaware/stores")
 
 
 def prepared_store(dataset: DatasetConfig) -> Path | None:
@@ -130,7 +131,7 @@ def _source_request(source: SourceSpec, located: Located) -> dict[str, Any]:
 
 
 def _folder_or_name(name: str, revision: str | None) -> list[Any]:
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if not folder.is_dir():
         return [name, revision]
     return _stamps(sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}))

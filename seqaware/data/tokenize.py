@@ -33,6 +33,7 @@ from seqaware.data.store_index import (
 from seqaware.data.store_writer import disk_errors, remove_unfinished
 from seqaware.data.templates import Format
 from seqaware.errors import ConfigError, DataError
+from seqaware.files import local_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -50,7 +51,7 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
 
     name = model.tokenizer or model.base_name
     assert name is not None, "the schema demands one of them"
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     _check_json(folder, name)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(

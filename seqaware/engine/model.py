@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
@@ -28,7 +29,7 @@ from seqaware.engine.attention import NAME as OUR_ATTENTION
 from seqaware.engine.attention import Documents
 from seqaware.engine.lora import Adapters, quantization
 from seqaware.errors import ConfigError
-from seqaware.files import MalformedError, read_json
+from seqaware.files import MalformedError, local_path, read_json
 from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits
 from seqaware.objective.fused import fused_by_position, fused_cross_entropy
 
@@ -37,9 +38,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 transformers_logging.disable_progress_bar()
 
 
+# What transformers raises where the values of a config have other types or contradict each other: its own error, and
+# whatever its arithmetic on them comes to.
+CONFIG_ERRORS = (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
 def local_or_hub(name: str) -> str:
     """A folder's path with ~ expanded, or a hub id as it is."""
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     return str(folder) if folder.is_dir() else name
 
 
@@ -96,8 +106,9 @@ def initial_config(fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     rest.setdefault("eos_token_id", tokenizer.eos_token_id)
     try:
         return AutoConfig.for_model(model_type, **rest)
-    except (ValueError, TypeError, KeyError) as error:
-        raise ConfigError("model.from_scratch is not a config transformers can build", got=error) from error
+    except CONFIG_ERRORS as error:
+        got = _one_line(error)
+        raise ConfigError("model.from_scratch is not a config transformers can build", got=got) from error
 
 
 def _check_fields(model_type: str, fields: Mapping[str, Any]) -> None:
@@ -128,8 +139,8 @@ def empty_causal_lm(config: Any) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=OUR_ATTENTION)
-    except (ValueError, KeyError, AttributeError, TypeError, RuntimeError, AssertionError) as error:
-        first_line = f"{config.model_type}: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    except (*CONFIG_ERRORS, RuntimeError, AssertionError) as error:
+        first_line = f"{config.model_type}: {type(error).__name__}: {_one_line(error)}"
         raise ConfigError(
             "this config makes no causal language model that can be trained here", got=first_line
         ) from error

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from seqaware.config.schema import ModelConfig
 from seqaware.errors import ConfigError
+from seqaware.files import local_path
+from seqaware.plan.facts import model_facts
 
 _WEIGHT_PATTERNS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model.bin.index.json")
 
@@ -16,9 +16,11 @@ def check_model_source(model: ModelConfig) -> None:
     Raises:
         ConfigError: the folder lacks its config or its weights, or the path looks local and does not exist.
     """
+    # Its sizes, and that its config.json is no larger and no deeper than any: transformers reads it without bounds.
+    model_facts(model)
     if model.base_name is None:
         return
-    folder = Path(model.base_name).expanduser()
+    folder = local_path(model.base_name)
     if not folder.is_dir():
         if model.base_name.startswith((".", "/", "~")) or model.base_name.count("/") > 1:
             raise ConfigError("model.base_name: there is no such folder", got=model.base_name)

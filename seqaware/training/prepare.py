@@ -19,7 +19,7 @@ from seqaware.data.store import TokenStore
 from seqaware.data.tokenize import load_tokenizer, prepare_store, refuse_custom_code
 from seqaware.engine.layers import check_layers
 from seqaware.engine.lora_targets import find_targets
-from seqaware.engine.model import check_vocabulary, empty_causal_lm, initial_config, local_or_hub
+from seqaware.engine.model import CONFIG_ERRORS, check_vocabulary, empty_causal_lm, initial_config, local_or_hub
 from seqaware.engine.model_source import check_model_source
 from seqaware.engine.operators import check_operators
 from seqaware.errors import ConfigError
@@ -146,9 +146,9 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
         return AutoConfig.from_pretrained(
             local_or_hub(model.base_name), revision=model.revision, trust_remote_code=model.trust_remote_code
         )
-    except (OSError, ValueError) as error:
+    except (OSError, *CONFIG_ERRORS) as error:
         refuse_custom_code(error, f"the model {model.base_name}")
-        first_line = str(error).strip().splitlines()[0]
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError("model.base_name: the model's config cannot be read", got=first_line) from error
 
 

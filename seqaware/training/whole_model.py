@@ -20,6 +20,7 @@ from pathlib import Path
 
 from seqaware.engine.checkpoint.manifest import MANIFEST, read_manifest, survey, told_if_removed, what_is_wrong
 from seqaware.errors import CheckpointError, ConfigError
+from seqaware.files import local_path
 from seqaware.training.process import Say
 
 _MADE_OF = ".made-of"
@@ -38,7 +39,7 @@ def whole_model(name: str, *, say: Say) -> str:
         CheckpointError: the checkpoint is not whole, or of another version.
         ConfigError: the folder is none of these, or the model cannot be made of it.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if not folder.is_dir():
         return name
     if not is_model(folder) and is_model(folder / "model"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from seqaware.config.schema import Config, OptimizerConfig, ParallelConfig
+from seqaware.files import local_path
 from seqaware.training.whole_model import run_of
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -16,7 +17,7 @@ def with_model(config: Config, name: str) -> Config:
     Args:
         name: a hub id, or the folder of a whole model.
     """
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     brings_own = not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES)
     tokenizer = None if brings_own else config.model.tokenizer
     changes = {"base_name": name, "from_scratch": None, "tokenizer": tokenizer, "revision": None}
@@ -28,7 +29,7 @@ def with_model(config: Config, name: str) -> Config:
 
 def default_folder(name: str) -> Path:
     """Where an evaluation's results go: with the run, if the model is a run's; else evaluations/<its name>."""
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     run = run_of(folder)
     last = folder.name or "model"
     return Path("evaluations", last) if run is None else run / "evaluations" / ("model" if folder == run else last)

@@ -249,3 +249,12 @@ def test_epochs_of_token_steps_become_steps():
 def test_position_walks_the_steps_of_all_epochs(order):
     walked = [(epoch, step) for epoch in range(3) for step in range(order.steps_in_epoch(epoch))]
     assert [order.position(step) for step in range(1, len(walked) + 1)] == walked
+
+
+def test_more_epochs_than_can_be_counted_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seqaware.data.order._MOST_LAID_OUT", 1000)
+    order = StepOrder(np.full(8, 5, np.int32), fingerprint="f", seed=0, global_batch_tokens=10)
+    assert len(order.steps_per_epoch(125)) == 125
+    with pytest.raises(ConfigError, match="cannot be counted"):
+        order.steps_per_epoch(1e6)
+    assert len(order.steps_per_epoch(1e6, 40)) == 10

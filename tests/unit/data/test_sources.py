@@ -295,3 +295,19 @@ def test_an_array_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pyt
         assert read_files.count_rows(path) == 4
     (tmp_path / "empty.json").write_text(" [ ] ")
     assert list(read_files.read_file(tmp_path / "empty.json")) == [] and read_files.count_rows(path) == 4
+
+
+def test_a_folder_with_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seqaware.data.locate._MOST_ENTRIES", 3)
+    for number in range(4):
+        jsonl(tmp_path / f"{number}.jsonl")
+    for name in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match="holds more than 3 files"):
+            locate(spec(name))
+
+
+def test_a_folder_that_cannot_be_listed_is_refused() -> None:
+    with pytest.raises(DataError, match=r"cannot be listed|holds no data files|holds more than"):
+        locate(spec("/proc"))
+    with pytest.raises(DataError, match="is not a pattern"):
+        locate(spec("**x"))

@@ -67,3 +67,28 @@ def test_a_command_does_what_its_file_does() -> None:
         cwd=ROOT,
     )
     assert through_seqaware.output == alone.stdout
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["plan", "--gpus", "1000001"],
+        ["train", "--dry-run", "--ranks", "9" * 5000],
+        ["watch", "runs/demo", "--every", "1e300"],
+        ["analyse", "gpt2", "--prompt", "x", "--seed", str(2**64)],
+        ["analyse", "gpt2", "--prompt", "x", "--temperature", "nan"],
+        ["preview", "--step", "10000000000000"],
+        ["train", "--print-sbatch", "--time", "9" * 5000],
+        ["evaluate", "x" * 300, "train_configs/demo.yaml"],
+        ["report", "x" * 300],
+        ["plan", "x" * 300 + ".yaml"],
+        ["init", "x" * 300 + ".yaml", "--model", "gpt2", "--data", "gsm8k"],
+        ["init", "a\nb.yaml", "--model", "gpt2", "--data", "gsm8k"],
+        ["init", "a.yaml", "--model", "", "--data", "gsm8k"],
+    ],
+    ids=lambda typed: " ".join(typed)[:40],
+)
+def test_what_no_run_can_have_is_an_error_and_not_a_traceback(typed: list[str]) -> None:
+    result = runner.invoke(app, typed)
+    assert result.exit_code == 2, result.exception
+    assert isinstance(result.exception, SystemExit)

@@ -153,3 +153,12 @@ def test_all_contradictions_come_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         check(CPU, {"stage": 1, "overlap_comm": True}, optimizer="fused_adam", dtype="float16")
     assert str(caught.value).startswith("3 contradictions:\n  - ")
+
+
+def test_zero_3_divides_gradients_before_their_sum_only_without_reduce_scatter() -> None:
+    config = Config.model_validate({"model": {"base_name": "gpt2"}, "dataset": {"name": "gsm8k"}})
+    raw = {"zero_optimization": {"stage": 3}, "gradient_predivide_factor": 2}
+    with pytest.raises(ConfigError, match="only without reduce_scatter"):
+        check_contradictions(config, raw, world=GPU, dtype="bfloat16")
+    raw["zero_optimization"] = {"stage": 3, "reduce_scatter": False}
+    check_contradictions(config, raw, world=GPU, dtype="bfloat16")

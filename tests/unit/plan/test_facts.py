@@ -10,7 +10,7 @@ import pytest
 
 from seqaware.config.schema import DatasetConfig, ModelConfig
 from seqaware.errors import ConfigError, DataError
-from seqaware.plan.facts import ModelFacts, model_facts, rows_of_local_file
+from seqaware.plan.facts import ModelFacts, divisors, model_facts, rows_of_local_file
 
 
 def folder(tmp_path: Path, config: Any) -> ModelConfig:
@@ -93,3 +93,38 @@ def test_an_empty_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n")
     with pytest.raises(DataError, match="empty"):
         rows_of_local_file(DatasetConfig(name=str(tmp_path / "rows.jsonl")))
+
+
+def test_rows_of_a_large_file_are_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seqaware.plan.facts._SAMPLE_BYTES", 100)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n\n' * 1000)
+    facts = rows_of_local_file(DatasetConfig(name=str(path)))
+    assert facts is not None and facts.documents == 1000  # ten lines of ten bytes, and a hundred times as many
+
+
+@pytest.mark.parametrize(
+    ("size", "value"),
+    [
+        ("hidden_size", 0),
+        ("num_hidden_layers", 1025),
+        ("num_attention_heads", -1),
+        ("vocab_size", True),
+        ("n_inner", 2**41),
+    ],
+)
+def test_a_size_that_no_model_has_is_refused(tmp_path: Path, size: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=f"config.json: {size} must be a whole number from 1 to"):
+        model_facts(folder(tmp_path, {"model_type": "llama", size: value}))
+
+
+@pytest.mark.parametrize("content", ["[" * 5000, '{"vocab_size": ' + "9" * 400 + "}"])
+def test_a_config_beyond_all_bounds_is_refused(tmp_path: Path, content: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json cannot be read"):
+        model_facts(folder(tmp_path, content))
+
+
+def test_divisors() -> None:
+    for number in (1, 2, 12, 36, 97):
+        assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+    assert len(divisors(10**6)) == 49

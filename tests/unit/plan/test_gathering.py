@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from seqaware.plan import gathering as played_by
 from seqaware.plan.gathering import GatherSettings, gathering
 from tests.unit.plan.layouts import SMALL, known
 
@@ -75,3 +76,27 @@ def test_any_bounds_gather_every_weight(
     assert SMALL.parameters <= played.gathered <= 3 * SMALL.parameters
     # A bundle of prefetched weights is there twice while it is copied.
     assert played.peak <= 2 * SMALL.parameters
+
+
+class _Scanning(played_by._Coordinator):
+    """Looks through the later modules one by one, as DeepSpeed does."""
+
+    def _comes_again(self, name: str, step: int) -> bool:
+        passed = 0
+        for later in self.visits[step:]:
+            if passed >= self.settings.reuse:
+                return False
+            if name in dict(later.parameters):
+                return True
+            passed += sum(size for _, size in later.parameters)
+        return False
+
+
+distances = st.sampled_from([0, 1, 1000, 10**12]) | st.integers(0, 2 * SMALL.parameters)
+
+
+@given(bounds=st.builds(GatherSettings, distances, distances, distances, distances), recomputed=st.booleans())
+@settings(max_examples=30)
+def test_the_next_use_of_a_parameter_is_found_without_a_scan(bounds: GatherSettings, recomputed: bool) -> None:
+    visits = tuple(played_by._visits(SMALL, SMALL.layer, recomputed=recomputed))
+    assert gathering(SMALL, bounds, recomputed=recomputed) == _Scanning(visits, bounds).play()

@@ -9,7 +9,15 @@ from pydantic import BaseModel
 
 from seqaware.errors import ConfigError
 from seqaware.plan.deepspeed_config import check_owned_keys
-from seqaware.plan.zero_keys import DEPRECATED, NULLABLE_BLOCKS, ZERO_BLOCKS, ZERO_VALUES, Value, check_zero_keys
+from seqaware.plan.zero_keys import (
+    COMMUNICATION_BLOCKS,
+    DEPRECATED,
+    NULLABLE_BLOCKS,
+    ZERO_BLOCKS,
+    ZERO_VALUES,
+    Value,
+    check_zero_keys,
+)
 
 
 def fields_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -109,3 +117,35 @@ def test_what_deepspeed_takes_is_let_through() -> None:
         },
         origin="mine.json",
     )
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"gradient_predivide_factor": 0}, "gradient_predivide_factor is not what DeepSpeed takes"),
+        ({"prescale_gradients": "yes"}, "write true or false"),
+        ({"communication_data_type": "fp12"}, "communication_data_type must be one of fp32, fp16, bf16"),
+        ({"communication_data_type": 16}, "write a string or null"),
+        ({"comms_logger": 5}, "comms_logger must be an object"),
+        ({"comms_logger": {"prof_op": []}}, "comms_logger.prof_op: unknown key; did you mean prof_ops?"),
+        ({"flops_profiler": {"profile_step": "one"}}, "flops_profiler.profile_step is not what DeepSpeed takes"),
+        ({"memory_breakdown": None}, "write true or false"),
+        ({"zero_optimization": {"sub_group_size": 2**63}}, "sub_group_size is too large"),
+        ({"aio": {"block_size": 10**300}}, "aio.block_size is too large"),
+    ],
+)
+def test_values_beside_zero_are_checked_too(raw: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_owned_keys(raw, origin="mine.json")
+    assert words in str(caught.value)
+
+
+def test_the_keys_beside_zero_are_those_of_the_installed_deepspeed() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+
+    blocks = COMMUNICATION_BLOCKS
+    assert set(blocks["comms_logger"]) == set(CommsLoggerConfig.model_fields)
+    assert set(blocks["flops_profiler"]) == set(vars(DeepSpeedFlopsProfilerConfig({})))
+    known = {"communication_data_type": "bf16", "gradient_predivide_factor": 2, "comms_logger": {"prof_ops": ["x"]}}
+    check_owned_keys({**known, "flops_profiler": {"module_depth": -1, "output_file": None}}, origin="mine.json")

@@ -163,3 +163,9 @@ def test_where_there_is_no_slurm_that_is_said(sweep: Sweep, tmp_path: Path) -> N
     (tmp_path / "sbatch").chmod(0o755)
     with pytest.raises(ConfigError, match="refused the sweep; got no such partition"):
         submit(sweep, {"PATH": str(tmp_path)}, say=print)
+
+
+@pytest.mark.parametrize("seeds", ["9" * 5000, "1000000", "1,٣", ""])
+def test_seeds_that_cannot_be_are_refused(seeds: str) -> None:
+    with pytest.raises(ConfigError, match="--seeds"):
+        seeds_of(seeds)
