@@ -6,6 +6,7 @@ Nothing is read here but folder listings, and neither torch nor `datasets` is im
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ class Located:
             case "files":
                 return self.files
             case "saved":
-                return tuple(_files_below(self.path))
+                return tuple(sorted(_files_below(self.path)))
             case "store":
                 return (self.path / MANIFEST,)
             case "hub":
@@ -166,43 +167,60 @@ def _locate_folder(path: Path, source: SourceSpec) -> Located:
         return Located("saved", path=path / rows.split, rows=rows)
     if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
         return Located("saved", path=path, rows=rows)
-    files = [file for file in _files_below(path) if _kind(file) is not None]
+    files = sorted(file for file in _files_below(path) if _kind(file) is not None)
     if not files:
         raise DataError(f"the folder {path} holds no data files", do=f"known kinds: {', '.join(KINDS)}, each also .gz")
     return Located("files", files=_files_of_split(files, path, rows.split), rows=rows)
 
 
 def _locate_glob(path: Path, source: SourceSpec) -> Located:
-    root = Path(path.anchor or ".")
-    files = _listed(root.glob(str(path.relative_to(path.anchor))), path)
+    files = _files_matching(path)
     if not files:
         raise DataError(f"no file matches {path}", do="correct dataset.name")
     return Located("files", files=tuple(_checked(file) for file in files), rows=_parse_split(source))
 
 
-def _files_below(folder: Path) -> list[Path]:
-    return _listed(folder.rglob("*"), folder)
-
-
-def _listed(entries: Iterator[Path], origin: Path) -> list[Path]:
-    """The files among the entries, sorted.
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Every file in the folder and in those below it.
 
     Raises:
         DataError: too many entries, as below `/`, or some that cannot be listed, as in /proc.
     """
+    # A fraction of the time of Path.rglob, which skips folders without permission as well.
+    count = 0
+    try:
+        for parent, folders, names in os.walk(folder, onerror=_unless_not_permitted):
+            count += len(folders) + len(names)
+            _check_entries(count, folder)
+            yield from (path for name in names if (path := Path(parent, name)).is_file())
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be listed", got=error.strerror) from error
+
+
+def _unless_not_permitted(error: OSError) -> None:
+    if not isinstance(error, PermissionError):
+        raise error
+
+
+def _check_entries(count: int, origin: Path) -> None:
+    if count > _MOST_ENTRIES:
+        raise DataError(
+            f"{origin} holds more than {_MOST_ENTRIES:,} files and folders", do="name a folder that holds data"
+        )
+
+
+def _files_matching(pattern: Path) -> list[Path]:
     files = []
     try:
-        for count, entry in enumerate(entries):
-            if count == _MOST_ENTRIES:
-                raise DataError(
-                    f"{origin} holds more than {_MOST_ENTRIES:,} files and folders", do="name a folder that holds data"
-                )
+        entries = Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
+        for count, entry in enumerate(entries, start=1):
+            _check_entries(count, pattern)
             if entry.is_file():
                 files.append(entry)
     except OSError as error:
-        raise DataError(f"{origin} cannot be listed", got=f"{error.filename}: {error.strerror}") from error
-    except ValueError as error:  # of pathlib: a pattern such as **x
-        raise DataError(f"{origin} is not a pattern of files", got=error) from error
+        raise DataError(f"{error.filename} cannot be listed", got=error.strerror) from error
+    except (ValueError, NotImplementedError, re.error) as error:  # `**x`; a pattern that is only an anchor
+        raise DataError(f"{pattern} is not a pattern of file names", got=error, do="correct dataset.name") from error
     return sorted(files)
 
 
