@@ -42,15 +42,21 @@ def find_targets(lora: LoraConfig, model: PreTrainedModel, *, loss_kernel: str) 
     saved = _saved_modules(lora.modules_to_save, modules)
     inside_saved = {name for name in modules if any(name == whole or name.startswith(f"{whole}.") for whole in saved)}
     if lora.target_modules == "all-linear":
-        found = [name for name in linear if name != head]
+        targets = tuple(name for name in linear if name != head and name not in inside_saved)
     else:
-        found = _matching(lora.target_modules, modules, linear)
-    targets = tuple(name for name in found if name not in inside_saved)
+        targets = tuple(_matching(lora.target_modules, modules, linear))
+        both = [name for name in targets if name in inside_saved]
+        if both:
+            raise ConfigError(
+                "lora: a module is both in target_modules and in modules_to_save",
+                got=", ".join(both),
+                do="take it out of target_modules to train it whole, or out of modules_to_save to adapt it",
+            )
     if not targets:
         raise ConfigError(
-            "lora: every layer of target_modules is inside modules_to_save",
+            "lora: every linear layer of this model is inside modules_to_save",
             got=list(lora.modules_to_save),
-            do="take one of them out",
+            do="train the whole model (lora: null), or take one out",
         )
     _check_head_and_embedding(model, head=head, targets=targets, saved=saved, loss_kernel=loss_kernel)
     trained = sum(_adapter_size(linear[name], lora) for name in targets)

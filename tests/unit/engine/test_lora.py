@@ -63,8 +63,8 @@ def test_names_patterns_and_whole_modules() -> None:
     assert named.trained == 2 * (64 + 64 + 80) + 32
     pattern = _targets("llama", target_modules=r".*\.0\..*(q|v)_proj")
     assert [name.rpartition(".")[2] for name in pattern.linear] == ["q_proj", "v_proj"]
-    inside = _targets("llama", modules_to_save=["mlp"], target_modules=["q_proj", "up_proj"])
-    assert all(name.endswith("q_proj") for name in inside.linear)
+    beside = _targets("llama", modules_to_save=["mlp"])
+    assert {name.rpartition(".")[2] for name in beside.linear} == {"q_proj", "k_proj", "v_proj", "o_proj"}
 
 
 REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -76,7 +76,15 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a container": ({"target_modules": r".*self_attn.*"}, ("no linear layer", "Attention")),
     "saves nothing": ({"modules_to_save": ["embed_token"]}, ("modules_to_save", "did you mean embed_tokens?")),
     "saves its inside": ({"modules_to_save": ["mlp", "up_proj"]}, ("and its inside",)),
-    "nothing left": ({"modules_to_save": ["q_proj"], "target_modules": ["q_proj"]}, ("inside modules_to_save",)),
+    "nothing left": ({"modules_to_save": ["self_attn", "mlp"]}, ("every linear layer", "inside modules_to_save")),
+    "adapted and saved": (
+        {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "lm_head"]},
+        ("both in target_modules and in modules_to_save; got lm_head;",),
+    ),
+    "adapted inside what is saved": (
+        {"modules_to_save": ["layers.0.mlp"], "target_modules": r".*\.(q|up)_proj"},
+        ("both in target_modules and in modules_to_save; got model.layers.0.mlp.up_proj;",),
+    ),
     "the head": ({"target_modules": ["lm_head"]}, ("output head", "loss_kernel: plain", "modules_to_save: [lm_head]")),
 }
 
