@@ -49,6 +49,9 @@ class ModelConfig(Section):
     """Branch, tag or commit of base_name on the hub."""
     trust_remote_code: Flag = False
     """Run code that comes with the model."""
+    allow_missing: tuple[Text, ...] = ()
+    """Weights that the checkpoint may lack, such as lm_head: names of weights or modules, with *. They are drawn from
+    the seed. Any other missing, unexpected or misshapen weight is an error."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> Self:
@@ -58,6 +61,8 @@ class ModelConfig(Section):
             raise ValueError(f"exactly one of base_name and from_scratch is needed; {found}")
         if self.from_scratch is None:
             return self
+        if self.allow_missing:
+            raise ValueError("allow_missing is for a checkpoint (base_name); from_scratch draws every weight")
         kind = self.from_scratch.get("model_type")
         if not isinstance(kind, str) or not kind:
             raise ValueError("from_scratch needs a model_type, such as llama or gpt2")

@@ -7,10 +7,12 @@ end. That holds only if each of these texts begins the next one; a template that
 
 from __future__ import annotations
 
+import copy
 import re
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
@@ -67,7 +69,7 @@ class ChatRenderer:
         self._whole = train_on == "all"
         specials = {str(token) for token in tokenizer.all_special_tokens}
         specials |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        self._specials = tuple(specials)
+        self.specials = tuple(specials)
 
     def example(self, fields: Mapping[str, Any], name: str) -> Example:
         """The example of the record `name`.
@@ -95,7 +97,7 @@ class ChatRenderer:
             at = end
         segments.append(Segment(text[at:], self._whole))
         # A template that closes its turns with a special token has said where the answer ends: no EOS on top.
-        closed = text.rstrip().endswith(self._specials)
+        closed = text.rstrip().endswith(self.specials)
         ends = messages[-1]["role"] == "assistant" and not closed
         return Example(tuple(segment for segment in segments if segment.text), "none", ends)
 
@@ -118,7 +120,7 @@ class ChatRenderer:
     def _end_of_turn(self, text: str, begin: int) -> int:
         """White space behind the token that closes the turn is the template's, not the assistant's."""
         said = text[begin:].rstrip()
-        return begin + len(said) if said.endswith(self._specials) else len(text)
+        return begin + len(said) if said.endswith(self.specials) else len(text)
 
     def _render(self, messages: Sequence[dict[str, Any]], name: str, *, prompt: bool) -> tuple[str, list[Span]]:
         if not messages:
@@ -154,6 +156,50 @@ def _limited_time() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0.0)
+
+
+@dataclass(frozen=True)
+class InferenceTokenizer:
+    """What inference needs in order to talk as a run was trained.
+
+    Attributes:
+        tokenizer: its chat template is the one that was used. answer_ends: ids of the tokens that end an answer.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    answer_ends: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> InferenceTokenizer:
+        """Of a run's tokenizer, which stays as it is.
+
+        Args:
+            chat_template: `format.chat_template`; None: the tokenizer's own.
+        """
+        copied = copy.deepcopy(tokenizer)
+        if chat_template is not None:
+            used, own = tokenizer.get_chat_template(chat_template), tokenizer.chat_template
+            # Of several templates, which have names, the one for plain conversations is replaced.
+            copied.chat_template = {**own, "default": used} if isinstance(own, dict) else used
+        return cls(copied, tuple(_answer_ends(copied)))
+
+
+def _answer_ends(tokenizer: PreTrainedTokenizerBase) -> Iterator[int]:
+    """EOS, and the token with which the chat template closes the last assistant turn."""
+    from seqaware.data.chat_process import ChatProcess
+
+    yield int(tokenizer.eos_token_id)
+    conversation = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        renderer = ChatRenderer(tokenizer, chat_template=None, train_on=None)
+        (example,) = ChatProcess(renderer).examples([({"messages": conversation}, "a conversation")])
+    except (ConfigError, DataError):
+        return  # no template, or one for other conversations
+    behind = "".join(segment.text for segment in example.segments).rpartition("answer")[2].lstrip()
+    closing = [token for token in renderer.specials if behind.startswith(token)]
+    if closing and (longest := max(closing, key=len)) != tokenizer.eos_token:
+        closing_id: Any = tokenizer.convert_tokens_to_ids(longest)
+        yield closing_id
 
 
 def _checked_messages(value: Any, name: str) -> list[dict[str, Any]]:

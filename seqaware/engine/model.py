@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import difflib
 import json
-import pickle
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,15 @@ from seqaware.config.schema import LoraConfig
 from seqaware.engine.attention import NAME as OUR_ATTENTION
 from seqaware.engine.attention import Documents
 from seqaware.engine.lora import Adapters, quantization
+from seqaware.engine.lora_targets import find_targets
+from seqaware.engine.model_source import refuse_adapter
+from seqaware.engine.model_weights import (
+    WeightDifferences,
+    check_weights,
+    draw_new_weights,
+    quiet_transformers,
+    weights_read_from,
+)
 from seqaware.errors import ConfigError
 from seqaware.files import MalformedError, local_path, read_json
 from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits
@@ -128,7 +136,7 @@ def _check_fields(model_type: str, fields: Mapping[str, Any]) -> None:
             )
 
 
-def empty_causal_lm(config: Any) -> PreTrainedModel:
+def empty_causal_lm(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that a config describes, on the meta device: every module and shape, and no memory.
 
     Raises:
@@ -138,7 +146,9 @@ def empty_causal_lm(config: Any) -> PreTrainedModel:
         raise ConfigError("a model without attention heads cannot be trained here", got=config.model_type)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation=OUR_ATTENTION)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation=OUR_ATTENTION, trust_remote_code=trust_remote_code
+            )
     except (*CONFIG_ERRORS, RuntimeError, AssertionError) as error:
         first_line = f"{config.model_type}: {type(error).__name__}: {_one_line(error)}"
         raise ConfigError(
@@ -155,6 +165,8 @@ class LoadOptions:
         dtype: of the module's parameters. dropout: overrides every dropout of the model's config; None keeps them.
         deepspeed: the complete DeepSpeed dict; with stage 3 the parameters are sharded while they load.
         lora: says in how many bits the frozen weights are held.
+        allow_missing: patterns of weights that the checkpoint may lack; seed: they are drawn from it.
+        attention: as transformers calls it.
     """
 
     dtype: torch.dtype
@@ -163,40 +175,87 @@ class LoadOptions:
     trust_remote_code: bool
     deepspeed: Mapping[str, Any]
     lora: LoraConfig | None = None
+    allow_missing: tuple[str, ...] = ()
+    seed: int = 0
+    attention: str = OUR_ATTENTION
 
 
-def load_model(source: str, options: LoadOptions) -> PreTrainedModel:
-    """Load a causal LM with our attention and without a cache.
+def load_model(source: str, options: LoadOptions, *, say: Callable[[str], None] | None = None) -> PreTrainedModel:
+    """Load a causal LM without a cache, with every weight from the checkpoint but those that `options` allow to be new.
+
+    Args:
+        say: hears which weights are new.
 
     Raises:
-        ConfigError: it cannot be found or read, or does not follow transformers' attention interface.
+        ConfigError: it cannot be found or read, lacks weights or has others, or does not follow transformers'
+            attention interface.
     """
     sharded = options.deepspeed.get("zero_optimization", {}).get("stage", 0) == 3
     where: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(source, **where)
-        if options.dropout is not None:
-            set_dropout(config, options.dropout)
-        config.use_cache = False
-        # Kept alive while the model loads: transformers looks for it to know that ZeRO-3 shards the parameters.
-        sharding = _hf_deepspeed_config(options.deepspeed) if sharded else None
-        if options.lora is not None and options.lora.quantize_base != "none":
-            where["quantization_config"] = quantization(options.lora, empty_causal_lm(config), options.dtype)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=options.dtype, attn_implementation=OUR_ATTENTION, **where
+    refuse_adapter(source, options.revision)
+    config = _read_config(source, **where)
+    if options.dropout is not None:
+        set_dropout(config, options.dropout)
+    config.use_cache = False
+    empty = empty_causal_lm(config, trust_remote_code=options.trust_remote_code)
+    new = check_weights(source, empty, revision=options.revision, allow_missing=options.allow_missing)
+    if options.lora is not None:
+        check_new_are_trained(new, options.lora, empty)
+        if options.lora.quantize_base != "none":
+            where["quantization_config"] = quantization(options.lora, empty, options.dtype)
+    # Kept alive while the model loads: transformers looks for it to know that ZeRO-3 shards the parameters.
+    sharding = _hf_deepspeed_config(options.deepspeed) if sharded else None
+    with weights_read_from(source), quiet_transformers() if new else nullcontext():
+        reported: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            config=config,
+            dtype=options.dtype,
+            attn_implementation=options.attention,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **where,
         )
-        del sharding
-    except pickle.UnpicklingError as error:
-        raise ConfigError(
-            "the model's weights are a pickle that asks for more than tensors, and was not opened",
-            got=source,
-            do="do not use this model unless you know who made it; name one with *.safetensors",
-        ) from error
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise ConfigError("the model cannot be loaded", got=f"{source}: {first_line}") from error
-    loaded: PreTrainedModel = model
+    loaded: PreTrainedModel
+    loaded, info = reported
+    del sharding
+    # Once more: of a quantized checkpoint it is the first report, and ZeRO-3 has a loading of its own.
+    WeightDifferences.of(info).refuse(source, allow_missing=new)
+    draw_new_weights(loaded, new, like=empty, seed=options.seed)
+    if new and say is not None:
+        say(f"new weights {', '.join(new)} (model.allow_missing), drawn from the seed and their names")
     return loaded
+
+
+def check_model_folder(folder: Path, *, allow_missing: Sequence[str] = ()) -> None:
+    """Refuse a local folder that does not hold the weights of its model.
+
+    Raises:
+        ConfigError: see `check_weights`; or its config cannot be read.
+    """
+    check_weights(str(folder), empty_causal_lm(_read_config(str(folder))), allow_missing=allow_missing)
+
+
+def _read_config(source: str, **where: Any) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, **where)
+    except (OSError, *CONFIG_ERRORS) as error:
+        raise ConfigError("the model cannot be loaded", got=f"{source}: {_one_line(error)}") from error
+
+
+def check_new_are_trained(new: Sequence[str], lora: LoraConfig, empty: PreTrainedModel) -> None:
+    """Refuse weights that are drawn at random and then frozen.
+
+    Raises:
+        ConfigError: one of them is not in lora.modules_to_save.
+    """
+    saved = find_targets(lora, empty, loss_kernel="plain").saved
+    frozen = [name for name in new if not name.startswith(tuple(f"{module}." for module in saved))]
+    if frozen:
+        raise ConfigError(
+            "lora: a new weight would be random and never trained",
+            got=", ".join(frozen),
+            do="name its module in lora.modules_to_save",
+        )
 
 
 def _hf_deepspeed_config(deepspeed: Mapping[str, Any]) -> Any:

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from seqaware.engine.address import RankAddress
 from seqaware.engine.attention_choice import attention_of
+from seqaware.engine.checkpoint.export import end_answers
 from seqaware.engine.engine import Engine
 from seqaware.engine.layers import arrange_layers
 from seqaware.engine.lora import Adapters
@@ -59,8 +60,12 @@ def build_engine(prepared: Prepared, source: str, *, ranks: Ranks, say: Say) -> 
         trust_remote_code=config.trust_remote_code,
         deepspeed=plan.deepspeed,
         lora=plan.config.lora,
+        allow_missing=config.allow_missing,
+        seed=plan.config.training.control.seed,
     )
-    loaded = load_model(source, options)
+    loaded = load_model(source, options, say=say)
+    if loaded.generation_config is not None:
+        end_answers(loaded.generation_config, prepared.inference.answer_ends)
     adapters = _adapters(plan, loaded, options)
     if adapters is not None:
         trained = f"{prepared.trained_parameters:,} trained weights to the model's {prepared.parameters:,}"

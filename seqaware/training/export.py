@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from contextlib import suppress
+from functools import partial as partial_call
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
+from seqaware.data.chat import InferenceTokenizer
 from seqaware.data.tokenize import load_tokenizer
 from seqaware.engine.checkpoint.export import put_in_place, write_model
 from seqaware.engine.checkpoint.manifest import Manifest, read_manifest, read_whole, told_if_removed
@@ -26,11 +29,16 @@ from seqaware.engine.model import (
     local_or_hub,
     set_dropout,
 )
+from seqaware.engine.model_weights import WeightDifferences
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training.folder import RunFolder
 
-# The engine's model is wrapped once.
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+# The engine's model is wrapped once, peft's twice.
 _WRAPPED = "model."
+_ADAPTED = "base_model.model."
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None, lora: str | None = None) -> int:
@@ -50,8 +58,7 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None
         CheckpointError: the checkpoint is not whole, not of this model, or was removed meanwhile.
         ConfigError: the folder is taken, or the run's config is not there.
     """
-    if folder.exists():
-        raise ConfigError("the folder for the model is there already", got=folder, do="name another, or remove it")
+    _check_free(folder)
     state = read_whole(checkpoint)
     run_folder = RunFolder(run or checkpoint.absolute().parent.parent)
     path = run_folder.path / "config.yaml"
@@ -62,19 +69,20 @@ def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None
         dtype = _dtype_of(read_manifest(checkpoint))
         shards = Shards(checkpoint)
     tokenizer = load_tokenizer(config.model)
+    place = partial_call(put_in_place, folder, InferenceTokenizer.of(tokenizer, config.format.chat_template))
     if config.lora is None:
         model = _empty(config, run_folder, dtype)
         weights = _weights(shards, dict(model.named_parameters()), dtype)
         buffers = {name.removeprefix(_WRAPPED): buffer for name, buffer in shards.buffers().items()}
-        put_in_place(folder, tokenizer, lambda partial: write_model(model, partial, weights, buffers=buffers))
+        place(lambda partial: write_model(model, partial, weights, buffers=buffers))
         return state.step
     adapters = _adapted(config, run_folder, dtype, shards)
     if (lora or config.lora.export) == "merged":
         weights = adapters.merged_weights(keep=True)
-        put_in_place(folder, tokenizer, lambda partial: adapters.write_merged(partial, weights))
+        place(lambda partial: adapters.write_merged(partial, weights))
     else:
         weights = adapters.adapter_weights(keep=True)
-        put_in_place(folder, tokenizer, lambda partial: adapters.write_adapter(partial, weights))
+        place(lambda partial: adapters.write_adapter(partial, weights))
     return state.step
 
 
@@ -91,18 +99,23 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
     """Write the model that a PEFT adapter and its base make together, as a Hugging Face folder in the base's dtype.
 
     Raises:
-        ConfigError: the base model cannot be found, or the adapter is not one of it.
+        ConfigError: the folder is taken, the base model cannot be found, or the adapter is not one of it.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig, PeftModel, load_peft_weights
     from safetensors import SafetensorError
 
+    _check_free(folder)
     try:
         settings = PeftConfig.from_pretrained(str(adapter))
         base, where = str(settings.base_model_name_or_path), {"revision": settings.revision}
         dtype = AutoConfig.from_pretrained(base, **where).dtype or torch.float32
+        stored = load_peft_weights(str(adapter), device="cpu")
         # In float32, as a run merges its own: the update is small beside the weights.
-        loaded = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **where)
-        merged = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload()
+        whole = tuple(name.removeprefix(_ADAPTED) for name in stored if "lora_" not in name)
+        options = LoadOptions(torch.float32, None, settings.revision, False, {}, allow_missing=whole)
+        adapted = PeftModel.from_pretrained(load_model(base, options), str(adapter))
+        _check_adapter(adapter, adapted, stored.keys())
+        merged: Any = adapted.merge_and_unload()
         brings_own = (adapter / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(str(adapter) if brings_own else base)
     except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
@@ -111,7 +124,24 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
         raise ConfigError(
             "the adapter and its base model make no model", got=f"{adapter}: {first_line}", do=do
         ) from error
-    put_in_place(folder, tokenizer, lambda partial: merged.to(dtype).save_pretrained(partial))
+    merged.config.use_cache = True
+    inference = InferenceTokenizer.of(tokenizer, None)
+    put_in_place(folder, inference, lambda partial: merged.to(dtype).save_pretrained(partial))
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists():
+        raise ConfigError("the folder for the model is there already", got=folder, do="name another, or remove it")
+
+
+def _check_adapter(folder: Path, adapted: PeftModel, stored: Set[str]) -> None:
+    """Refuse an adapter that lacks weights (peft leaves their initial values) or has others (peft skips them)."""
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(adapted, save_embedding_layers=False).keys()
+    # An adapter may hold resized embeddings, which are weights of the model itself.
+    unexpected = stored - own - adapted.state_dict().keys()
+    WeightDifferences(frozenset(own - stored), frozenset(unexpected)).refuse(str(folder))
 
 
 def _weights(shards: Shards, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -148,7 +178,7 @@ def _empty(config: Config, run: RunFolder, dtype: torch.dtype) -> PreTrainedMode
     if model.dropout is not None:
         set_dropout(loaded, model.dropout)
     loaded.dtype = dtype
-    empty = empty_causal_lm(loaded)
+    empty = empty_causal_lm(loaded, trust_remote_code=model.trust_remote_code)
     empty.to(dtype=dtype)  # type: ignore[call-arg]  # transformers types it as a call on a model
     with suppress(OSError):  # a model without one has that of its config
         empty.generation_config = GenerationConfig.from_pretrained(source)
@@ -166,6 +196,8 @@ def _adapted(config: Config, run: RunFolder, dtype: torch.dtype, shards: Shards)
         trust_remote_code=model.trust_remote_code,
         deepspeed={},
         lora=lora,
+        allow_missing=model.allow_missing,
+        seed=config.training.control.seed,
     )
     loaded = load_model(_source(config, run), options)
     adapters = Adapters(

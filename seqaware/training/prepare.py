@@ -11,16 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from seqaware.config.schema import Config, ModelConfig
+from seqaware.data.chat import InferenceTokenizer
 from seqaware.data.order import StepOrder
 from seqaware.data.store import TokenStore
 from seqaware.data.tokenize import load_tokenizer, prepare_store, refuse_custom_code
 from seqaware.engine.layers import check_layers
 from seqaware.engine.lora_targets import find_targets
-from seqaware.engine.model import CONFIG_ERRORS, check_vocabulary, empty_causal_lm, initial_config, local_or_hub
-from seqaware.engine.model_source import check_model_source
+from seqaware.engine.model import (
+    CONFIG_ERRORS,
+    check_new_are_trained,
+    check_vocabulary,
+    empty_causal_lm,
+    initial_config,
+    local_or_hub,
+)
+from seqaware.engine.model_source import check_model_source, refuse_adapter
+from seqaware.engine.model_weights import check_weights
 from seqaware.engine.operators import check_operators
 from seqaware.errors import ConfigError
 from seqaware.objective.weighting import Weighting
@@ -42,6 +51,7 @@ class Prepared:
     Attributes:
         plan: with the data's figures. order: which documents a step holds.
         held_out: the tokenised evaluation rows, or None. questions: their prompts, where answers are asked for.
+        inference: the tokenizer as the trained model is saved with it.
         parameters: number of the model's weights. trained_parameters: of those that are trained, adapters or all.
     """
 
@@ -52,6 +62,7 @@ class Prepared:
     held_out: TokenStore | None
     questions: list[Question]
     weighting: Weighting
+    inference: InferenceTokenizer
     parameters: int
     trained_parameters: int
 
@@ -66,7 +77,7 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     check_model_source(config.model)
     tokenizer = load_tokenizer(config.model)
     model_config = resolve_model_config(config.model, tokenizer)
-    empty = empty_causal_lm(model_config)
+    empty = empty_causal_lm(model_config, trust_remote_code=config.model.trust_remote_code)
     check_layers(empty, config.model)
     parameters = sum(parameter.numel() for parameter in empty.parameters())
     trained = parameters
@@ -80,6 +91,7 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     largest = max(parameter.numel() for parameter in empty.parameters())
     sizes = SwapSizes(parameters, trained=trained, largest=largest, itemsize=BYTES[draft.dtype])
     check_swap_space(draft.deepspeed["zero_optimization"], sizes, world=world)
+    _check_local_weights(config, empty)
     store = _tokenised(config, draft, tokenizer, training=True, progress=progress)
     held_out = (
         _tokenised(config, draft, tokenizer, training=False, progress=progress) if config.evaluation.dataset else None
@@ -91,7 +103,27 @@ def prepare(config: Config, *, world: World, deepspeed_path: Path | None, progre
     if config.evaluation.metric != "none":
         questions = read_questions(config, tokenizer=tokenizer, max_seq_length=draft.batches.max_seq_length)
         check_lengths(questions, config, max_positions=model.max_positions)
-    return Prepared(plan, tokenizer, store, order, held_out, questions, weighting, parameters, trained)
+    return Prepared(
+        plan,
+        tokenizer=tokenizer,
+        store=store,
+        order=order,
+        held_out=held_out,
+        questions=questions,
+        weighting=weighting,
+        inference=InferenceTokenizer.of(tokenizer, config.format.chat_template),
+        parameters=parameters,
+        trained_parameters=trained,
+    )
+
+
+def _check_local_weights(config: Config, empty: PreTrainedModel) -> None:
+    """Before data is tokenised; of a model on the hub when its files are here, as it loads."""
+    if config.model.base_name is None or not Path(source := local_or_hub(config.model.base_name)).is_dir():
+        return
+    new = check_weights(source, empty, allow_missing=config.model.allow_missing)
+    if config.lora is not None:
+        check_new_are_trained(new, config.lora, empty)
 
 
 def prepare_data(config: Config, *, progress: Progress | None) -> list[Path]:
@@ -148,6 +180,7 @@ def resolve_model_config(model: ModelConfig, tokenizer: PreTrainedTokenizerFast)
         )
     except (OSError, *CONFIG_ERRORS) as error:
         refuse_custom_code(error, f"the model {model.base_name}")
+        refuse_adapter(local_or_hub(model.base_name), model.revision)
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError("model.base_name: the model's config cannot be read", got=first_line) from error
 

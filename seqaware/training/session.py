@@ -143,7 +143,7 @@ class Session:
         """
         if self.plan.config.output.save_model:
             self.process.heartbeat.phase("exporting", self.total)
-            export_model(self.engine, self.folder.model, tokenizer=self.prepared.tokenizer, lora=self.plan.config.lora)
+            export_model(self.engine, self.folder.model, tokenizer=self.prepared.inference, lora=self.plan.config.lora)
         if self.held_out is None:
             return
         self.process.heartbeat.phase("evaluating", self.total)

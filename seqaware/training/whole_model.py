@@ -19,12 +19,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from seqaware.engine.checkpoint.manifest import MANIFEST, read_manifest, survey, told_if_removed, what_is_wrong
+from seqaware.engine.model_source import ADAPTER_CONFIG
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.files import local_path
 from seqaware.training.process import Say
 
 _MADE_OF = ".made-of"
-_ADAPTER = "adapter_config.json"
 _PIECES = ("*_model_states.pt", "*_optim_states.pt")
 
 
@@ -44,7 +44,7 @@ def whole_model(name: str, *, say: Say) -> str:
         return name
     if not is_model(folder) and is_model(folder / "model"):
         folder, name = folder / "model", str(folder / "model")
-    if _is_adapter(folder):
+    if is_adapter(folder):
         return str(_made_once(folder, _adapter_identity(folder), _merge_adapter, say=say))
     if is_model(folder):
         return name
@@ -57,7 +57,7 @@ def whole_model(name: str, *, say: Say) -> str:
 
 def is_model(folder: Path) -> bool:
     """Whether this is a Hugging Face folder: of a whole model, or of an adapter."""
-    return (folder / "config.json").is_file() or (folder / _ADAPTER).is_file()
+    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -71,8 +71,9 @@ def run_of(folder: Path) -> Path | None:
     return next((each for each in (folder, *folder.parents) if (each / "manifest.json").is_file()), None)
 
 
-def _is_adapter(folder: Path) -> bool:
-    return (folder / _ADAPTER).is_file() and not any(folder.glob("model*.safetensors"))
+def is_adapter(folder: Path) -> bool:
+    """Whether this is the folder of an adapter alone."""
+    return (folder / ADAPTER_CONFIG).is_file() and not any(folder.glob("model*.safetensors"))
 
 
 def _newest(run: Path) -> Path:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from launcher.train import app
@@ -62,6 +63,22 @@ def _model_copy(workshop: tiny.Workshop, config: dict[str, Any]) -> Path:
 
 def _no_weights(workshop: tiny.Workshop, config: dict[str, Any]) -> list[str]:
     (_model_copy(workshop, config) / "model.safetensors").unlink()
+    return []
+
+
+def _rewritten(workshop: tiny.Workshop, config: dict[str, Any], names: Callable[[str], str | None]) -> list[str]:
+    """The weights under other names; None leaves one out."""
+    file = _model_copy(workshop, config) / "model.safetensors"
+    weights = {names(name): weight for name, weight in load_file(file).items()}
+    save_file({name: weight for name, weight in weights.items() if name}, file, {"format": "pt"})
+    return []
+
+
+def _adapter(workshop: tiny.Workshop, config: dict[str, Any]) -> list[str]:
+    folder = workshop.folder / "adapter"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(workshop.model)}))
+    config["model"]["base_name"] = str(folder)
     return []
 
 
@@ -151,6 +168,18 @@ CASES = {
     "no eos": Bad(_no_eos, ("end-of-sequence",)),
     "large vocabulary": Bad(_large_vocabulary, ("vocabulary", "embedding")),
     "no weights": Bad(_no_weights, ("no weights", "bad_model")),
+    "a weight is missing": Bad(
+        lambda workshop, config: _rewritten(workshop, config, lambda name: None if "lm_head" in name else name),
+        ("1 missing: lm_head.weight", "model.allow_missing", "bad_model"),
+    ),
+    "weights under a prefix": Bad(
+        lambda workshop, config: _rewritten(workshop, config, lambda name: f"module.{name}"),
+        ("the prefix 'module.'",),
+    ),
+    "an adapter": Bad(_adapter, ("is a LoRA adapter", "seqaware export")),
+    "adapted and saved": Bad(
+        _set("lora", target_modules=["lm_head"], modules_to_save=["lm_head"]), ("both in", "got lm_head;")
+    ),
     "foreign folder": Bad(_foreign_folder, ("output.dir", "no run")),
     "owned key": Bad(_owned_key, ("gradient_accumulation_steps", "training.schedule")),
     "no disk space": Bad(_huge, ("disk space", "GB free")),

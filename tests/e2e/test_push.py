@@ -11,8 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from seqaware.config.schema import Config
+from seqaware.errors import ConfigError
+from seqaware.training.sharing.push import pack
 from tests import launch, tiny
 from tests.hub import Hub, hub
 
@@ -131,3 +134,18 @@ def test_what_the_hub_or_we_refuse_is_told_in_a_line(server: Hub, run: Path, tmp
     leaking.unlink()
     assert done.returncode == 2 and "holds a password or a token; got notes.txt" in done.stderr
     assert not server.uploads.commits
+
+
+def test_a_model_is_sent_with_all_its_templates_and_not_without_its_weights(tmp_path: Path) -> None:
+    model = tiny.build(tmp_path, answers=(2, 3)).model
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    (model / "additional_chat_templates").mkdir()
+    (model / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    sent = set(pack(model, title="tiny", say=print).files)
+    assert {"generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"} <= sent
+    assert "additional_chat_templates/tool_use.jinja" in sent
+    weights = load_file(model / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"1 missing: lm_head.weight"):
+        pack(model, title="tiny", say=print)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial as partial_call
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from seqaware.config.schema import LoraConfig
+from seqaware.data.chat import InferenceTokenizer
 from seqaware.data.store_writer import sync_to_disk
 from seqaware.engine.engine import Engine
 from seqaware.engine.together import not_written, together
 
 
 def export_model(
-    engine: Engine, folder: Path, *, tokenizer: PreTrainedTokenizerBase, lora: LoraConfig | None = None
+    engine: Engine, folder: Path, *, tokenizer: InferenceTokenizer, lora: LoraConfig | None = None
 ) -> None:
     """Write a Hugging Face folder of the trained model: safetensors, config, generation config, tokenizer. Collective.
 
@@ -40,8 +42,11 @@ def export_model(
     together(engine.ranks, write, on_first_only=True, error=not_written(f"the model's folder {folder}"))
 
 
-def put_in_place(folder: Path, tokenizer: PreTrainedTokenizerBase, write_weights: Callable[[Path], None]) -> None:
-    """A model's folder with its tokenizer: written aside, then in the place of one that was there.
+def put_in_place(folder: Path, tokenizer: InferenceTokenizer, write_weights: Callable[[Path], None]) -> None:
+    """Write a model's folder with all that inference needs, aside, then move it in the place of one that was there.
+
+    Args:
+        write_weights: writes weights, config and generation config.
 
     Raises:
         StorageError: the disk refuses it; what there is of it is cleared away.
@@ -50,8 +55,12 @@ def put_in_place(folder: Path, tokenizer: PreTrainedTokenizerBase, write_weights
     shutil.rmtree(partial, ignore_errors=True)
     try:
         write_weights(partial)
-        tokenizer.save_pretrained(partial)
-        for path in (*partial.iterdir(), partial):
+        tokenizer.tokenizer.save_pretrained(partial)
+        if (partial / GENERATION_CONFIG_NAME).is_file():  # an adapter's folder has none
+            settings = GenerationConfig.from_pretrained(partial)
+            end_answers(settings, tokenizer.answer_ends)
+            settings.save_pretrained(partial)
+        for path in (*partial.rglob("*"), partial):
             sync_to_disk(path)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -59,6 +68,14 @@ def put_in_place(folder: Path, tokenizer: PreTrainedTokenizerBase, write_weights
     except (OSError, SafetensorError) as error:  # safetensors has one of its own for what a disk says
         shutil.rmtree(partial, ignore_errors=True)  # it may be what has filled the disk
         raise not_written(f"the model's folder {folder}")(str(error)) from error
+
+
+def end_answers(settings: GenerationConfig, answer_ends: Sequence[int]) -> None:
+    """Let generation stop at the tokens with which the trained answers end, and where it stopped before."""
+    own = settings.eos_token_id
+    before = own if isinstance(own, list) else [own] if own is not None else []
+    ends = list(dict.fromkeys([*before, *answer_ends]))
+    settings.eos_token_id = ends if len(ends) > 1 else ends[0]
 
 
 def write_model(

@@ -200,7 +200,7 @@ def _checks_of_config(patient: _Patient) -> Iterator[Check]:
     hub = settings.Hub.of(env)
     yield Check("hub cache", partial(settings.cache, hub))
     if config is not None:
-        yield Check("model", partial(settings.model, config, hub), seconds=20)
+        yield Check("model", partial(settings.model, config, hub), seconds=90)
         command = shlex.join(["python", "launcher/prepare.py", str(patient.request.config_path)])
         yield Check("dataset", partial(settings.data, config, hub, command=command), seconds=30)
     if plan is not None:

@@ -86,8 +86,14 @@ def model(config: Config, hub: Hub) -> Iterator[Finding]:
     for subject, name in (("model", written.base_name), ("tokenizer", written.tokenizer)):
         if name is None:
             continue
-        if Path(name).expanduser().is_dir():
-            yield ok(subject, str(Path(name).expanduser()))
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            if subject == "model" and not written.trust_remote_code:
+                # Here, because transformers takes seconds to import.
+                from seqaware.engine.model import check_model_folder
+
+                check_model_folder(folder, allow_missing=written.allow_missing)
+            yield ok(subject, str(folder))
         else:
             yield from _of_hub(subject, name, "model", hub)
     if written.trust_remote_code:

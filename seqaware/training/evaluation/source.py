@@ -20,7 +20,7 @@ def with_model(config: Config, name: str) -> Config:
     folder = local_path(name)
     brings_own = not folder.is_dir() or any((folder / file).is_file() for file in _TOKENIZER_FILES)
     tokenizer = None if brings_own else config.model.tokenizer
-    changes = {"base_name": name, "from_scratch": None, "tokenizer": tokenizer, "revision": None}
+    changes = {"base_name": name, "from_scratch": None, "tokenizer": tokenizer, "revision": None, "allow_missing": ()}
     # What only training needs: a run on many ranks, with adapters, may be evaluated on one.
     training = config.training.model_copy(update={"optimizer": OptimizerConfig()})
     model = config.model.model_copy(update=changes)

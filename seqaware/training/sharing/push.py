@@ -13,13 +13,19 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils._validators import validate_repo_id
 
+from seqaware.config.model import ModelConfig
+from seqaware.engine.model_source import check_model_source
 from seqaware.errors import ConfigError, SeqawareError
+from seqaware.files import read_json
 from seqaware.masking import holds_secret
 from seqaware.training.sharing.card import bare_card, run_card
-from seqaware.training.whole_model import is_checkpoint, is_model, whole_model
+from seqaware.training.whole_model import is_adapter, is_checkpoint, is_model, whole_model
 
 TOKEN = "HF_TOKEN"
-_MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "README.md")
+_MODEL_FILES = (
+    *("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("LICENSE*", "README.md"),
+)
 _RUN_FILES = ("config.yaml", "plan.json", "manifest.json", "metrics.jsonl", "certificate.json")
 _TEXTS = (".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja", "")
 
@@ -64,7 +70,9 @@ def pack(source: Path, *, title: str, say: Callable[[str], None]) -> Parcel:
     if not is_model(model):
         do = "name a finished run, a checkpoint, or a Hugging Face folder"
         raise ConfigError("this folder holds no model that could be shared", got=source, do=do)
-    files = {path.name: path for pattern in _MODEL_FILES for path in sorted(model.glob(pattern)) if path.is_file()}
+    _check_weights(model, say)
+    found = [path for pattern in _MODEL_FILES for path in sorted(model.glob(pattern)) if path.is_file()]
+    files = {path.relative_to(model).as_posix(): path for path in found}
     own = files.pop("README.md", None)
     is_record = (run / "manifest.json").is_file() and (run / "config.yaml").is_file()
     if is_record and (checkpoint is not None or model == run / "model"):
@@ -77,6 +85,19 @@ def pack(source: Path, *, title: str, say: Callable[[str], None]) -> Parcel:
         card = own.read_text(encoding="utf-8") if own is not None else bare_card(title)
     _check_secrets(files, card)
     return Parcel(files, card)
+
+
+def _check_weights(model: Path, say: Callable[[str], None]) -> None:
+    if is_adapter(model):
+        return
+    check_model_source(ModelConfig(base_name=str(model)))
+    if "auto_map" in read_json(model / "config.json"):
+        say("weights     not checked: this model brings code of its own")
+        return
+    # Here, because transformers takes seconds to import.
+    from seqaware.engine.model import check_model_folder
+
+    check_model_folder(model)
 
 
 def _check_secrets(files: Mapping[str, Path], card: str) -> None:

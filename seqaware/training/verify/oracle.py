@@ -16,11 +16,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from seqaware.config.schema import LoraConfig
 from seqaware.data.store_format import Document
 from seqaware.engine.lora import Adapters
+from seqaware.engine.model import LoadOptions, load_model
 from seqaware.training.verify.weights import Scored
 
 TokenLosses = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +33,8 @@ class OracleModel:
     """What to load, and how to compute with it.
 
     Attributes:
-        lora, seed: adapters as the run makes them, which are all that is trained then.
+        allow_missing, seed: weights that the checkpoint may lack, drawn as the run draws them.
+        lora: adapters as the run makes them from the seed, which are all that is trained then.
         weights: the run's dtype: the weights are rounded to it first, as the run's are.
         compute: the dtype of everything that follows.
         disturbed: move every weight by one rounding of `compute`, up or down.
@@ -41,6 +43,7 @@ class OracleModel:
     source: str
     revision: str | None
     trust_remote_code: bool
+    allow_missing: tuple[str, ...]
     lora: LoraConfig | None
     seed: int
     weights: torch.dtype
@@ -137,13 +140,21 @@ def plain_cross_entropy_losses(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
 
 
 def _load(wanted: OracleModel) -> PreTrainedModel:
-    where = {"revision": wanted.revision, "trust_remote_code": wanted.trust_remote_code}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        wanted.source, dtype=wanted.weights, attn_implementation="eager", **where
+    options = LoadOptions(
+        dtype=wanted.weights,
+        dropout=None,
+        revision=wanted.revision,
+        trust_remote_code=wanted.trust_remote_code,
+        deepspeed={},
+        allow_missing=wanted.allow_missing,
+        seed=wanted.seed,
+        attention="eager",
     )
+    loaded = load_model(wanted.source, options)
     if wanted.lora is not None:
         Adapters(loaded, wanted.lora, seed=wanted.seed, revision=wanted.revision, deepspeed={})
-    model = loaded.to(wanted.device)
+    model: Any = loaded
+    model = model.to(wanted.device)
     if wanted.compute != wanted.weights:
         # Only then: it would round the float32 tables of rotary positions as well.
         model = model.to(wanted.compute)

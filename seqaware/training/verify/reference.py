@@ -85,6 +85,7 @@ def _model(
         source=source,
         revision=config.model.revision if config.model.from_scratch is None else None,
         trust_remote_code=config.model.trust_remote_code,
+        allow_missing=config.model.allow_missing,
         lora=config.lora,
         seed=config.training.control.seed,
         weights=run,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from seqaware.data.chat import InferenceTokenizer
 from seqaware.data.encode import Outcome
 from seqaware.errors import ConfigError, DataError
 from tests.small_tokenizers import CHATML, CHATML_MARKED, FORGETFUL, PLAIN, byte_level
@@ -129,3 +130,48 @@ def test_messages_that_are_none(messages: Any, said: str) -> None:
 def test_what_the_template_refuses_is_told(template: str) -> None:
     with pytest.raises(DataError, match="rows:1: the chat template refuses the messages"):
         encode_talk(TALK, template)
+
+
+LAST_TURN_APART = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+    "{% if loop.last %}<|end|>{% else %}<|im_end|>{% endif %}{% endfor %}"
+)
+WITHOUT_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('no system prompt') }}{% endif %}" + CHATML
+
+
+@pytest.mark.parametrize(
+    ("template", "closed"),
+    [
+        (CHATML, ["<|im_end|>"]),
+        (CHATML_MARKED, ["<|im_end|>"]),
+        (PLAIN, []),  # EOS ends it, as in training
+        (LAST_TURN_APART, []),  # an earlier turn's token would cut an answer of several parts
+        (WITHOUT_SYSTEM, []),
+        (None, []),
+    ],
+)
+def test_an_answer_ends_at_eos_and_at_what_closes_the_last_turn(template: str | None, closed: list[str]) -> None:
+    tokenizer = byte_level(chat_template=template)
+    expected = tokenizer.convert_tokens_to_ids(["<|end|>", *closed])
+    assert InferenceTokenizer.of(tokenizer, None).answer_ends == tuple(expected)
+    assert InferenceTokenizer.of(byte_level(), template).answer_ends == tuple(expected)
+
+
+def test_the_template_that_is_used_is_the_tokenizers_afterwards() -> None:
+    def used(tokenizer: PreTrainedTokenizerFast, written: str | None) -> Any:
+        return InferenceTokenizer.of(tokenizer, written).tokenizer
+
+    tokenizer = byte_level(chat_template=CHATML)
+    assert used(tokenizer, PLAIN).chat_template == PLAIN and tokenizer.chat_template == CHATML
+    several = used(tokenizer, None)
+    assert several.chat_template == CHATML
+    several.chat_template = {"default": CHATML, "tool_use": FORGETFUL}
+    assert used(several, PLAIN).chat_template == {"default": PLAIN, "tool_use": FORGETFUL}
+    # A name among them is no template.
+    assert used(several, "tool_use").get_chat_template() == FORGETFUL
+
+
+def test_a_template_without_end_does_not_end_the_run() -> None:
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = byte_level(chat_template=endless)
+    assert InferenceTokenizer.of(tokenizer, None).answer_ends == (tokenizer.eos_token_id,)

@@ -45,6 +45,10 @@ def test_nothing_that_only_training_needs_is_asked_of_the_ranks(tmp_path: Path) 
     config = with_model(CONFIG, str(model(tmp_path / "bare")))
     assert config.parallel.sequence == 1 and config.lora is None and config.training.optimizer.type == "adamw"
     assert config.model.tokenizer == "own"  # the folder brings none
+    # A trained model lacks nothing: an evaluation never draws a weight.
+    pretrained = CONFIG.model.model_copy(update={"base_name": "a", "from_scratch": None, "allow_missing": ("lm_head",)})
+    started = CONFIG.model_copy(update={"model": pretrained})
+    assert with_model(started, str(tmp_path / "bare")).model.allow_missing == ()
     assert default_folder(str(tmp_path / "bare")) == Path("evaluations", "bare")
 
 
