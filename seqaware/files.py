@@ -26,7 +26,8 @@ MAX_DIGITS = 308
 """A larger integer may not convert to a float."""
 MAX_EXPANDED = 50_000
 """Values of a YAML file with every alias written out."""
-_NAME_BYTES, _PATH_BYTES = 255, 4095  # NAME_MAX and PATH_MAX of Linux
+# NAME_MAX of Linux, and half of its PATH_MAX: the names of a run's own files come behind.
+_NAME_BYTES, _PATH_BYTES = 255, 2048
 
 Pairs = Callable[[list[tuple[str, Any]]], dict[str, Any]]
 

@@ -26,8 +26,8 @@ _ROUNDS = 8
 # With fewer bits the network reaches too few of the permutations of a small set; walking cycles costs little there.
 _FEWEST_BITS = 8
 _CHUNK = 1 << 20
-# Epochs whose steps are counted one by one: 2 · 10^8 documents take seconds.
-_MANY_EPOCHS, _MOST_LAID_OUT = 100, 2 * 10**8
+# Epochs whose steps are counted one by one: 10^8 documents take seconds.
+_MANY_EPOCHS, _MOST_LAID_OUT = 100, 10**8
 
 _MULTIPLY_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = np.uint64(0x94D049BB133111EB)

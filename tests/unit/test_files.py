@@ -126,7 +126,7 @@ def test_a_device_and_a_large_file_are_refused(tmp_path: Path) -> None:
         read_json(large)
 
 
-@pytest.mark.parametrize("name", ["x" * 256, "a\0b", "~nouser-here/x", "x/" * 3000, "a\ud800b", "é" * 128])
+@pytest.mark.parametrize("name", ["x" * 256, "a\0b", "~nouser-here/x", "x/" * 1500, "a\ud800b", "é" * 128])
 def test_a_name_that_no_file_system_takes_is_refused(name: str) -> None:
     with pytest.raises(MalformedError):
         local_path(name)
