@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+import types
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
-from seqaware.config.messages import config_error, nearest, show
+from seqaware.config.messages import config_error, nearest, section_at, show
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
 from seqaware.files import MAX_DEPTH, YAML_BYTES, DuplicateKeyError, MalformedError, parse_yaml, read_text
@@ -26,7 +27,8 @@ def load_config(path: Path | None, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: the YAML file; None takes `train_configs/default.yaml` of the repository.
-        overrides: `dotted.key=value`, the value read as YAML; later ones win over earlier ones, all over the file.
+        overrides: `dotted.key=value`, the value read as YAML, or as it is for a key that takes text; later ones win
+            over earlier ones, all over the file.
 
     Raises:
         ConfigError: the file cannot be read or is no mapping; a key is unknown, doubled or contradicted; a value has
@@ -91,14 +93,50 @@ def _files_beside(path: Path) -> str | None:
     return nearest(path.name, names) or (f"in that folder are {', '.join(names)}" if names else None)
 
 
-def _parse(text: str, *, origin: str) -> Any:
+def _parse(text: str, *, origin: str, do: str | None = None) -> Any:
     try:
         return parse_yaml(text)
     except DuplicateKeyError as error:
         where = f"line {error.second}; it was already written in line {error.first}"
         raise ConfigError(f"{origin}: duplicate key {error.key}", got=where, do="keep one of them") from error
     except MalformedError as error:
-        raise ConfigError(f"{origin} is not valid YAML", got=error) from error
+        raise ConfigError(f"{origin} is not valid YAML", got=error, do=do) from error
+
+
+def _set_value(key: str, text: str) -> Any:
+    """Read the value of an override.
+
+    A key that takes text gets the text as it is where YAML would read something else: a mapping (`Q: {question}`), a
+    comment (`Problem #1`), or nothing valid. Quoted text, null, numbers and booleans are YAML.
+    """
+    if not _takes_text(key) or text.lstrip().startswith(tuple("'\"|>")):
+        return _parse(
+            text, origin=f"--set {key}", do=f"quote it for YAML inside the shell's quotes: --set '{key}=\"…\"'"
+        )
+    try:
+        value = parse_yaml(text)
+    except MalformedError:
+        return text
+    return text if isinstance(value, dict | list) or (isinstance(value, str) and value != text.strip()) else value
+
+
+def _takes_text(key: str) -> bool:
+    """Return whether a key of the schema takes text and nothing else but null."""
+    *parents, last = key.split(".")
+    section = section_at(parents)
+    field = section.model_fields.get(last) if section else None
+    return field is not None and set(_leaves(field.annotation)) <= {str, type(None)}
+
+
+def _leaves(annotation: Any) -> Iterator[Any]:
+    """Yield the types of an optional, a union or an annotated type."""
+    if hasattr(annotation, "__metadata__"):
+        yield from _leaves(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, types.UnionType):
+        for part in get_args(annotation):
+            yield from _leaves(part)
+    else:
+        yield annotation
 
 
 def _overridden(written: dict[str, Any], override: str) -> dict[str, Any]:
@@ -109,7 +147,7 @@ def _overridden(written: dict[str, Any], override: str) -> dict[str, Any]:
         raise ConfigError("--set needs key=value with a dotted key", got=repr(override), do=f"as in {example}")
     if key.count(".") >= MAX_DEPTH:
         raise ConfigError("--set: the key is nested too deep", got=f"{key.count('.') + 1} parts in {key[:40]}…")
-    value = _parse(text, origin=f"--set {key}")
+    value = _set_value(key, text)
     result = copy.deepcopy(written)
     section = result
     *parents, last = key.split(".")

@@ -134,7 +134,7 @@ def _quoting(kind: str, value: object) -> str | None:
 
 def _nearest_key(location: Sequence[str | int]) -> str:
     *parents, key = location
-    section = _section_at(parents)
+    section = section_at(parents)
     prefix = f"{dotted(parents)}." if parents else ""
     siblings = [field.alias or name for name, field in section.model_fields.items()] if section else []
     if guess := difflib.get_close_matches(str(key), siblings, n=1, cutoff=_NEAR):
@@ -148,7 +148,8 @@ def _nearest_key(location: Sequence[str | int]) -> str:
     return f"the keys of {dotted(parents) or 'the file'} are {', '.join(siblings)}"
 
 
-def _section_at(location: Sequence[str | int]) -> type[Section] | None:
+def section_at(location: Sequence[str | int]) -> type[Section] | None:
+    """Return the section at a location of the config, or None."""
     section: type[Section] = Config
     for part in location:
         if isinstance(part, int):

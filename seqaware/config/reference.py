@@ -21,6 +21,8 @@ Made from `seqaware/config/` by `python -m seqaware.config.reference > docs/conf
 
 A run is one YAML file. `model` and `dataset` are required; whatever else is left out has the default below. `null` is
 "nothing written". Any key may be overridden on the command line, `--set training.sft.gamma=0.99`, again and again.
+The value is read as YAML; a key that takes text takes it without YAML's quotes too, as in
+`--set "format.prompt_template=Q: {question} A:"`.
 Unknown keys, keys that stand twice and contradictions are errors that say what was got and what to do. `seqaware init`
 writes a first config, `train_configs/default.yaml` shows every key in place, and `train_configs/schema.json` lets an
 editor complete and check.

@@ -31,6 +31,7 @@ from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_
 from seqaware.engine.ranks import Ranks
 from seqaware.objective.sums import StepSums
 from seqaware.objective.weighting import Weighting
+from seqaware.plan.layout import ZeroSettings
 from seqaware.plan.plan import Plan
 
 _LOSS_SCALES = 40  # from 2^16 down to 2^-24, far below anything that is still of use
@@ -226,9 +227,20 @@ class Engine:
         self.deepspeed.buffered_allreduce_fallback()
 
 
+def _with_bucket_no_larger(plan: Plan, model: WeightedCausalLM) -> dict[str, Any]:
+    """Return ZeRO's settings with a gradient bucket that is no larger than all trained weights.
+
+    DeepSpeed 0.19 allocates `reduce_bucket_size` elements at ZeRO 1 to 3, twice as many with `overlap_comm`, even for a
+    small model. A bucket with room for all gradients is reduced in the same way, however much of it stays empty.
+    """
+    zero = dict(plan.deepspeed["zero_optimization"])
+    trained = sum(getattr(each, "ds_numel", each.numel()) for each in model.parameters() if each.requires_grad)
+    return zero | {"reduce_bucket_size": min(ZeroSettings.of(zero).reduce_bucket, trained)}
+
+
 def _initialize(plan: Plan, model: WeightedCausalLM) -> Any:
     import_muon()
-    settings = dict(plan.deepspeed)
+    settings = {**plan.deepspeed, "zero_optimization": _with_bucket_no_larger(plan, model)}
     optimizer_config = plan.config.training.optimizer
     if "optimizer" in settings:
         groups = parameter_groups(model, optimizer_config.weight_decay)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from seqaware.engine.ranks import Ranks
-from seqaware.errors import CheckpointError, SeqawareError, StorageError
+from seqaware.errors import SeqawareError, StorageError
 
 # What a disk, a vanished folder or memory may do to a rank that writes; anything else is our own mistake.
 FAILURES = (OSError, RuntimeError, MemoryError)
@@ -33,7 +33,7 @@ def together(
     if ranks.is_first or not on_first_only:
         try:
             value = action()
-        except (*FAILURES, CheckpointError) as failure:
+        except FAILURES as failure:
             problem = f"rank {ranks.rank}: {failure or type(failure).__name__}"
         except SeqawareError as failure:
             problem = failure

@@ -133,6 +133,11 @@ class Layout:
         return self.adapters + self.whole_modules if self.adapters else self.decoder.parameters
 
     @property
+    def reduce_bucket(self) -> int:
+        """Weights of DeepSpeed's gradient bucket; the engine asks for no larger one than the trained weights need."""
+        return min(self.zero.reduce_bucket, self.trained)
+
+    @property
     def frozen(self) -> int:
         return self.decoder.parameters - self.whole_modules if self.adapters else 0
 

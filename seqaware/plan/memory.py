@@ -16,7 +16,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from seqaware.plan import disk
 from seqaware.plan.activations import Activations, LossMemory, activations, loss_memory
+from seqaware.plan.disk import checkpoint_bytes
 from seqaware.plan.gathering import Gathering
 from seqaware.plan.layout import Layout, gathered
 
@@ -26,7 +28,6 @@ _FLOAT32 = 4
 _NOTHING_GATHERED = Gathering(gathered=0, peak=0, at_loss=0, early_backward=0, persistent=0)
 # DeepSpeed's all-reduce without ZeRO, and of its bfloat16 stage 1, flattens so many weights at once.
 _ALLREDUCE_WEIGHTS = 500_000_000
-_MOMENTS = {"lion": 4, "adamw_8bit": 2, "muon": 4}
 
 
 @dataclass(frozen=True)
@@ -96,21 +97,23 @@ def memory(layout: Layout) -> MemoryEstimate:
         UPDATE: _sum(states.device, states.step),
     }
     weights = layout.decoder.parameters
-    of_checkpoint = layout.trained * (layout.itemsize + _FLOAT32 + moment_bytes(layout))
     host = {**states.host, "activations": kept.on_host}
     return MemoryEstimate(
         moments=moments,
         host={part: size for part, size in host.items() if size},
         host_update=states.host_update,
         nvme=states.nvme,
-        checkpoint=of_checkpoint,
+        checkpoint=checkpoint_bytes(
+            layout.trained, layout.dtype, moments=moment_bytes(layout), stage=layout.zero.stage
+        ),
         export=weights * layout.itemsize,
     )
 
 
 def moment_bytes(layout: Layout) -> int:
     """Bytes of the optimizer's moments of one weight."""
-    return _MOMENTS.get(layout.optimizer, 8)
+    on_cpu = layout.world.device == "cpu" or layout.zero.offload_optimizer is not None
+    return disk.moment_bytes(layout.optimizer, on_cpu=on_cpu)
 
 
 def _sum(*parts: Mapping[str, int]) -> dict[str, int]:
@@ -147,7 +150,7 @@ def _at_layer(layout: Layout, states: _States, kept: Activations, whole: Gatheri
     decoder, zero = layout.decoder, layout.zero
     # One new gradient beside the bucket, and the bucket's copy for its reduction.
     largest = max(max(module.parameters) for module in decoder.layer)
-    copy = min(zero.reduce_bucket, decoder.layer_parameters) if zero.stage >= 2 else 0
+    copy = min(layout.reduce_bucket, decoder.layer_parameters) if zero.stage >= 2 else 0
     new = (largest + copy) * layout.itemsize if not layout.adapters else 0
     beside = max(0, new - kept.work)
     here = {
@@ -225,7 +228,7 @@ def _stage_1_or_2(layout: Layout) -> _States:
     waiting = part if partitioned else _FLOAT32 * P
     new = part if partitioned and not compact else 0
     staged = _FLOAT32 if layout.narrow and not partitioned else b
-    bucket = zero.reduce_bucket * staged * (2 if zero.overlap else 1)
+    bucket = layout.reduce_bucket * staged * (2 if zero.overlap else 1) if zero.contiguous else 0
     moments = (_FLOAT32 + moment_bytes(layout)) * P // N
     device = {"weights": b * P + _frozen(layout), "gradients": waiting}
     host: dict[str, int] = {}
@@ -244,7 +247,7 @@ def _stage_1_or_2(layout: Layout) -> _States:
         step = {"temporary": copies if partitioned and compact else part + copies}
     if not partitioned:
         # Reduced at the step: the share of this rank is collected beside all gradients, which then go.
-        collecting = part + bucket + min(zero.reduce_bucket, P) * staged
+        collecting = part + bucket + layout.reduce_bucket * staged
         step["temporary"] = max(collecting, step.get("temporary", 0) + part - _FLOAT32 * P)
         device["buckets"] = device.get("buckets", 0) + bucket
     return _States(device, host, 0, new, bucket if partitioned else 0, step, update)
@@ -258,7 +261,7 @@ def _stage_3(layout: Layout) -> _States:
     weights = b * P // N + _frozen(layout) // N
     updated = min(part, zero.sub_group * _FLOAT32)
     copies = _adam_copies(layout) * updated
-    device = {"buckets": zero.reduce_bucket * b if zero.contiguous else 0, "gathered weights": whole.persistent * b}
+    device = {"buckets": layout.reduce_bucket * b if zero.contiguous else 0, "gathered weights": whole.persistent * b}
     host: dict[str, int] = {}
     nvme = 0
     if zero.secondary_partition > 1:

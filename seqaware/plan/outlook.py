@@ -55,7 +55,7 @@ def outlook(question: Question) -> Iterator[tuple[str, str]]:
         yield "change", nearest_fit(layout, device, others=question.others) or "nothing here makes it fit: more GPUs"
     yield from time_lines(layout, time)
     if question.run is not None:
-        yield from question.run.costs(estimate, time)
+        yield from question.run.costs(layout, time)
     yield from _largest(layout, device)
     yield from _cheapest(question)
     yield from _longest(question)

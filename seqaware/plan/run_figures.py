@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from seqaware.plan.batches import WHEN_TOKENISED
-from seqaware.plan.memory import MemoryEstimate
+from seqaware.plan.disk import DiskUse
+from seqaware.plan.layout import Layout
 from seqaware.plan.plan import Plan
 from seqaware.plan.throughput import StepTime
 
@@ -56,30 +57,16 @@ class RunFigures:
                 f"the costliest rank does {packing.balance:.3f} × the mean (first {packing.steps} steps)",
             )
 
-    def costs(self, estimate: MemoryEstimate, time: StepTime) -> Iterator[tuple[str, str]]:
+    def costs(self, layout: Layout, time: StepTime) -> Iterator[tuple[str, str]]:
         """(label, text) of the hours and the disk."""
         gpus, steps = self.plan.world.size, self.plan.total_steps
         seconds = time.seconds * (_STEPS_TOLD if steps is None else steps)
         hours = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
         of = f"{_STEPS_TOLD:,} steps: " if steps is None else ""
         yield "time", f"{of}{hours} = {gpus * seconds / 3600:,.1f} GPU-hours, without starting, evaluating and saving"
-        kept = checkpoints_kept(self.plan)
-        size = kept * estimate.checkpoint / _GB
-        model = estimate.export / _GB if self.plan.config.output.save_model else 0.0
-        yield (
-            "disk in all",
-            f"{size + model:,.0f} GB: at most {kept} checkpoint(s) at once, and the model {model:,.0f} GB",
-        )
-
-
-def checkpoints_kept(plan: Plan) -> int:
-    """The most that lie in the run's folder at once: those that are kept, and the one being written."""
-    output, steps = plan.config.output, plan.total_steps
-    kept = output.keep_last + output.keep_best + 1
-    if output.save_every is None and output.save_every_minutes is None:
-        return 1
-    if output.save_every is not None and output.save_every_minutes is None and steps is not None:
-        kept = min(kept, -(-steps // output.save_every) + 1)
-    if output.keep_every is not None and steps is not None:
-        kept += steps // output.keep_every
-    return kept
+        disk = DiskUse.of(self.plan, parameters=layout.decoder.parameters, trained=layout.trained)
+        models = f"the model {disk.model / _GB:,.0f} GB"
+        if disk.initial:
+            models += f", and the one from scratch {disk.initial / _GB:,.0f} GB"
+        total = f"{disk.total() / _GB:,.0f} GB"
+        yield "disk in all", f"{total}: at most {disk.checkpoints} checkpoint(s) at once, and {models}"

@@ -27,6 +27,7 @@ from seqaware.engine.checkpoint.manifest import RunState, survey, write_durably
 from seqaware.engine.versions import git_revision, versions
 from seqaware.errors import ConfigError
 from seqaware.files import MalformedError, read_json
+from seqaware.plan.disk import DiskUse
 from seqaware.plan.plan import Plan, mathematics_hash
 from seqaware.training.lock import LOCK
 from seqaware.training.resume import Wish, changes, how_to_go_on, listed
@@ -41,8 +42,6 @@ _BEFORE_THE_CLAIM = (
     "manifest.json.partial",
     LOCK,
 )
-_BYTES_PER_PARAMETER_MODEL = 4
-_BYTES_PER_PARAMETER_CHECKPOINT = 14  # bfloat16 weights, float32 master weights and two moments
 
 
 class _Attempt(BaseModel):
@@ -152,14 +151,8 @@ def check_disk(path: Path, plan: Plan, parameters: int, *, trained: int) -> None
     Raises:
         ConfigError: less is free than the model folder and the kept checkpoints need.
     """
-    output = plan.config.output
-    # Those that lie there already need no room any more; there is always one that is being written.
-    checkpoints = max(1, _most_checkpoints(plan) + 1 - len(survey(path / "checkpoints").whole))
-    initial = parameters if plan.config.model.from_scratch else 0
-    lora = plan.config.lora
-    exported = trained if lora is not None and lora.export == "adapter" else parameters
-    models = _BYTES_PER_PARAMETER_MODEL * (initial + exported * output.save_model)
-    needed = models + trained * _BYTES_PER_PARAMETER_CHECKPOINT * checkpoints
+    saved = len(survey(path / "checkpoints").whole)
+    needed = DiskUse.of(plan, parameters=parameters, trained=trained).total(saved=saved)
     existing = _nearest_existing(path)
     free = shutil.disk_usage(existing).free
     if needed > free:
@@ -168,15 +161,6 @@ def check_disk(path: Path, plan: Plan, parameters: int, *, trained: int) -> None
             got=f"{free / 1e9:.2f} GB free at {existing}, about {needed / 1e9:.2f} GB needed",
             do="free some space, choose another output.dir, or keep fewer (output.keep_last, keep_every, keep_best)",
         )
-
-
-def _most_checkpoints(plan: Plan) -> int:
-    """How many checkpoints lie in the folder at most, between two saves."""
-    output, steps = plan.config.output, plan.total_steps or 1
-    if output.save_every is None and output.save_every_minutes is None:
-        return 0
-    for_good = steps // output.keep_every if output.keep_every else 0
-    return min(steps // (output.save_every or 1), output.keep_last + for_good + output.keep_best)
 
 
 def is_finished(folder: RunFolder, plan: Plan) -> bool:

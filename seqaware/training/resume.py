@@ -26,6 +26,10 @@ from seqaware.training.process import Say
 from seqaware.training.watch.host import HostProcess
 
 _SOURCE = "weighting_source"  # of `Plan.mathematics()["objective"]`
+_NOT_CUT = {
+    "muon": "each rank keeps the momentum of whole matrices, in an order of its own",
+    "adamw_8bit": "its state has a scale for every block of weights",
+}
 
 
 @dataclass(frozen=True)
@@ -123,12 +127,27 @@ def _check(listing: Listing, plan: Plan, *, anyway: Collection[str], allowed: Co
             got=f"{checkpoint}, where {listed(refused)}",
             do=how_to_go_on(refused, plan),
         )
+    _refuse_reshard(listing, plan)
     if plan.total_steps is not None and state.step > plan.total_steps:
         raise CheckpointError(
             "the checkpoint is later than the end of this run",
             got=f"{checkpoint} at step {state.step}, and the run has {plan.total_steps} steps",
             do="name an earlier one with --resume, or raise training.schedule.max_steps",
         )
+
+
+def _refuse_reshard(listing: Listing, plan: Plan) -> None:
+    """Refuse a topology that the optimizer's state cannot be cut for, before a model loads."""
+    topology, optimizer = listing.manifest.topology, listing.manifest.mathematics.get("optimizer")
+    kind = optimizer.get("type") if isinstance(optimizer, dict) else None
+    if kind not in _NOT_CUT or topology.is_of(plan.world.size, zero_stage=plan.zero_stage, dtype=plan.dtype):
+        return
+    was = f"{topology.ranks} rank(s) at ZeRO-{topology.zero_stage}"
+    raise CheckpointError(
+        f"a run with {kind} cannot resume on another topology: {_NOT_CUT[kind]}",
+        got=f"{listing.path} of {was}, and {plan.world.size} rank(s) at ZeRO-{plan.zero_stage}",
+        do=f"start {was}, or train a new run from its weights: seqaware export {listing.path} FOLDER",
+    )
 
 
 def first_whole(points: ResumePoints, plan: Plan, ranks: Ranks, *, say: Say) -> Listing | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from seqaware.engine.checkpoint.manifest import Listing
@@ -15,6 +16,8 @@ from seqaware.engine.randomness import restore_random_state
 from seqaware.engine.together import together
 from seqaware.errors import CheckpointError
 
+_ANOTHER = "name another with --resume, or move this one out of the way"
+
 
 def load_checkpoint(engine: Engine, listing: Listing) -> None:
     """Put model, optimizer and random state of a checkpoint into the engine, whatever topology wrote it. Collective.
@@ -26,11 +29,9 @@ def load_checkpoint(engine: Engine, listing: Listing) -> None:
         CheckpointError: a file would run code, or does not fit the model.
     """
     checkpoint, topology = listing.path, listing.manifest.topology
-    ranks, stage = topology.ranks, topology.zero_stage
-    # ZeRO-1 and 2 write the same files; in bfloat16 DeepSpeed makes them from other classes.
-    alike = {stage, engine.zero_stage} == {1, 2} and not engine.deepspeed.bfloat16_enabled()
-    same_kind = stage == engine.zero_stage or alike
-    if ranks == engine.ranks.size and same_kind and not (checkpoint / UNIVERSAL).is_dir():
+    dtype = "bfloat16" if engine.deepspeed.bfloat16_enabled() else "another"
+    same = topology.is_of(engine.ranks.size, zero_stage=engine.zero_stage, dtype=dtype)
+    if same and not (checkpoint / UNIVERSAL).is_dir():
         _load_same(engine, checkpoint)
         return
     together(engine.ranks, lambda: _fill(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
@@ -41,9 +42,10 @@ def _load_same(engine: Engine, checkpoint: Path) -> None:
     random_state = checkpoint / f"rng-{engine.ranks.rank}.pt"
 
     def try_to_read() -> None:
-        # Before DeepSpeed's loader, which meets at barriers: a file that one rank refuses, all ranks refuse.
-        for path in [random_state, *own_files(engine, checkpoint)]:
-            read_tensors(path)
+        # Before DeepSpeed's loader, which waits at barriers: a file that one rank refuses, all ranks refuse.
+        with _said_once(engine):
+            for path in [random_state, *own_files(engine, checkpoint)]:
+                read_tensors(path)
 
     together(engine.ranks, try_to_read, on_first_only=False, error=_not_loaded(checkpoint))
     together(engine.ranks, lambda: _load(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
@@ -52,9 +54,11 @@ def _load_same(engine: Engine, checkpoint: Path) -> None:
 
 def _fill(engine: Engine, checkpoint: Path) -> None:
     try:
-        fill(engine, checkpoint)
+        with _said_once(engine):
+            fill(engine, checkpoint)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError("its files are not what DeepSpeed writes", got=repr(error)) from error
+        got = f"{checkpoint} on rank {engine.ranks.rank}: {error!r}"
+        raise CheckpointError("the checkpoint's files are not what DeepSpeed writes", got=got, do=_ANOTHER) from error
 
 
 def _load(engine: Engine, checkpoint: Path) -> None:
@@ -62,12 +66,24 @@ def _load(engine: Engine, checkpoint: Path) -> None:
         load_through(engine, checkpoint)
     except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         # DeepSpeed checks little: a state of another shape fails wherever it is first looked into.
-        raise CheckpointError("it does not fit the model or its optimizer", got=repr(error)) from error
+        got = f"{checkpoint} on rank {engine.ranks.rank}: {error!r}"
+        raise CheckpointError("the checkpoint does not fit the model or its optimizer", got=got, do=_ANOTHER) from error
+
+
+@contextmanager
+def _said_once(engine: Engine) -> Iterator[None]:
+    """Complete an error of a checkpoint's files by the rank that met it and by what to do, in one sentence."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(
+            error.what, got=f"{error.got} on rank {engine.ranks.rank}", do=error.do or _ANOTHER
+        ) from error
 
 
 def _not_loaded(checkpoint: Path) -> Callable[[str], CheckpointError]:
     return lambda problem: CheckpointError(
         "the checkpoint cannot be loaded",
         got=f"{checkpoint}, {problem}",
-        do="name another with --resume, or move this one out of the way",
+        do=_ANOTHER,
     )

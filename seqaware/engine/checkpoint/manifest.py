@@ -74,6 +74,12 @@ class Topology(BaseModel):
     ranks: Annotated[Count, Field(ge=1)]
     zero_stage: Annotated[Count, Field(le=3)]
 
+    def is_of(self, ranks: int, *, zero_stage: int, dtype: str) -> bool:
+        """Return whether DeepSpeed's own loader reads the files on this topology. Elsewhere they are resharded."""
+        # ZeRO-1 and 2 write the same files; in bfloat16 DeepSpeed makes them from other classes.
+        alike = {self.zero_stage, zero_stage} == {1, 2} and dtype != "bfloat16"
+        return self.ranks == ranks and (self.zero_stage == zero_stage or alike)
+
 
 class Manifest(BaseModel):
     """What `seqaware.json` holds. Its checksum detects accidents only: whoever edits a manifest can sign it again.

@@ -112,7 +112,7 @@ class Shards:
             raise CheckpointError(
                 "this optimizer's state cannot be cut for another topology",
                 got=f"{self.checkpoint}: {self._uncut}",
-                do="resume on the ranks and the ZeRO stage that wrote it",
+                do="export its weights (seqaware export), or resume on the ranks and the ZeRO stage that wrote it",
             )
         return list(self._parameters[name].pieces[0].vectors)
 

@@ -134,6 +134,39 @@ def test_overrides_are_read_as_yaml_and_the_last_one_wins(tmp_path: Path) -> Non
     assert config.training.schedule.num_epochs == 3
 
 
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("Question: {question} Answer:", "Question: {question} Answer:"),
+        ("Question: {question}", "Question: {question}"),
+        ("{question}", "{question}"),
+        (" {question}", " {question}"),
+        ("[INST] {question} [/INST]", "[INST] {question} [/INST]"),
+        ("Problem #1: {question}", "Problem #1: {question}"),
+        ("Problem #1 {question}", "Problem #1 {question}"),
+        ("a: b: c", "a: b: c"),
+        ("@{question}", "@{question}"),
+        ("plain {question}", "plain {question}"),
+        ('"Q: {question}\\nA:"', "Q: {question}\nA:"),
+        ("'it''s {question}'", "it's {question}"),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_a_key_that_takes_text_takes_it_as_it_is(tmp_path: Path, written: str, text: str | None) -> None:
+    assert load(tmp_path, MINIMAL, f"format.prompt_template={written}").format.prompt_template == text
+
+
+def test_a_value_that_is_not_yaml_says_how_to_quote(tmp_path: Path) -> None:
+    message = refusal(tmp_path, MINIMAL, "evaluation.stop=[a: b: c")
+    assert "--set evaluation.stop is not valid YAML" in message
+    assert """quote it for YAML inside the shell's quotes: --set 'evaluation.stop="…"'""" in message
+    # A quotation mark at the beginning means YAML's quotes, also for text.
+    assert "is not valid YAML" in refusal(tmp_path, MINIMAL, 'format.prompt_template="Q: {question}')
+    # Numbers stay numbers: a name of digits is quoted, as in a file.
+    assert 'write "123" in quotes' in refusal(tmp_path, MINIMAL, "model.output_name=123")
+
+
 def test_an_override_reaches_into_a_section_that_the_file_leaves_empty(tmp_path: Path) -> None:
     assert load(tmp_path, MINIMAL + "training:\n", "training.control.seed=7").training.control.seed == 7
 

@@ -148,6 +148,16 @@ def test_a_run_that_was_measured() -> None:
     assert moments[UPDATE] == pytest.approx(363_392_460, rel=1e-3)
 
 
+@pytest.mark.parametrize("zero", ["zero1", "zero2", "zero3", "zero1_offload_optimizer", "zero2_offload_optimizer"])
+def test_buckets_are_no_larger_than_the_trained_weights(zero: str) -> None:
+    """The engine asks DeepSpeed for no larger ones: twice all weights with overlap_comm, in float32 4 bytes each."""
+    small = layout(zero, adapters=10_000, whole_modules=2_000, dtype="float32")
+    assert small.trained == 12_000
+    for parts in memory(small).moments.values():
+        offloaded = small.decoder.largest * 4 if "offload" in zero else 0
+        assert parts.get("buckets", 0) <= 2 * 4 * 12_000 + offloaded
+
+
 def test_adapters_shrink_all_but_the_weights() -> None:
     lora = memory(layout("zero2", adapters=40_000_000, trains_head=False)).moments["end of the forward"]
     assert lora["weights"] == 2 * (known("8B").parameters + 40_000_000)

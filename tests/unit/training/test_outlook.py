@@ -119,8 +119,8 @@ def test_the_whole_run_is_told_in_steps_hours_and_disk(tmp_path: Path) -> None:
     hours, _, gpu_hours = told["time"].partition(" = ")
     minutes = float(hours.removesuffix(" minutes"))
     assert float(gpu_hours.split()[0]) == pytest.approx(8 * minutes / 60, abs=0.06)
-    # Two of keep_last, the one that is being written, and those of steps 16 and 32.
-    assert "at most 5 checkpoint(s)" in told["disk in all"]
+    # Two of keep_last, the one that is being written, and step 32. No step 16 is saved.
+    assert "at most 4 checkpoint(s)" in told["disk in all"]
 
 
 def test_data_that_is_not_here_is_said_to_be_unknown() -> None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from seqaware.config.load import REPOSITORY
 from seqaware.engine.checkpoint.manifest import RunState, checkpoint_name, read_listing
 from seqaware.errors import CheckpointError
+from seqaware.plan.facts import World
 from seqaware.plan.plan import Plan
 from seqaware.training.resume import resume_points, unrecorded
 from tests.fakes import checkpoint_folder
@@ -88,3 +90,38 @@ def test_a_checkpoint_that_records_the_functions_name_alone_resumes_and_says_so(
     other = plan(config(training={"sft": {"weighting": "mine:early"}}))
     with pytest.raises(CheckpointError, match=r'objective\.weighting was "mine:late" and is now "mine:early"'):
         _resumed(tmp_path / "checkpoints", other)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "was", "refused"),
+    [
+        ("muon", (2, 2), False),
+        ("muon", (2, 1), False),
+        ("muon", (3, 2), True),
+        ("muon", (2, 3), True),
+        ("adamw_8bit", (1, 2), True),
+        ("adamw", (3, 3), False),
+    ],
+)
+def test_an_optimizer_that_cannot_be_resharded_is_refused_by_the_manifest(
+    tmp_path: Path, optimizer: str, was: tuple[int, int], refused: bool
+) -> None:
+    """Before a model loads, in one sentence, with advice that applies."""
+    ranks, stage = was
+    here = World(2, 2, 1, "cpu", bf16=True)
+    made = plan(world=here, deepspeed_path=REPOSITORY / "ds_configs" / "zero2.json")
+    mathematics = made.mathematics()
+    mathematics["optimizer"] |= {"type": optimizer}
+    topology = {"ranks": ranks, "zero_stage": stage}
+    path = checkpoint_folder(tmp_path / checkpoint_name(3), 3, mathematics=mathematics, topology=topology)
+    if not refused:
+        assert _resumed(tmp_path, made, anyway=("optimizer",)) == path
+        return
+    with pytest.raises(CheckpointError) as error:
+        _resumed(tmp_path, made, anyway=("optimizer",))
+    message = str(error.value)
+    assert message.count("; got ") == 1
+    assert f"a run with {optimizer} cannot resume on another topology" in message
+    assert (
+        f"start {ranks} rank(s) at ZeRO-{stage}, or train a new run from its weights: seqaware export {path}" in message
+    )
