@@ -187,7 +187,7 @@ def test_positions_are_written_where_turns_begin_and_every_sixteenth_token() -> 
 
 
 def test_what_would_move_the_cursor_is_shown_instead() -> None:
-    assert visible("a\x1b[2Jb\r\n") == "a\\x1b[2Jb\\x0d⏎\n"
+    assert visible("a\x1b[2Jb\r\n") == "a\\x1b[2Jb\\r⏎\n"
 
 
 def test_a_step_that_the_run_does_not_have_is_refused(workshop: tiny.Workshop) -> None:

@@ -105,7 +105,7 @@ def test_the_command_answers_without_torch_and_refuses_with_one_line() -> None:
 
 @pytest.mark.parametrize("wrong", [0.0, -3.0, float("nan"), float("inf")])
 def test_figures_of_ones_own_are_above_zero(wrong: float) -> None:
-    with pytest.raises(ConfigError, match="--nvlink must be a number above zero"):
+    with pytest.raises(ConfigError, match=r"--nvlink must be a number from 0\.001 to 1e\+06; got"):
         overridden(DEVICES["h200"], memory_gib=None, link_gb=wrong, network_gb=None)
 
 
