@@ -14,8 +14,8 @@ worked out for the whole rows and then cut, and r runs over all ranks as before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from seqaware.data.batch import Batch
 from seqaware.engine.attention import Documents
 from seqaware.engine.model import ModelInput, Targets, WeightedCausalLM
+from seqaware.engine.module_trace import ModuleTrace
 from seqaware.engine.muon import clip_before_muon, import_muon, marking
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
 from seqaware.engine.ranks import Ranks
@@ -84,6 +85,7 @@ class Engine:
         self.zero_stage = plan.zero_stage
         self._loss_scaled = plan.dtype == "float16"
         self.deepspeed = _initialize(plan, model)
+        self._trace = ModuleTrace(self.deepspeed) if plan.zero_stage == 3 else None
         if self.zero_stage == 0:
             # Stage 0 has no optimizer wrapper: we reduce, measure and clip the gradient before its step.
             self.deepspeed.enable_backward_allreduce = False
@@ -141,25 +143,14 @@ class Engine:
         sums = StepSums.zeros(self.ranks.device, positions=True)
         for batch in batches:
             (placed,), (weights_RT,) = self._placed([batch])
-            with self._nothing_recorded():
+            with self.forward_only():
                 _, stats = self._forward(placed, weights_RT, by_position=True)
             sums = sums + StepSums.of(stats, sequences=placed.sequences, tokens=placed.tokens)
         return sums
 
-    @contextmanager
-    def _nothing_recorded(self) -> Iterator[None]:
-        """Around one forward without a backward: ZeRO-3 does not take it for the order of the modules in training.
-
-        DeepSpeed records that order once and keeps for good which weights each module may release. Recorded in a
-        forward without a backward, it says that none is needed again: all would be gathered twice in every micro-batch.
-        """
-        coordinator = None
-        if self.zero_stage == 3:
-            coordinator = self.deepspeed.optimizer.parameter_offload.get_param_coordinator()
-        recorded = coordinator is not None and coordinator.is_complete_trace()
-        yield
-        if coordinator is not None and not recorded and not coordinator.is_invalid_trace():
-            coordinator._invalidate_trace()
+    def forward_only(self) -> AbstractContextManager[None]:
+        """A context for forwards without a backward, which ZeRO-3 must not take for those of training."""
+        return nullcontext() if self._trace is None else self._trace.forward_only()
 
     def _placed(self, batches: Sequence[Batch]) -> tuple[list[Batch], list[Tensor]]:
         """The micro-batches on the device, with their weights; of rows that ranks share, this rank's columns."""
@@ -197,7 +188,8 @@ class Engine:
         positive = self.weighting.is_positive
         k = batch.k if by_position else None
         targets = Targets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive, k=k)
-        loss: tuple[Tensor, Tensor] = self.deepspeed(self._model_input(batch), targets)
+        with nullcontext() if self._trace is None else self._trace.any_forward():
+            loss: tuple[Tensor, Tensor] = self.deepspeed(self._model_input(batch), targets)
         return loss
 
     def _model_input(self, batch: Batch) -> ModelInput:

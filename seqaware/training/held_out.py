@@ -80,18 +80,20 @@ class HeldOut:
         line: dict[str, Any] = {"kind": "evaluation", "step": step, **loss}
         if not self.questions:
             return line
-        given = answer_questions(
-            AnsweringModel.of(self.engine),
-            self.questions,
-            tokenizer=self.tokenizer,
-            config=self.config,
-            leaving=leaving,
-        )
+        given = self.answers(leaving=leaving)
         if given is None:
             return None
         if answers is not None:
             _write_together(self.engine.ranks, given, answers)
         return {**line, **scores(given, self.config.metric)}
+
+    def answers(self, *, leaving: Leaving) -> list[Answer] | None:
+        """Answer every held-out question once; None if the run leaves before the end. Arguments: as for `loss`."""
+        model = AnsweringModel.of(self.engine)
+        with self.engine.forward_only():
+            return answer_questions(
+                model, self.questions, tokenizer=self.tokenizer, config=self.config, leaving=leaving
+            )
 
     def _batches(self) -> Iterator[list[Batch]]:
         ranks = self.engine.ranks

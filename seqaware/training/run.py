@@ -221,10 +221,12 @@ def _points(request: RunRequest, plan: Plan, folder: RunFolder) -> ResumePoints 
 
 def _probe(engine: Engine, plan: Plan, *, say: Say) -> None:
     probe = probe_of(engine, plan)
-    report = probe_isolation(engine.wrapped, probe)
+    with engine.forward_only():
+        report = probe_isolation(engine.wrapped, probe)
     say(f"isolation   documents of one row do not see each other (change {report.leak:.1e} of {report.tolerance:.1e})")
     if plan.config.model.loss_kernel == "fused":
-        probe_head(engine.wrapped, probe)
+        with engine.forward_only():
+            probe_head(engine.wrapped, probe)
 
 
 def _train(session: Session) -> None:

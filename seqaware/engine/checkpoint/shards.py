@@ -177,7 +177,8 @@ class Shards:
         """ZeRO-1 and 2: a parameter goes on in the next rank's part where this one ends."""
         groups = content["single_partition_of_fp32_groups"]
         for index, (flat, mapping) in enumerate(zip(groups, content["param_slice_mappings"], strict=True)):
-            vectors, scalars = self._split(flat, content["base_optimizer_state"], index)
+            padding = content["group_paddings"][index]
+            vectors, scalars = self._split(flat, content["base_optimizer_state"], index, padding=padding)
             for name, address in mapping.items():
                 parameter = self._parameters[name]
                 start = parameter.pieces[-1].stop if parameter.pieces else 0
@@ -216,17 +217,22 @@ class Shards:
             self._parameters[name] = _Parameter(weights[name].shape, [_Piece(0, flat.numel(), 0, vectors)], scalars)
 
     def _split(
-        self, flat: Tensor, optimizer: Mapping[str, Any], index: int
+        self, flat: Tensor, optimizer: Mapping[str, Any], index: int, *, padding: int = 0
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The vectors beside `flat` in an optimizer's state, and its scalars."""
+        """The vectors beside `flat` in an optimizer's state, and its scalars.
+
+        Args:
+            padding: elements at the end of this rank's part that belong to no parameter. At ZeRO-1 and 2 DeepSpeed cuts
+                them off the weights but not off the optimizer's vectors; a rank may own nothing else.
+        """
         vectors, scalars = {FP32: flat}, {}
         for key, value in optimizer["state"].get(index, {}).items():
             if key == _MUON:
                 self._uncut = "of Muon's momentum each rank keeps whole matrices, in an order of its own"
-            elif not isinstance(value, Tensor) or value.numel() == 1 != flat.numel():
+            elif not isinstance(value, Tensor) or value.dim() == 0:
                 scalars[key] = value
-            elif value.numel() == flat.numel():
-                vectors[key] = value.reshape(-1)
+            elif value.numel() in (flat.numel(), flat.numel() + padding):
+                vectors[key] = value.reshape(-1)[: flat.numel()]
             else:
                 self._uncut = f"{key} has {value.numel():,} elements beside {flat.numel():,} weights"
         groups = optimizer["param_groups"]
