@@ -147,6 +147,42 @@ def test_it_goes_on_in_another_topology(workshop: tiny.Workshop, ranks: int) -> 
         _compare(workshop, source, folder)
 
 
+def test_a_rank_may_own_nothing_but_padding(tmp_path: Path) -> None:
+    """The norms of a model of 4 hidden units have 12 elements: of 4 ranks the last owns padding alone at ZeRO-1 and 2.
+
+    With 3 hidden units and their 9 elements, the third rank owns some padding as well.
+    """
+    sources = {"zero1": (1, 4, "float32"), "part": (2, 3, "float32"), "bf16": (1, 4, "bfloat16")}
+    sources["zero3"] = (3, 4, "float32")
+    whole, resumed = [], []
+    for name, (stage, hidden, dtype) in sources.items():
+        shape = {"model_type": "llama", "hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": 1}
+        shape |= {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 2, "max_position_embeddings": 160}
+        workshop = tiny.build(tmp_path / name)
+        config = _config(workshop)
+        config["model"] = {"from_scratch": shape, "tokenizer": str(workshop.model), "dtype": dtype}
+        path, folder = workshop.write("run", config), workshop.folder / name
+        whole.append(_request(path, stage, folder, []))
+        checkpoint = _checkpoint(workshop, name, SAVED)
+        now = 2 if stage == 3 else 3
+        resumed.append(_request(path, now, workshop.folder / "resumed", [], resume=str(checkpoint)))
+    _run(workshop, [*whole, *resumed], ranks=4)
+    for name, (stage, _, _) in sources.items():
+        folder = tmp_path / name / name
+        checkpoint = folder / "checkpoints" / f"step-{SAVED:08d}"
+        shards = Shards(checkpoint)
+        assert all(len(shards.read(key, state)) for key in shards.shapes for state in shards.keys(key))
+        if stage < 3:
+            parts = [read_tensors(path)["optimizer_state_dict"] for path in checkpoint.glob("*optim_states.pt")]
+            assert any(max(part["group_paddings"]) for part in parts), "no rank owns padding"
+        convert(checkpoint, tmp_path / name / "universal" / "any-name")
+        after = [line for line in _steps(folder) if line["step"] > SAVED]
+        rounding = 1e3 if name == "bf16" else 1.0  # as in _compare
+        for before, line in zip(after, _steps(tmp_path / name / "resumed"), strict=True):
+            assert line["loss"] == pytest.approx(before["loss"], rel=LOSS_TOLERANCE * rounding), name
+            assert line["grad_norm"] == pytest.approx(before["grad_norm"], rel=NORM_TOLERANCE * rounding), name
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_an_exported_checkpoint_is_the_model_of_the_run(workshop: tiny.Workshop, source: str) -> None:
     """File by file, bit for bit; the run has exported its last step."""
