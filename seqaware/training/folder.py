@@ -98,7 +98,8 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str, anyway: Collectio
     """Refuse a folder that holds something else. Changes nothing.
 
     Args:
-        resume: "auto" goes on with the same run, "never" wants an empty folder, anything else is a checkpoint's path.
+        resume: "auto" resumes the same run, "never" requires an empty folder, anything else is a checkpoint's path. A
+            path in this folder adopts a run that has lost its manifest.json.
         anyway: names of `Plan.mathematics()` that may have changed.
 
     Raises:
@@ -109,7 +110,7 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str, anyway: Collectio
     if not path.exists() or not any(child.name not in _BEFORE_THE_CLAIM for child in path.iterdir()):
         return
     if not folder.manifest.is_file():
-        raise ConfigError("output.dir is not empty and holds no run", got=path, do="choose another output.dir")
+        return _check_adoption(folder, resume)
     if resume == "never":
         raise ConfigError("output.dir already holds a run", got=path, do="choose another output.dir, or --resume auto")
     if not folder.metrics.exists() and not survey(folder.checkpoints).whole:
@@ -122,6 +123,23 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str, anyway: Collectio
             got=f"{path}, where {listed(refused)}",
             do=f"choose another output.dir, go back to that run's config, or {how_to_go_on(refused, plan)}",
         )
+
+
+def _check_adoption(folder: RunFolder, resume: str) -> None:
+    """Refuse a folder without manifest.json, unless the user names one of its own valid checkpoints.
+
+    Whether that checkpoint belongs to this config is checked where it is resumed from, as for every checkpoint.
+    """
+    path, valid = folder.path, survey(folder.checkpoints).whole
+    if not valid:
+        raise ConfigError("output.dir is not empty and holds no run", got=path, do="choose another output.dir")
+    if resume not in ("auto", "never") and Path(resume).resolve() in [each.resolve() for each in valid]:
+        return
+    raise ConfigError(
+        "output.dir has checkpoints but no manifest.json, so it is not known which run they belong to",
+        got=f"{path} with valid checkpoints {', '.join(each.name for each in valid)}",
+        do=f"adopt the newest with --resume {valid[0]}, or choose another output.dir",
+    )
 
 
 def _check_writable(path: Path) -> None:

@@ -46,6 +46,11 @@ def forget_after(run: str, last: int) -> None:
     (Path(run) / "manifest.json").write_text(json.dumps(manifest))
 
 
+def remove(run: str, *names: str) -> None:
+    for name in names:
+        (Path(run) / name).unlink()
+
+
 def flip(run: str, step: int) -> None:
     """One bit in the middle of the largest file."""
     path = largest(checkpoint(run, step))

@@ -63,9 +63,9 @@ class Subject:
 
     def go_back(self, step: int = 1) -> None:
         from seqaware.engine.checkpoint.load import load_checkpoint
-        from seqaware.engine.checkpoint.manifest import checkpoint_name
+        from seqaware.engine.checkpoint.manifest import checkpoint_name, read_listing
 
-        load_checkpoint(self.engine, self.source / checkpoint_name(step))
+        load_checkpoint(self.engine, read_listing(self.source / checkpoint_name(step)))
         self.step = step
 
     def train(self) -> list[float]:

@@ -99,7 +99,18 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     workshop = tiny.build(tmp_path_factory.mktemp("trusted"))
     stages = Stages(workshop)
     at = {name: str(workshop.folder / name) for name in ("whole", "damaged", "hopeless", "killed", "kept", "changed")}
-    more = ("best", "taken", "planted", "outside", "elsewhere", "made by the pickle", "moved", "the good one")
+    more = (
+        "best",
+        "taken",
+        "planted",
+        "outside",
+        "elsewhere",
+        "made by the pickle",
+        "moved",
+        "the good one",
+        "foreign",
+        "orphan",
+    )
     at |= {name: str(workshop.folder / name) for name in more}
     behind = {"async_save": True}
     killed = stages.config(at["killed"], output=behind)
@@ -142,6 +153,18 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
 
     moved = [["copy_until", at["whole"], at["moved"], 3], ["copy_checkpoint", at["whole"], 2, at["the good one"]]]
     stages.add("moved", at["moved"], *moved, resume=at["the good one"])
+
+    own, stranger = (str(checkpoint(at["foreign"], step)) for step in (2, LAST))
+    foreign = [["copy_until", at["whole"], at["foreign"], 2], ["copy_checkpoint", at["changed"], LAST, stranger]]
+    stages.add("foreign", at["foreign"], *foreign)
+    stages.add("own, asked for", at["foreign"], resume=own)
+
+    named = str(checkpoint(at["orphan"], 2))
+    lost = ["remove", at["orphan"], "manifest.json", "plan.json", "config.yaml", "metrics.jsonl"]
+    stages.add("orphan", at["orphan"], ["copy_until", at["whole"], at["orphan"], 3], lost)
+    stages.add("adopted from outside", at["orphan"], resume=at["the good one"])
+    stages.add("adopted by another run", at["orphan"], resume=named, **new)
+    stages.add("adopted", at["orphan"], resume=named)
 
     held_out = {"dataset": {"name": str(workshop.rows), "max_examples": 4}, "every_steps": 1}
     keep = {"keep_last": 1, "keep_every": 2, "keep_best": 1}
@@ -191,6 +214,32 @@ def test_a_checkpoint_may_be_named_wherever_it_lies_and_whatever_it_is_called(to
     moved = told["moved"]
     assert "resumed after step 2" in moved.everything and moved.same_as(told["whole"]), moved.text
     assert [path.name[-8:] for path in (moved.folder / "checkpoints").glob("abandoned-*")] == ["00000003"]
+
+
+def test_another_runs_checkpoint_in_the_folder_is_refused_and_set_aside(told: dict[str, Told]) -> None:
+    foreign, asked = told["foreign"], told["own, asked for"]
+    assert foreign.how == "CheckpointError" and "belongs to another run" in foreign.text
+    assert f"step-{LAST:08d}" in foreign.text and "objective.gamma was 0.5 and is now 0.98" in foreign.text
+    assert asked.same_as(told["whole"]), asked.text
+    assert [path.name[-8:] for path in (asked.folder / "checkpoints").glob("abandoned-*")] == [f"{LAST:08d}"]
+
+
+def test_a_run_without_its_manifest_names_its_checkpoints_and_is_adopted(told: dict[str, Told]) -> None:
+    orphan, adopted = told["orphan"], told["adopted"]
+    newest = checkpoint(orphan.folder, 3)
+    for refused in (orphan, told["adopted from outside"]):
+        assert refused.how == "ConfigError" and "no manifest.json" in refused.text
+        assert "step-00000003, step-00000002, step-00000001" in refused.text and f"--resume {newest}" in refused.text
+    other = told["adopted by another run"]
+    assert other.how == "CheckpointError" and "objective.gamma was 0.98 and is now 0.5" in other.text
+    assert adopted.how == "trained" and "resumed after step 2" in adopted.everything
+    assert adopted.manifest["attempts"][0]["from_step"] == 2
+    whole = told["whole"]
+    # The metrics of the first steps went with the manifest.
+    assert adopted.steps == whole.steps[2:]
+    weights = load_file(adopted.folder / "model" / "model.safetensors")
+    expected = load_file(whole.folder / "model" / "model.safetensors")
+    assert all(weights[name].equal(tensor) for name, tensor in expected.items())
 
 
 def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before_as_the_newest(told: dict[str, Told]) -> None:

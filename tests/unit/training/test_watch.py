@@ -399,6 +399,20 @@ def test_a_folder_that_cannot_be_used_is_told(tmp_path: Path) -> None:
         open_launch_folder(_address(), tmp_path / "missing")
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to another user needs root")
+def test_a_launch_folder_that_another_user_has_prepared_is_refused(tmp_path: Path) -> None:
+    prepared = tmp_path / f"seqaware-{os.getuid()}"
+    prepared.mkdir(mode=0o777)
+    os.chown(prepared, 12345, 12345)
+    with pytest.raises(ConfigError, match="belongs to somebody else; point TMPDIR"):
+        open_launch_folder(_address(), tmp_path)
+    assert not list(prepared.iterdir())
+    prepared.rmdir()
+    prepared.write_text("a file in its place")
+    with pytest.raises(ConfigError, match=r"cannot be used.*File exists.*point TMPDIR"):
+        open_launch_folder(_address(), tmp_path)
+
+
 def test_a_process_is_told_from_a_later_one_with_its_number() -> None:
     child = subprocess.Popen(["sleep", "60"])
     process = HostProcess.of(child.pid)
