@@ -84,7 +84,7 @@ class Subject:
         from seqaware.engine.checkpoint.export import export_model
 
         folder, lora = self.folder / "model", self.prepared.plan.config.lora
-        export_model(self.engine, folder, tokenizer=self.prepared.tokenizer, lora=lora)
+        export_model(self.engine, folder, tokenizer=self.prepared.inference, lora=lora)
         return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
     def save(self) -> None:
