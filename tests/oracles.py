@@ -74,8 +74,10 @@ def train(model_folder: Path, steps: Sequence[Sequence[OracleDocument]], setting
 
 def descend(model, steps: Sequence[Sequence[OracleDocument]], settings: OracleSettings) -> OracleRun:
     """Train every parameter of a float64 model, whatever it is made of."""
-    outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
-    hidden = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in outer and settings.optimizer == "muon"]
+    hidden = []
+    if settings.optimizer == "muon":
+        outer = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
+        hidden = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in outer]
     muon = Muon(hidden, settings)
     rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
     adamw = torch.optim.AdamW(
@@ -116,7 +118,8 @@ def _gradients(model, documents, *, settings, run) -> None:
         correct += int((logits[places].argmax(-1) == targets[places]).sum())
     denominator = {"tokens": tokens, "weight": weight_sum, "sequences": len(documents)}[settings.normalize_by]
     loss = weighted / denominator
-    model.zero_grad()
+    for p in model.parameters():
+        p.grad = None
     loss.backward()
     norm = torch.sqrt(sum((p.grad**2).sum() for p in model.parameters()))
     if settings.max_grad_norm and norm > settings.max_grad_norm:

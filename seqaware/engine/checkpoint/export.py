@@ -76,6 +76,8 @@ def end_answers(settings: GenerationConfig, answer_ends: Sequence[int]) -> None:
     before = own if isinstance(own, list) else [own] if own is not None else []
     ends = list(dict.fromkeys([*before, *answer_ends]))
     settings.eos_token_id = ends if len(ends) > 1 else ends[0]
+    # Else transformers 4 replaces the settings by those that it derives from the model's config.
+    settings._from_model_config = False
 
 
 def write_model(
