@@ -57,7 +57,7 @@ def _never() -> bool:
 
 
 class Signals:
-    """Hears SIGTERM, SIGUSR2 and SIGINT from the first moment of a process.
+    """Catch SIGTERM, SIGUSR2 and SIGINT from the first moment of a process.
 
     Before the training there is nothing to save, and the process leaves at once. From `hold` on a signal is only noted,
     for the vote of all ranks. A second SIGINT ends the process in any case.
@@ -66,11 +66,12 @@ class Signals:
         abandoned: whether another rank is gone: a launcher then sends SIGTERM to the rest, who cannot save any more.
 
     Attributes:
-        caught: name of the last signal, or None.
+        caught: the signal that asks to leave, or None. A SIGTERM after Ctrl-C is the launcher's answer to it: deepspeed
+            and torchrun send it, and it would hide what the user did.
     """
 
     def __init__(self, abandoned: Callable[[], bool] = _never) -> None:
-        self.caught: str | None = None
+        self.caught: signal.Signals | None = None
         self._abandoned = abandoned
         self._held = False
         self._former: dict[signal.Signals, signal._HANDLER] = {}
@@ -82,7 +83,15 @@ class Signals:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._former.items():
-            signal.signal(number, handler)
+            # A launcher that sends SIGTERM after Ctrl-C, or to the ranks that are left, shall not kill this one while
+            # it tells the others how it ends.
+            leaves = isinstance(error, Left) and number != signal.SIGINT
+            signal.signal(number, signal.SIG_IGN if leaves else handler)
+
+    @property
+    def reason(self) -> str | None:
+        """What was caught, for a user; None if nothing was."""
+        return None if self.caught is None else _words(self.caught)
 
     def hold(self) -> None:
         """The training begins: note signals, and leave it to the vote when to leave."""
@@ -91,15 +100,19 @@ class Signals:
     def _hear(self, number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGTERM and self._abandoned():
-            return  # The watch ends this process and tells why; an exception from here could come up anywhere.
-        name = signal.Signals(number).name
-        again = name == "SIGINT" and self.caught == "SIGINT"
-        self.caught = name
-        if again:
+            return  # The watchdog ends this process and reports why; an exception from here could come up anywhere.
+        before = self.caught
+        if before == number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt
-        if not self._held:
-            raise Left(name, together=False)
+        if before != signal.SIGINT:
+            self.caught = signal.Signals(number)
+        if before is None and not self._held:
+            raise Left(_words(self.caught or number), together=False)
+
+
+def _words(number: int) -> str:
+    return "SIGINT (Ctrl-C)" if number == signal.SIGINT else signal.Signals(number).name
 
 
 @dataclass(frozen=True)
@@ -147,8 +160,8 @@ class Interrupts:
 
     def asked(self) -> Asked:
         """This rank's part of the vote; `reason` then says why."""
-        if self._signals.caught is not None:
-            self.reason = self._signals.caught
+        if self._signals.reason is not None:
+            self.reason = self._signals.reason
             return Asked.LEAVE
         now = self._clock()
         if self._first and now - self._looked >= _SECONDS_BETWEEN_LOOKS:

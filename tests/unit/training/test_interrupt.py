@@ -40,15 +40,45 @@ def test_nothing_is_asked(tmp_path: Path) -> None:
     assert interrupts.asked() == Asked.NOTHING and interrupts.reason is None
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
-def test_a_signal_while_training_is_noted_for_the_vote(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(signal.SIGTERM, "SIGTERM"), (signal.SIGUSR2, "SIGUSR2"), (signal.SIGINT, "SIGINT (Ctrl-C)")],
+)
+def test_a_signal_while_training_is_noted_for_the_vote(tmp_path: Path, number: signal.Signals, reason: str) -> None:
     with Signals() as signals:
         interrupts, _ = _interrupts(tmp_path, signals, first=False)
         signals.hold()
         assert interrupts.asked() == Asked.NOTHING
         os.kill(os.getpid(), number)
         assert interrupts.asked() == Asked.LEAVE
-        assert interrupts.reason == number.name
+        assert interrupts.reason == reason
+
+
+def test_the_launchers_sigterm_does_not_hide_ctrl_c(tmp_path: Path) -> None:
+    """The terminal sends SIGINT to deepspeed and to its ranks; deepspeed then sends SIGTERM to the ranks."""
+    with Signals() as signals:
+        signals.hold()
+        interrupts, _ = _interrupts(tmp_path, signals)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.asked() == Asked.LEAVE and interrupts.reason == "SIGINT (Ctrl-C)"
+        with pytest.raises(KeyboardInterrupt):  # a second Ctrl-C still ends the process
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_rank_that_leaves_before_the_training_is_not_disturbed_by_the_launchers_sigterm() -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        with pytest.raises(Left) as left, Signals():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            finally:
+                os.kill(os.getpid(), signal.SIGTERM)  # no second exception here
+        assert left.value.reason == "SIGINT (Ctrl-C)"
+        os.kill(os.getpid(), signal.SIGTERM)  # while the command reports how it ends
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_before_the_training_a_signal_ends_the_process_with_the_code_for_going_on() -> None:
