@@ -23,7 +23,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from seqaware.data.inside import Count, Text, first_problem
@@ -35,6 +34,7 @@ from seqaware.data.store_writer import disk_errors, remove_unfinished, sync_to_d
 from seqaware.data.tokenize import Job, Progress, empty_source
 from seqaware.errors import DataError
 from seqaware.files import MalformedError, read_json
+from seqaware.locks import acquire
 
 _FORMAT = "seqaware part of a token store"
 _PART = "part.json"
@@ -296,8 +296,7 @@ def _check_rows(name: str, runs: Sequence[Run]) -> None:
 def _alone(path: Path) -> Iterator[None]:
     """Inside, no other process on this file system makes `path`."""
     with disk_errors(path.parent):
-        lock = FileLock(path.with_name(f"{path.name}.lock"))
-        lock.acquire()
+        lock = acquire(path.with_name(f"{path.name}.lock"))
     try:
         yield
     finally:

@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from seqaware.data.inside import inside
@@ -45,6 +44,7 @@ from seqaware.data.store_format import (
 )
 from seqaware.data.store_writer import Block, StoreWriter
 from seqaware.errors import DataError
+from seqaware.locks import held
 
 __all__ = ["Counted", "Document", "Documents", "Part", "StoreFacts", "StoreWriter", "TokenStore"]
 
@@ -248,7 +248,7 @@ class TokenStore:
             self.verify()
             return
         note = inside(self.path, _VERIFIED)
-        with FileLock(inside(self.path, "verified.lock")):
+        with held(inside(self.path, "verified.lock")):
             if self._is_verified():
                 return
             stamps = self._stamps()  # before the reading: what changes meanwhile is read again

@@ -12,8 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
-
 from seqaware.config.data import DatasetConfig
 from seqaware.config.schema import Config, ModelConfig
 from seqaware.data.encode import Recipe
@@ -34,6 +32,7 @@ from seqaware.data.store_writer import disk_errors, remove_unfinished
 from seqaware.data.templates import Format
 from seqaware.errors import ConfigError, DataError
 from seqaware.files import local_path
+from seqaware.locks import acquire
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -176,8 +175,7 @@ class Job:
         """Inside, no other process on this file system writes this store."""
         with disk_errors(self.path.parent):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.path.with_name(f"{self.path.name}.lock"))
-            lock.acquire()
+            lock = acquire(self.path.with_name(f"{self.path.name}.lock"))
         try:
             yield
         finally:

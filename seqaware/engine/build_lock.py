@@ -19,6 +19,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from filelock import SoftFileLease, Timeout
+
+from seqaware.locks import lease_of
 from seqaware.masking import escaped
 
 _BETWEEN_LOOKS = 1.0
@@ -89,6 +92,7 @@ class KernelLock:
         self.wait_seconds = wait_seconds
         self._file: int | None = None
         self._pulse: _Pulse | None = None
+        self._lease: SoftFileLease | None = None
 
     def try_acquire(self) -> bool:
         """Wait until the lock is ours; always True.
@@ -102,17 +106,12 @@ class KernelLock:
         return True
 
     def take(self) -> bool:
-        """Take the lock if nobody holds it. On a disk without locks, the existence of the file is the lock."""
+        """Take the lock if nobody holds it. On a disk without locks a lease stands in, which expires."""
         try:
-            file = os.open(self.lock_file_path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-            made = True
-        except FileExistsError:
-            made = False
-            try:
-                file = os.open(self.lock_file_path, os.O_RDWR)
-            except OSError:  # gone since, or another user's
-                return False
-        if self._holds(file, otherwise=made):
+            file = os.open(self.lock_file_path, os.O_CREAT | os.O_RDWR, 0o666)
+        except OSError:  # another user's
+            return False
+        if self._holds(file):
             self._file = file
             return True
         os.close(file)
@@ -126,17 +125,27 @@ class KernelLock:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+        if self._lease is not None:
+            self._lease.release()
 
-    def _holds(self, file: int, *, otherwise: bool) -> bool:
+    def _holds(self, file: int) -> bool:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
         except OSError:
-            return otherwise
+            return self._has_lease()
         # Its last holder may have removed it since we opened it.
         path = Path(self.lock_file_path)
         return path.exists() and path.stat().st_ino == os.fstat(file).st_ino
+
+    def _has_lease(self) -> bool:
+        if self._lease is None:
+            # One for all looks: it counts for how long it has not seen the holder renew the lease.
+            self._lease = lease_of(Path(self.lock_file_path))
+        with suppress(Timeout):
+            self._lease.acquire(blocking=False)
+        return self._lease.is_locked
 
     def _wait(self) -> None:
         begun, said = time.monotonic(), False

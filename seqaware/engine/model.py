@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -38,6 +37,7 @@ from seqaware.engine.model_weights import (
 )
 from seqaware.errors import ConfigError
 from seqaware.files import MalformedError, local_path, read_json
+from seqaware.locks import held
 from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits
 from seqaware.objective.fused import fused_by_position, fused_cross_entropy
 
@@ -79,7 +79,7 @@ def build_initial_model(
     Built whole on the CPU and loaded like a pretrained model, because a model built inside `zero.Init` does not get the
     initial weights that the same seed gives it otherwise. Safe to call from every rank of a host.
     """
-    with FileLock(folder.with_name(folder.name + ".lock")):
+    with held(folder.with_name(folder.name + ".lock")):
         wanted = {"fields": dict(fields), "seed": seed, "vocabulary": len(tokenizer)}
         mark = folder / "seqaware_initial.json"
         with suppress(OSError, MalformedError):

@@ -27,6 +27,7 @@ from seqaware.engine.checkpoint.manifest import RunState, survey, write_durably
 from seqaware.engine.versions import git_revision, versions
 from seqaware.errors import ConfigError
 from seqaware.files import MalformedError, read_json
+from seqaware.locks import lease_of
 from seqaware.plan.disk import DiskUse
 from seqaware.plan.plan import Plan, mathematics_hash
 from seqaware.training.lock import LOCK
@@ -41,6 +42,8 @@ _BEFORE_THE_CLAIM = (
     "certificate.json.partial",
     "manifest.json.partial",
     LOCK,
+    lease_of(Path("initial.lock")).lock_file,
+    lease_of(Path(LOCK)).lock_file,
 )
 
 

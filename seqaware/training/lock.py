@@ -1,6 +1,7 @@
 """One run in a folder at a time: rank 0 holds a lock on `.lock`, whose text says who it is.
 
-The lock is the kernel's (flock): whatever ends the process frees it, so that none is left behind by a crash.
+The lock is the kernel's (flock): whatever ends the process frees it, so that none is left behind by a crash. On a file
+system without locks it is a lease, which expires (seqaware/locks.py).
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+
+from filelock import SoftFileLease, Timeout
 
 from seqaware.engine.address import RankAddress
 from seqaware.errors import ConfigError
+from seqaware.locks import LEASE_SECONDS, UNSUPPORTED, lease_of
 from seqaware.training.process import Say
 
 LOCK = ".lock"
 _HELD = (errno.EACCES, errno.EAGAIN)
-_UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+_BETWEEN_LOOKS = 1.0
 
 
 @contextmanager
@@ -37,31 +41,63 @@ def alone_in(folder: Path, address: RankAddress, *, say: Say) -> Iterator[None]:
     except OSError as error:
         do = f"mend the rights of {LOCK} in it, or choose another output.dir"
         raise ConfigError("output.dir cannot be locked", got=f"{folder} ({error.strerror})", do=do) from error
-    try:
-        _take(file, folder, say)
+    with ExitStack() as stack:
+        stack.callback(os.close, file)
+        if not _take(file, folder):
+            say(
+                f"warning     {folder} has no file locks: a lease keeps other runs out, and expires after "
+                f"{LEASE_SECONDS:.0f} s without its run"
+            )
+            lease = lease_of(folder / LOCK)
+            _take_lease(lease, folder, say)
+            stack.callback(lease.release)
         with suppress(OSError):  # a full disk: the lock holds without a name on it
             os.truncate(file, 0)
             os.pwrite(file, _who(address).encode(), 0)
         yield
-    finally:
-        os.close(file)
 
 
-def _take(file: int, folder: Path, say: Say) -> None:
+def _take(file: int, folder: Path) -> bool:
+    """Take the kernel's lock; False where there are none."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno in _UNSUPPORTED:
-            say(f"warning     {folder} cannot be locked ({error.strerror}): see to it that no second run works in it")
-            return
+        if error.errno in UNSUPPORTED:
+            return False
         if error.errno not in _HELD:
             raise ConfigError("output.dir cannot be locked", got=f"{folder} ({error.strerror})") from error
         who = os.pread(file, 1000, 0).decode(errors="replace").strip()
-        raise ConfigError(
-            "another run is at work in output.dir",
-            got=f"{folder}, held by {who or 'a process that is just starting'}",
-            do="wait for it, end it, or choose another output.dir",
-        ) from error
+        raise _another_run(folder, who or "a process that is just starting") from error
+    return True
+
+
+def _take_lease(lease: SoftFileLease, folder: Path, say: Say) -> None:
+    """Take the lease once it is free or has expired; refuse once its owner is seen to renew it."""
+    first: tuple[int, int] | None = None
+    while True:
+        try:
+            lease.acquire(blocking=False)
+            return
+        except Timeout:
+            owner = lease.owner
+        with suppress(OSError):  # released since
+            status = Path(lease.lock_file).stat()
+            renewed = (status.st_ino, status.st_mtime_ns)
+            who = f"process {owner.pid} on {owner.hostname}" if owner else "a process that is just starting"
+            if first is None:
+                say(f"waiting     {folder} is held by {who}: waiting to see whether it still runs")
+            elif renewed != first:
+                raise _another_run(folder, who)
+            first = renewed
+        time.sleep(_BETWEEN_LOOKS)
+
+
+def _another_run(folder: Path, who: str) -> ConfigError:
+    return ConfigError(
+        "another run is at work in output.dir",
+        got=f"{folder}, held by {who}",
+        do="wait for it, end it, or choose another output.dir",
+    )
 
 
 def _who(address: RankAddress) -> str:

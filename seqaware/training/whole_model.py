@@ -9,19 +9,18 @@ name when it is whole; a note in it tells what it was made of, so that it is mad
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from pathlib import Path
 
 from seqaware.engine.checkpoint.manifest import MANIFEST, read_manifest, survey, told_if_removed, what_is_wrong
 from seqaware.engine.model_source import ADAPTER_CONFIG
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.files import local_path
+from seqaware.locks import held
 from seqaware.training.process import Say
 
 _MADE_OF = ".made-of"
@@ -131,7 +130,7 @@ def _made_once(source: Path, identity: str, make: Callable[[Path, Path], None], 
     """The folder that `make` writes of the source, made if it is not there, or was made of something else."""
     shelf, name = _shelf(source, identity)
     target = shelf / name
-    with _alone(shelf / ".lock"):
+    with held(shelf / ".lock"):
         if not _is_made_of(target, identity):
             say(f"model       making a Hugging Face folder of {source}, once")
             _make(target, identity, lambda folder: make(source, folder))
@@ -180,12 +179,3 @@ def _shelf(source: Path, identity: str) -> tuple[Path, str]:
     shelf = Path("~/.cache/seqaware/models").expanduser()
     shelf.mkdir(parents=True, exist_ok=True)
     return shelf, f"{source.name}-{identity[:12]}"
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time, where the disk knows locks."""
-    with lock.open("a") as file:
-        with suppress(OSError):  # without locks, whoever comes second finds the folder in its place
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield

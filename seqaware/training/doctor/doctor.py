@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 from seqaware.config.load import load_config
 from seqaware.config.schema import Config
+from seqaware.data.store_index import store_folder
 from seqaware.engine.address import RankAddress
 from seqaware.engine.ranks import gpu_is_visible
 from seqaware.errors import SeqawareError
@@ -25,7 +26,7 @@ from seqaware.plan.plan import Plan
 from seqaware.training.doctor import environment, gpus, network, probe, settings, software
 from seqaware.training.doctor.findings import Check, Finding, Level, examine, of_error, ok
 from seqaware.training.doctor.hosts import ANSWER_SECONDS, ask_hosts, read_hostfile
-from seqaware.training.doctor.shared_folder import disk, nearest_existing
+from seqaware.training.doctor.shared_folder import disk, leases, nearest_existing
 from seqaware.training.doctor.together import SECONDS as TOGETHER_SECONDS
 from seqaware.training.doctor.together import together
 
@@ -201,6 +202,9 @@ def _checks_of_config(patient: _Patient) -> Iterator[Check]:
     yield Check("hub cache", partial(settings.cache, hub))
     if config is not None:
         yield Check("model", partial(settings.model, config, hub), seconds=90)
+        sets = [config.dataset, *([config.evaluation.dataset] if config.evaluation.dataset else [])]
+        folders = [Path(config.output_dir), *(store_folder(each) for each in sets)]
+        yield Check("lease", partial(leases, folders))
         command = shlex.join(["python", "launcher/prepare.py", str(patient.request.config_path)])
         yield Check("dataset", partial(settings.data, config, hub, command=command), seconds=30)
     if plan is not None:

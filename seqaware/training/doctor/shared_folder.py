@@ -8,12 +8,15 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import SoftFileLease
+
 from seqaware.data.store_writer import sync_to_disk
+from seqaware.locks import LEASE_SECONDS, UNSUPPORTED
 from seqaware.training.doctor.findings import Finding, error, ok, warning
 
 _BLOCK = 2**23
@@ -100,13 +103,33 @@ def _locks(scratch: Path) -> Iterator[Finding]:
             fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as trouble:
             do = "mount it with locks (Lustre: flock), or choose another output.dir"
-            yield error("file locks", f"refused: {trouble.strerror}", do)
+            if trouble.errno in UNSUPPORTED:
+                found = f"refused: {trouble.strerror}; leases stand in; they expire after {LEASE_SECONDS:.0f} s"
+                yield warning("file locks", found, do)
+            else:
+                yield error("file locks", f"refused: {trouble.strerror}", do)
             return
         try:
             fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return
         yield error("file locks", "two processes both get the same lock", "choose another output.dir")
+
+
+def leases(folders: Sequence[Path]) -> Iterator[Finding]:
+    """Locks on a file system without flock: who holds each, and whether it has expired."""
+    depths = ("*.lease", "*/*.lease")
+    for file in sorted({file for folder in folders for depth in depths for file in folder.glob(depth)}):
+        try:
+            owner, age = SoftFileLease(file).owner, time.time() - file.stat().st_mtime
+        except OSError:  # released since
+            continue
+        who = f"process {owner.pid} on host {owner.hostname}" if owner else "an unknown process"
+        found = f"{file}: held by {who}, renewed {max(0.0, age):.0f} s ago"
+        if age > LEASE_SECONDS:
+            yield warning("lease", f"{found}: expired", "nothing, if that process is gone: whoever comes next takes it")
+        else:
+            yield ok("lease", found)
 
 
 def _speed(scratch: Path, subject: str) -> Iterator[Finding]:

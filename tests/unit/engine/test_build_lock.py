@@ -71,7 +71,7 @@ def test_a_file_that_its_holder_has_removed_meanwhile_is_not_held(
     assert not lock.take()
 
 
-def test_a_disk_without_locks_has_what_torch_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_disk_without_locks_a_lease_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(number: int, how: int) -> None:
         raise OSError("no locks available")
 
@@ -81,6 +81,8 @@ def test_a_disk_without_locks_has_what_torch_has(tmp_path: Path, monkeypatch: py
     assert not second.take()
     first.release()
     assert second.take()
+    second.release()
+    assert not list(tmp_path.iterdir())
 
 
 class _Listener(BuildListener):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +16,9 @@ import pytest
 from seqaware.engine.address import RankAddress
 from seqaware.engine.checkpoint.manifest import MANIFEST, checkpoint_name, read_listing
 from seqaware.errors import CheckpointError, ConfigError
+from seqaware.locks import LEASE_SECONDS
 from seqaware.training import folder as claiming
+from seqaware.training import lock
 from seqaware.training.folder import RunFolder, allowed_before, attempts_before, check_claim, claim, is_finished
 from seqaware.training.lock import LOCK, alone_in
 from seqaware.training.resume import ResumePoints, Wish, first_whole, refuse_different_plans
@@ -82,6 +88,55 @@ def test_a_lock_that_cannot_be_opened_is_an_error_in_words(tmp_path: Path) -> No
         alone_in(tmp_path, ALONE, say=print),
     ):
         pass
+
+
+FOREIGN = "filelock/2\npid=7\nhost=other\nmode=lease\ntoken=0123\nduration={seconds!r}\n"
+
+
+@pytest.fixture
+def no_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system without locks."""
+
+    def missing(file: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+
+
+def test_on_a_disk_without_locks_a_run_that_lives_keeps_others_out(
+    tmp_path: Path, no_flock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    renewing = iter(range(2_000_000_000, 2_000_000_100))
+    lease = tmp_path / ".lease"
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: os.utime(lease, (next(renewing),) * 2))
+    with alone_in(tmp_path, ALONE, say=said.append):
+        assert "expires after 180 s" in said[0]
+    assert not lease.exists()
+    lease.write_text(FOREIGN.format(seconds=LEASE_SECONDS))  # another host's; it renews it while we look
+    with (
+        pytest.raises(ConfigError, match=r"another run is at work in output\.dir.*process 7 on other"),
+        alone_in(tmp_path, ALONE, say=said.append),
+    ):
+        pass
+    assert lease.read_text().startswith("filelock/2\npid=7\n")
+
+
+def test_on_a_disk_without_locks_a_run_of_a_dead_host_gives_way(
+    tmp_path: Path, no_flock: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what has gone by while it was watched, not by its age: clocks of hosts differ."""
+    said: list[str] = []
+    clock = itertools.count(0, 100)
+    lease = tmp_path / ".lease"
+    lease.write_text(FOREIGN.format(seconds=LEASE_SECONDS))
+    monkeypatch.setattr(lock.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("filelock._soft.time.monotonic", lambda: float(next(clock)))
+    with alone_in(tmp_path, ALONE, say=said.append):
+        assert f"pid={os.getpid()}\n" in lease.read_text()
+    assert "held by process 7 on other" in said[1]
+    assert not lease.exists()
+    check_claim(RunFolder(tmp_path), plan(), resume="auto")  # what is left does not claim the folder
 
 
 def test_a_host_that_does_not_see_the_checkpoints_makes_no_run_begin_anew(tmp_path: Path) -> None:

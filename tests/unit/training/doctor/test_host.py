@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import socket
 from importlib import metadata
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from seqaware.locks import lease_of
 from seqaware.training.doctor import gpus, network, probe, settings, shared_folder, software
 from seqaware.training.doctor.findings import Finding, Level
 from seqaware.training.doctor.shared_folder import disk, file_system, nearest_existing
@@ -119,10 +121,24 @@ def test_a_disk_without_locks(tmp_path: Path, quick_disk: None, monkeypatch: pyt
 
     monkeypatch.setattr(fcntl, "flock", refused)
     told = list(disk(tmp_path, "run folder"))
-    assert ("file locks", Level.ERROR) in levels(told)
+    assert ("file locks", Level.WARNING) in levels(told)
     monkeypatch.setattr(fcntl, "flock", lambda file, operation: None)
     (locks,) = (each for each in disk(tmp_path, "run folder") if each.level is Level.ERROR)
     assert locks.found == "two processes both get the same lock"
+
+
+def test_leases_are_listed_with_their_owners(tmp_path: Path) -> None:
+    runs, stores = tmp_path / "run", tmp_path / "stores"
+    (stores / "rows").mkdir(parents=True)
+    runs.mkdir()
+    assert list(shared_folder.leases([runs, stores])) == []
+    foreign = stores / "rows" / "verified.lease"
+    foreign.write_text("filelock/2\npid=7\nhost=other\nmode=lease\ntoken=0123\nduration=180.0\n")
+    os.utime(foreign, (1e9, 1e9))
+    with lease_of(runs / ".lock"):
+        mine, other = shared_folder.leases([runs, stores])
+    assert mine.level is Level.OK and f"process {os.getpid()} on host {socket.gethostname()}" in mine.found
+    assert other.level is Level.WARNING and "process 7 on host other" in other.found and "expired" in other.found
 
 
 def test_a_folder_that_cannot_be_written() -> None:
