@@ -51,7 +51,7 @@ def export(
             if run is not None or lora is not None:
                 raise ConfigError("--run and --lora are for checkpoints, not for an adapter", got=checkpoint)
             merge_adapter(checkpoint, folder)
-            typer.echo(f"merged      {checkpoint} and its base model to {folder}")
+            say(f"merged      {checkpoint} and its base model to {folder}")
             return
         step = export_checkpoint(checkpoint, folder, run=run, lora=lora)
         say(f"exported    step {step} of {checkpoint} to {folder}")

@@ -30,6 +30,7 @@ from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 from seqaware.engine.address import RankAddress
 from seqaware.errors import ConfigError
+from seqaware.masking import escaped_lines
 
 # Between looks: short at first, as ranks of a host start together, then long, as thousands may ask one store.
 _SHORTEST_PAUSE, _LONGEST_PAUSE = 0.02, 0.5
@@ -59,7 +60,7 @@ class Store(Protocol):
 
 
 def _print(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(escaped_lines(text), file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from seqaware.engine.address import RankAddress
+from seqaware.masking import escaped_lines
 from seqaware.training.interrupt import Signals
 from seqaware.training.watch.heartbeat import Heartbeat
 
@@ -30,4 +31,4 @@ class Process:
     def tell(self, text: str) -> None:
         """Show a line of this rank's on the screen, whichever rank it is, and keep it in its log."""
         self.heartbeat.note(text)
-        print(text, file=sys.stderr, flush=True)
+        print(escaped_lines(text), file=sys.stderr, flush=True)

@@ -143,6 +143,8 @@ def test_no_output_bypasses_the_function() -> None:
         ("launcher/sbatch.py", "typer.echo"),  # a script without control characters, as tested above
         ("seqaware/config/reference.py", "sys.stdout.write"),  # made of our own docstrings
         ("seqaware/engine/build_lock.py", "print"),  # of an escaped text
+        ("seqaware/engine/rendezvous.py", "print"),  # as well
+        ("seqaware/training/process.py", "print"),  # as well
         ("seqaware/training/doctor/probe.py", "print"),  # JSON in ASCII, for another process
         ("seqaware/training/doctor/table.py", "print"),  # of texts that were escaped
     }

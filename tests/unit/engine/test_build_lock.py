@@ -142,6 +142,7 @@ def test_a_sibling_says_itself_that_it_builds(
     file.write_text(json.dumps(asdict(ours)))
     waiting = threading.Thread(target=lock.try_acquire)
     waiting.start()
+    heard.heard.wait()  # the first content is read; a file that is just being written reads as the one before
     for moves in range(1, 4):
         heard.heard.clear()
         file.write_text(json.dumps(asdict(replace(ours, moves=moves))))
