@@ -47,7 +47,7 @@ packages:
 test-matrix: install ## layouts that cover every triple of choices, against the oracle; long
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -m matrix $(PYTEST_ARGS)
 
-test-soak: install ## a run that is killed 20 times at random moments; some ten minutes
+test-soak: install ## runs that are killed 100 times over ZeRO stages, async saving and LoRA (SOAK_KILLS=, SOAK_SEED=); half an hour
 	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -m soak -s $(PYTEST_ARGS)
 
 fuzz: install ## FUZZ_EXAMPLES hostile inputs, other ones each time (make test draws 2,000, always the same)

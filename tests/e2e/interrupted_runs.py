@@ -7,6 +7,8 @@ signal; what it did to a file system is undone at "undo" (a step; default: when 
     "signal": name, "rank": r     "touch": file     "remove": [files and folders]
     "fill": folder                nothing can be written any more on its file system
     "lock": folder                it may only be read from now on; what is open may still be written
+    "remount": folder             its content moves to a file system of its own, which is remounted read-only
+    "clock": seconds              the wall clock jumps, on every rank
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,8 @@ class Disturbance(Heartbeat):
         what = self.what
         if not self.begun and step == what["step"] and name == what.get("phase", "batches"):
             self.begun = True
+            if "clock" in what:
+                self._shift_clock(what["clock"])
             if self.rank == what.get("rank", 0):
                 self._disturb()
         if step is not None and step == what.get("undo") and name == "batches":
@@ -54,22 +59,43 @@ class Disturbance(Heartbeat):
         for path in map(Path, what.get("remove", [])):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if "fill" in what:
-            _fill(Path(what["fill"], "filler"))
+            fill(Path(what["fill"], "filler"))
         if "lock" in what:
             subprocess.run(["mount", "--bind", "-o", "ro", what["lock"], what["lock"]], check=True)
+        if "remount" in what:
+            _give_own_mount(Path(what["remount"]))
+            subprocess.run(["mount", "-o", "remount,ro", what["remount"]], check=True)
+
+    def _shift_clock(self, seconds: float) -> None:
+        self._clock = clock = time.time
+        time.time = lambda: clock() + seconds
 
     def undo(self) -> None:
         """Give back the room, and the right to write."""
-        if self.undone or not self.begun or self.rank != 0:
+        if self.undone or not self.begun:
             return
         self.undone = True
+        if "clock" in self.what:
+            time.time = self._clock
+        if self.rank != 0:
+            return
         if "fill" in self.what:
             Path(self.what["fill"], "filler").unlink()
         if "lock" in self.what:
             subprocess.run(["umount", self.what["lock"]], check=True)
+        if "remount" in self.what:
+            subprocess.run(["mount", "-o", "remount,rw", self.what["remount"]], check=True)
 
 
-def _fill(path: Path) -> None:
+def _give_own_mount(folder: Path) -> None:
+    before = folder.with_name(folder.name + "-before")
+    folder.rename(before)
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(folder)], check=True)
+    shutil.copytree(before, folder, dirs_exist_ok=True)
+
+
+def fill(path: Path) -> None:
     with path.open("wb", buffering=0) as file:
         for size in (1 << 20, 1 << 12, 1):
             try:

@@ -29,6 +29,10 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Told]:
     runs.add("signal on rank 1", "signal", {"step": 3, "rank": 1, "signal": "SIGUSR2"}, **recorded)
     runs.add("after the signal", "signal", **recorded)
     runs.add("signal on rank 0", "term", {"step": 3, "rank": 0, "signal": "SIGTERM"})
+    # Due by the clock of the host, each would save or leave at once after a jump of a day.
+    timed = {"output__save_every_minutes": 60.0, "faults__time_limit_minutes": 600.0}
+    for name, seconds in (("clock ahead", 86400.0), ("clock back", -86400.0)):
+        runs.add(name, name, {"step": 2, "clock": seconds, "undo": 5}, **timed)
     runs.add("stop file", "files", {"step": 1, "touch": "STOP"})
     runs.add("save file", "files", {"step": 2, "touch": "SAVE"})
     runs.add("time limit", "limit", faults__time_limit_minutes=1e-9)
@@ -78,6 +82,15 @@ def test_sigterm_leaves_a_checkpoint_of_the_same_step(told: dict[str, Told]) -> 
     run = told["signal on rank 0"]
     assert run.hows == ["left", "left"] and run.checkpoints() == [3]
     assert [line["reason"] for line in run.lines("left")] == ["SIGTERM"]
+
+
+@pytest.mark.parametrize("name", ["clock ahead", "clock back"])
+def test_a_clock_that_jumps_changes_nothing(told: dict[str, Told], name: str) -> None:
+    run, whole = told[name], told["whole"]
+    assert run.hows == ["trained", "trained"] and run.losses == whole.losses
+    assert run.checkpoints() == whole.checkpoints() == [STEPS]
+    expected, weights = (load_file(each.folder / "model" / "model.safetensors") for each in (whole, run))
+    assert all(weights[key].equal(tensor) for key, tensor in expected.items())
 
 
 def test_files_in_the_folder_ask_to_leave_and_to_save(told: dict[str, Told]) -> None:

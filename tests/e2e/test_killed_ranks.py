@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -37,7 +38,10 @@ class Run:
         self.folder = workshop.folder / name
         output = {"dir": str(self.folder), "save_every": 2}
         store = str(workshop.folder / f"store-{name}")
-        config = workshop.config(training__schedule=schedule, output=output, dataset__store_dir=store)
+        held_out = {"dataset": {"name": str(workshop.rows), "store_dir": store, "workers": 1}}
+        config = workshop.config(
+            training__schedule=schedule, output=output, dataset__store_dir=store, evaluation=held_out
+        )
         zero3 = str(launch.DS_CONFIGS / "zero3.json")
         self._arguments = (str(workshop.write(name, config)), "--deepspeed", zero3)
         self._launches = workshop.folder / f"launches-{name}"
@@ -64,8 +68,14 @@ class Run:
         return int(latest.read_text().strip().removeprefix("step-")) if latest.exists() else 0
 
     def steps(self) -> list[tuple[int, float, float]]:
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in self._lines("step")]
+
+    def evaluations(self) -> list[tuple[int, float]]:
+        return [(line["step"], line["loss"]) for line in self._lines("evaluation")]
+
+    def _lines(self, kind: str) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (self.folder / "metrics.jsonl").read_text().splitlines()]
-        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if line["kind"] == "step"]
+        return [line for line in lines if line["kind"] == kind]
 
 
 SLOW_WEIGHTS = """
@@ -120,6 +130,7 @@ def _check_told(ending: Ending) -> None:
 
 def _check_same(run: Run, whole: Run) -> None:
     assert run.steps() == whole.steps()
+    assert run.evaluations() == whole.evaluations() and run.evaluations()[-1][0] == STEPS
     expected, got = (load_file(each.folder / "model" / "model.safetensors") for each in (whole, run))
     assert expected.keys() == got.keys()
     for name, tensor in expected.items():
@@ -166,17 +177,11 @@ def test_a_rank_killed_at_any_moment_is_named_and_the_rerun_goes_on(workshop: ti
     _check_same(run, whole)
 
 
-@pytest.mark.parametrize(
-    ("commands", "kills"),
-    # The way a run is started may change from one launch to the next.
-    [((torchrun, mpirun, torchrun), 3), pytest.param((deepspeed,), 20, marks=pytest.mark.soak)],
-    ids=["3", "20"],
-)
-def test_a_run_survives_kills_at_random_moments(
-    workshop: tiny.Workshop, whole: Run, commands: tuple[Command, ...], kills: int
-) -> None:
+def test_a_run_survives_kills_at_random_moments(workshop: tiny.Workshop, whole: Run) -> None:
+    """Each launch starts the run in another way. test_soak.py kills more often."""
+    kills = 3
     choose = random.Random(kills)
-    run = Run(workshop, f"soak-{kills}", commands)
+    run = Run(workshop, "random", (torchrun, mpirun, torchrun))
     seconds, places = [], []
     for left in range(kills, 0, -1):
         # As many steps at most as leave some for the kills to come; once in a while the start is hit, and where a busy

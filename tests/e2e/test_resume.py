@@ -29,13 +29,21 @@ def _check_requests(folder: Path, ranks: int) -> None:
         ]  # a universal checkpoint has it
 
 
+def _evaluations(folder: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines if line["kind"] == "evaluation"]
+
+
 @pytest.mark.parametrize(("ranks", "stage"), [(2, 3), (1, 1)])
 def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) -> None:
     workshop = tiny.build(tmp_path)
     # Five rows a step: the thirteen rows make a ragged epoch of three steps, and step 4 lies in the second epoch.
     # max_steps alone decides how many epochs there are.
     schedule = {"global_batch_size": 5, "scheduler_type": "constant", "micro_batch_tokens": 128}
-    path = workshop.write("run", workshop.config(training__schedule=schedule, output__save_every=2))
+    # Evaluated after the export: a resumed run once died there under ZeRO-3.
+    held_out = {"dataset": {"name": str(workshop.rows)}}
+    config = workshop.config(training__schedule=schedule, output__save_every=2, evaluation=held_out)
+    path = workshop.write("run", config)
 
     def request(name: str, max_steps: int, **more: str) -> dict[str, object]:
         sets = [f"output.dir={tmp_path / name}", f"training.schedule.max_steps={max_steps}"]
@@ -50,6 +58,9 @@ def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert [step for step, *_ in _steps(whole)] == [1, 2, 3, 4, 5]
     assert _steps(parts) == _steps(whole)
+    # The first part evaluated at its own end too.
+    assert _evaluations(whole) == [each for each in _evaluations(parts) if each[0] != 2]
+    assert [step for step, _ in _evaluations(whole)] == [0, 5]
     expected, resumed = (
         load_file(whole / "model" / "model.safetensors"),
         load_file(parts / "model" / "model.safetensors"),
