@@ -22,12 +22,13 @@ _TOKEN = re.compile(
 # A W&B key looks like a git revision. One in a path (snapshots/REVISION/) is a revision.
 _HEX = re.compile(r"(?<![\w/.@-])[0-9a-f]{40}(?![\w/.@-])")
 # The same names outside of an address, as in `--set token=…` and `password: …`. eos_token=… and its like are no
-# secrets, and neither are the {fields} of a template. Before a colon a bare `token` is a word of a sentence.
+# secrets, and neither are the {fields} of a template or a file named secret. Before a colon a bare `token` is a word of
+# a sentence.
 _OWNERS = r"(?:hf|hub|hugging_?face(?:_hub)?|wandb|openai|anthropic|github|gitlab|mlflow_tracking)[_-]?"
 _SECRET = rf"(?:{_OWNERS})?(?:(?:access|auth|api)[_-]?)?(?:token|password|passwd|secret)|(?:{_OWNERS})?api[_-]?key"
 _ASSIGNED = re.compile(rf"(?<![\w-])({_SECRET})=(?!{{)[^\s'\",;&]+", re.IGNORECASE)
 _MAPPED = re.compile(
-    rf"(?<![\w-])((?!token\b)(?:{_SECRET})['\"]?:[ \t]*['\"]?)(?![\s'\"{{])[^\s'\",;&]+", re.IGNORECASE
+    rf"(?<![\w/-])((?!token\b)(?:{_SECRET})['\"]?:[ \t]*['\"]?)(?![\s'\"{{])[^\s'\",;&]+", re.IGNORECASE
 )
 _SECRET_NAME = re.compile(_SECRET, re.IGNORECASE)
 

@@ -15,7 +15,7 @@ from seqaware.config.messages import config_error, nearest, section_at, show
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
 from seqaware.files import MAX_DEPTH, YAML_BYTES, DuplicateKeyError, MalformedError, parse_yaml, read_text
-from seqaware.masking import holds_secret, is_secret
+from seqaware.masking import holds_secret, is_secret, masked
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEFAULT_CONFIG = REPOSITORY / "train_configs" / "default.yaml"
@@ -53,8 +53,10 @@ def _refuse_secrets(written: Any, key: str = "") -> None:
     if key.endswith(f"columns.{own}"):
         own = ""  # the name of a field, whose value is the name of a column
     if isinstance(written, str) and is_secret(written, own):
+        shown = masked(written)
         raise ConfigError(
             f"{key} holds a password or a token, and configs are kept with their runs",
+            got="***" if is_secret(shown, own) else shown,
             do="take it out; tokens come from the environment (HF_TOKEN, WANDB_API_KEY), data from a path or a hub id",
         )
     parts = written.items() if isinstance(written, dict) else enumerate(written) if isinstance(written, list) else ()

@@ -58,6 +58,14 @@ def marking(mark: Callable[[], None]) -> Iterator[None]:
         deepspeed.set_optimizer_flags = by_name
 
 
+def orthogonalizing_dtype() -> torch.dtype:
+    """The dtype in which DeepSpeed orthogonalizes on this device."""
+    from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
+
+    dtype: torch.dtype = ns_compute_dtype()
+    return dtype
+
+
 def clip_before_muon(zero: Any, *, stage: int) -> None:
     """Make a ZeRO optimizer measure and clip the gradient first, and orthogonalize the clipped gradient.
 

@@ -1,12 +1,15 @@
-"""Start-up probes on the real model: documents of one row must not see each other, and our head must be the model's.
+"""Start-up probes on the real model: packed documents must not attend to each other, and our head must be the model's.
 
-Some attention paths leak between packed documents without a word, and some models do more between hidden state and
-logits than the conventions say. Both are found in two forwards of a few dozen tokens, on every start.
+Some attention paths leak between packed documents without a word, some only in rows or documents beyond a length, and
+some models do more between hidden state and logits than the conventions say. All of it is found in five forwards on
+every start: three of a few dozen tokens, and two of a row with a document as long as the run's longest.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -16,8 +19,9 @@ from seqaware.engine.model import ModelInput, WeightedCausalLM, output_head
 from seqaware.engine.ranks import SequenceGroup
 from seqaware.errors import ConfigError
 
-_PACKED = (7, 12, 5)
-_ALONE = (12,)
+_BEFORE, _MIDDLE, _AFTER = 7, 12, 5
+# Two forwards of so many tokens on each rank take less time than training one micro-batch of as many.
+_MOST_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class Probe:
 
     Attributes:
         packed: whether rows hold several documents; a run that packs nothing is probed on a document alone.
+        longest, capacity: tokens of the longest document of the run, and of a micro-batch.
         sequence: the ranks that share each row, where several do: the probes go the way of the run's batches.
     """
 
@@ -33,16 +38,26 @@ class Probe:
     vocabulary: int
     device: torch.device
     packed: bool
+    longest: int
+    capacity: int
     sequence: SequenceGroup | None = None
+
+    @property
+    def long_row(self) -> tuple[int, ...]:
+        """Documents of a row as long as rows of the run, the longest between two short ones; () where short rows do."""
+        ranks = 1 if self.sequence is None else self.sequence.size
+        room = min(self.capacity, _MOST_TOKENS * ranks)
+        longest = min(self.longest, room - (_BEFORE + _AFTER) * self.packed)
+        return _around(longest, packed=self.packed) if longest > _MIDDLE else ()
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """Largest changes of logits seen, relative to the largest logit.
+    """Largest changes of a token's output seen, as shares of it.
 
-    leak: of other documents when one is perturbed. packed: between a document alone and in the row.
-    response: of the perturbed document itself (shows that the probe can see a change at all).
-    tolerance, packed_tolerance: what rounding may do to the first, and to the second.
+    leak: of tokens that should not see those that are perturbed. packed: between a document alone and in the row.
+    response: the smallest of the perturbed tokens themselves (shows that the probe can see a change at all).
+    tolerance, packed_tolerance: what rounding may do to the first, and to the second. tokens: of the longest document.
     """
 
     leak: float
@@ -50,6 +65,7 @@ class ProbeReport:
     response: float
     tolerance: float
     packed_tolerance: float
+    tokens: int
 
 
 def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
@@ -60,7 +76,7 @@ def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
     """
     report = measure_isolation(model, probe)
     if report.leak > report.tolerance or report.packed > report.packed_tolerance:
-        what = "documents of one row see each other" if probe.packed else "tokens see what comes after them"
+        what = "packed documents attend to each other" if probe.packed else "tokens attend to what comes after them"
         remedy = "packing.enabled: false" if probe.sequence is None else "packing.enabled: false, parallel.sequence: 1"
         raise ConfigError(
             f"{what} in this model",
@@ -75,40 +91,63 @@ def probe_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
 
 @torch.no_grad()
 def measure_isolation(model: WeightedCausalLM, probe: Probe) -> ProbeReport:
-    """Perturb one document of a row and watch the others; compare a packed document with itself alone.
+    """Perturb the ends of all documents of a row and watch every other token; compare a packed document with itself.
 
+    Twice: the logits of a short row, and the last hidden states of a long one, whose logits might not fit.
     Collective under ZeRO-3: every rank must call it.
     """
     was_training = model.training
     model.eval()
-    lengths = _PACKED if probe.packed else _ALONE
-    vocabulary = probe.vocabulary
-    ids = _probe_ids(sum(lengths), vocabulary, probe.device)
-    first = lengths[0] if probe.packed else 0
-    middle = slice(first, first + _ALONE[0])
-    logits = _logits(model, ids, lengths, probe)
-    perturbed = ids.clone()
-    # The last token of the middle document: nothing else in the row may move, its own past included.
-    perturbed[middle.stop - 1] = (perturbed[middle.stop - 1] + 1) % vocabulary
-    moved = _logits(model, perturbed, lengths, probe)
+    short = _around(_MIDDLE, packed=probe.packed)
+    ids = _probe_ids(sum(short), probe.vocabulary, probe.device)
+    leak, response = _disturbed(model.logits, short, probe)
+    first = _BEFORE * probe.packed
+    middle = slice(first, first + _MIDDLE)
+    packed = _output(model.logits, ids, short, probe)[middle]
     # Whole on every rank: a model that mixes tokens outside attention is another one where ranks share the row.
-    alone = _logits(model, ids[middle], _ALONE, replace(probe, sequence=None))
+    alone = _output(model.logits, ids[middle], (_MIDDLE,), replace(probe, sequence=None))
+    if probe.long_row:
+        of_long, response_of_long = _disturbed(model.hidden, probe.long_row, probe)
+        leak, response = max(leak, of_long), min(response, response_of_long)
     model.train(was_training)
 
-    size = logits.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    change = (moved - logits).abs().amax(dim=-1) / size
-    untouched = torch.ones_like(change, dtype=torch.bool)
-    untouched[middle.stop - 1] = False
     eps = torch.finfo(next(model.parameters()).dtype).eps
     # What nobody touched is computed by the same kernels on the same numbers: equal, but for kernels that add in the
     # order in which threads arrive. A row of another length may take another GEMM kernel, and every layer rounds anew.
     return ProbeReport(
-        leak=float(change[untouched].max()),
-        packed=float((alone - logits[middle]).abs().max() / size),
-        response=float(change[~untouched].max()),
+        leak=leak,
+        packed=float(_change(alone, packed).max()),
+        response=response,
         tolerance=4 * eps,
         packed_tolerance=64 * eps,
+        tokens=max(probe.long_row, default=_MIDDLE),
     )
+
+
+def _around(longest: int, *, packed: bool) -> tuple[int, ...]:
+    return (_BEFORE, longest, _AFTER) if packed else (longest,)
+
+
+def _disturbed(of: Callable[[ModelInput], Tensor], lengths: tuple[int, ...], probe: Probe) -> tuple[float, float]:
+    """The largest change of any token but the last of each document when these are others; the least change of these.
+
+    The last token of a document has nothing after it that may see it: neither its own past nor another document.
+    """
+    ids = _probe_ids(sum(lengths), probe.vocabulary, probe.device)
+    ends = torch.tensor([end - 1 for end in accumulate(lengths)], device=ids.device)
+    other = ids.clone()
+    other[ends] = (other[ends] + 1) % probe.vocabulary
+    change = _change(_output(of, other, lengths, probe), _output(of, ids, lengths, probe))
+    untouched = torch.ones_like(change, dtype=torch.bool)
+    untouched[ends] = False
+    return float(change[untouched].max()), float(change[ends].min())
+
+
+def _change(output: Tensor, reference: Tensor) -> Tensor:
+    """How far each token's output [T, …] is from a reference, as a share of the reference's norm."""
+    size = reference.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+    change: Tensor = (output - reference).norm(dim=-1) / size
+    return change
 
 
 def probe_head(model: WeightedCausalLM, probe: Probe) -> float:
@@ -135,7 +174,7 @@ def measure_head(model: WeightedCausalLM, probe: Probe) -> tuple[float, float]:
     """
     was_training = model.training
     model.eval()
-    inputs = _inputs(_probe_ids(_ALONE[0], probe.vocabulary, probe.device), _ALONE, probe)
+    inputs = _inputs(_probe_ids(_MIDDLE, probe.vocabulary, probe.device), (_MIDDLE,), probe)
     own = model.logits(inputs).float().squeeze(0)
     hidden = model.hidden(inputs).squeeze(0)
     with gathered_head(model):
@@ -176,7 +215,8 @@ def _inputs(ids: Tensor, lengths: tuple[int, ...], probe: Probe) -> ModelInput:
     return ModelInput(row, positions, Documents(borders, segments, probe.backend, probe.sequence))
 
 
-def _logits(model: WeightedCausalLM, ids: Tensor, lengths: tuple[int, ...], probe: Probe) -> Tensor:
-    logits = model.logits(_inputs(ids, lengths, probe)).float()
-    whole = logits if probe.sequence is None else probe.sequence.join(logits)
+def _output(of: Callable[[ModelInput], Tensor], ids: Tensor, lengths: tuple[int, ...], probe: Probe) -> Tensor:
+    """Float32 [T, …]: what the model makes of every token of a row."""
+    part = of(_inputs(ids, lengths, probe)).float()
+    whole = part if probe.sequence is None else probe.sequence.join(part)
     return whole.squeeze(0)[: len(ids)]

@@ -88,8 +88,16 @@ def _loss_words(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
 def probe_of(engine: Engine, plan: Plan) -> Probe:
     """What the start-up probes need to know of this run."""
     vocabulary = engine.wrapped.model.config.get_text_config().vocab_size
-    packed = plan.config.packing.enabled
-    return Probe(engine.attention_backend, vocabulary, engine.ranks.device, packed, engine.sequence)
+    assert plan.data is not None, "the data of a run is prepared by now"
+    return Probe(
+        engine.attention_backend,
+        vocabulary,
+        engine.ranks.device,
+        packed=plan.config.packing.enabled,
+        longest=min(plan.data.longest, plan.batches.max_seq_length),
+        capacity=plan.batches.micro_batch_tokens,
+        sequence=engine.sequence,
+    )
 
 
 def _adapters(plan: Plan, model: PreTrainedModel, options: LoadOptions) -> Adapters | None:

@@ -26,12 +26,14 @@ from seqaware.training.evaluation.rounds import Leaving
 from seqaware.training.evaluation.scores import Answer, scores
 from seqaware.training.prepare import Prepared
 
-_DOCUMENTS_AT_ONCE = 512
-
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Evaluation on the rows of `evaluation.dataset`; every method is collective."""
+    """Evaluation on the rows of `evaluation.dataset`; every method is collective.
+
+    Attributes:
+        at_once: documents that are laid out into rows together. limit: only the first of them; None: all.
+    """
 
     engine: Engine
     store: TokenStore
@@ -39,6 +41,8 @@ class HeldOut:
     config: EvaluationConfig
     tokenizer: PreTrainedTokenizerBase
     questions: list[Question]
+    at_once: int = 512
+    limit: int | None = None
 
     @classmethod
     def of(cls, prepared: Prepared, engine: Engine, *, rows: RowFormat) -> HeldOut | None:
@@ -97,8 +101,9 @@ class HeldOut:
 
     def _batches(self) -> Iterator[list[Batch]]:
         ranks = self.engine.ranks
-        for first in range(0, len(self.store), _DOCUMENTS_AT_ONCE):
-            ids = np.arange(first, min(first + _DOCUMENTS_AT_ONCE, len(self.store)), dtype=np.int64)
+        count = len(self.store) if self.limit is None else min(self.limit, len(self.store))
+        for first in range(0, count, self.at_once):
+            ids = np.arange(first, min(first + self.at_once, count), dtype=np.int64)
             yield rank_batches(self.store, ids, rows=self.rows, rank=ranks.rank, size=ranks.size)
 
 

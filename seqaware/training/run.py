@@ -223,7 +223,10 @@ def _probe(engine: Engine, plan: Plan, *, say: Say) -> None:
     probe = probe_of(engine, plan)
     with engine.forward_only():
         report = probe_isolation(engine.wrapped, probe)
-    say(f"isolation   documents of one row do not see each other (change {report.leak:.1e} of {report.tolerance:.1e})")
+    say(
+        f"isolation   packed documents of up to {report.tokens:,} tokens do not attend to each other "
+        f"(change {report.leak:.1e} of {report.tolerance:.1e})"
+    )
     if plan.config.model.loss_kernel == "fused":
         with engine.forward_only():
             probe_head(engine.wrapped, probe)

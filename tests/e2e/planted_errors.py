@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,10 @@ def _of_this_rank(right: Any) -> Any:
 
 
 def _without_the_last(right: Any) -> Any:
-    return lambda ids, lengths, **options: right(ids[:-1], lengths[:-1], **options)
+    # A step of one document has no tail to drop.
+    return lambda ids, lengths, **options: right(
+        ids[: max(1, len(ids) - 1)], lengths[: max(1, len(ids) - 1)], **options
+    )
 
 
 def _divided_once_more(right: Any) -> Any:
@@ -68,12 +72,82 @@ def _unweighted(right: Any) -> Any:
     return lambda hidden, **options: right(hidden, **{**options, "weights_N": options["weights_N"].clamp(max=1.0)})
 
 
+def _own_embedding_gradient(right: Any) -> Any:
+    """Rank 1 keeps what its own rows make of the embedding's gradient."""
+
+    def reduce(self: Any) -> None:
+        embedding = self.wrapped.model.get_input_embeddings().weight
+        own = embedding.grad.clone()
+        right(self)
+        if self.ranks.rank == 1:
+            embedding.grad.copy_(own)
+
+    return reduce
+
+
+def _twice_the_decay(right: Any) -> Any:
+    return lambda model, weight_decay: right(model, 2 * weight_decay)
+
+
+def _clip_of_a_rank(right: Any) -> Any:
+    def initialize(plan: Any, model: Any) -> Any:
+        shared = plan.deepspeed["gradient_clipping"] / plan.world.size
+        return right(replace(plan, deepspeed={**plan.deepspeed, "gradient_clipping": shared}), model)
+
+    return initialize
+
+
+def _one_step_late(right: Any) -> Any:
+    return lambda plan, step: right(plan, max(1, step - 1))
+
+
+def _mean_of_parts(right: Any) -> Any:
+    """Held-out figures of every part of the documents, averaged."""
+
+    def held_out_loss(engine: Any, steps: Any, *arguments: Any, **options: Any) -> Any:
+        parts = [right(engine, [batches], *arguments, **options) for batches in steps]
+        ratios = {key: sum(part[key] for part in parts) / len(parts) for key in ("loss", "unweighted_loss", "accuracy")}
+        whole = {key: sum(part[key] for part in parts) for key, value in parts[0].items() if key not in _RATIOS}
+        return {**parts[0], **whole, **ratios}
+
+    return held_out_loss
+
+
+_RATIOS = ("loss", "unweighted_loss", "accuracy", "logsumexp_mean", "logsumexp_std", "by_position")
+
+
+def _leak(merged: Callable[[list[int]], list[int]]) -> Wrong:
+    """Attention over other documents than the row has."""
+
+    def wrong(right: Any) -> Any:
+        def leaking(q: Any, k: Any, v: Any, documents: Any, call: Any) -> Any:
+            lengths = merged(list(documents.lengths))
+            borders = documents.cu_seqlens.new_tensor([0, *accumulate(lengths)])
+            other = replace(documents, cu_seqlens=borders, lengths=tuple(lengths))
+            return right["sdpa_per_document"](q, k, v, other, call)
+
+        return {**right, "sdpa_per_document": leaking}
+
+    return wrong
+
+
+def _after_64_tokens(lengths: list[int]) -> list[int]:
+    """A row longer than 64 tokens is one document."""
+    return [sum(lengths)] if sum(lengths) > 64 else lengths
+
+
+def _after_a_long_document(lengths: list[int]) -> list[int]:
+    """A document longer than 64 tokens is joined with the next one."""
+    long = next((i for i, length in enumerate(lengths[:-1]) if length > 64), None)
+    return lengths if long is None else [*lengths[:long], sum(lengths[long : long + 2]), *lengths[long + 2 :]]
+
+
 def _places(plant: str) -> list[tuple[Any, str, Wrong]]:
     """Owners, attributes, and what is made of them."""
-    from seqaware.engine import attention, first_step, model
+    from seqaware.engine import attention, engine, first_step, model, optimizer
     from seqaware.engine.engine import Engine
     from seqaware.objective.weighting import Weighting
-    from seqaware.training import batches
+    from seqaware.training import batches, held_out, loop
 
     return {
         "unshifted weights": [(Weighting, "weights", _unshifted)],
@@ -82,6 +156,14 @@ def _places(plant: str) -> list[tuple[Any, str, Wrong]]:
         "mean of every rank": [(Engine, "denominator", _of_this_rank)],
         "dropped tail": [(batches, "layout_step", _without_the_last)],
         "factor of the accumulation": [(Engine, "_accumulate", _divided_once_more)],
+        "leak beyond 64 tokens": [(attention, "BACKENDS", _leak(_after_64_tokens))],
+        "leak after a long document": [(attention, "BACKENDS", _leak(_after_a_long_document))],
+        "gradient of one rank": [(Engine, "_reduce_gradients", _own_embedding_gradient)],
+        "decay twice": [(module, "parameter_groups", _twice_the_decay) for module in (engine, optimizer)],
+        "clip of a rank": [(engine, "_initialize", _clip_of_a_rank)],
+        "clipped update": [(engine, "clip_before_muon", lambda right: lambda zero, stage: None)],
+        "rate one step late": [(loop, "scheduled_rate", _one_step_late)],
+        "mean of held-out parts": [(held_out, "held_out_loss", _mean_of_parts)],
         "kernel without weights": [(module, "fused_cross_entropy", _unweighted) for module in (model, first_step)],
     }[plant]
 

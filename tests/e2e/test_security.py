@@ -179,7 +179,7 @@ def test_a_store_whose_manifest_names_files_elsewhere(workshop: tiny.Workshop, t
     (store,) = (path for path in stores.iterdir() if path.is_dir())
     (tmp_path / "secret").write_text("secret")
     manifest = json.loads((store / MANIFEST).read_text())
-    manifest["files"]["../../secret"] = {"bytes": 6, "sha256": "0"}
+    manifest["files"]["../../secret"] = {"bytes": 6, "sha256": "0" * 64}
     manifest["checksum"] = manifest_checksum(manifest)  # whoever makes a manifest makes its checksum too
     (store / MANIFEST).write_text(json.dumps(manifest))
     other = workshop.config(dataset={"name": str(store)}, output__dir=str(tmp_path / "other"))

@@ -18,6 +18,10 @@ ANSWERS = (1, 40, 3, 90, 7, 22, 2, 60, 5, 11, 1, 33, 4) * 2
 SCHEDULE = {"num_epochs": 3, "global_batch_tokens": 460, "micro_batch_tokens": 128}
 CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }} : {{ message.content }} {% endfor %}"
 
+MUON = {"type": "muon", "lr": 2e-2}
+
+OF_THE_OPTIMIZER = {"moments of the optimizer", "learning rate of the step", "replicas after the steps"}
+
 HONEST: dict[str, tuple[str, dict[str, Any]]] = {
     "zero0": ("zero0", {}),
     "zero1-rows": ("zero1", {"packing__enabled": False, "training__sft": {"gamma": 0.9, "normalize_by": "sequences"}}),
@@ -31,9 +35,48 @@ HONEST: dict[str, tuple[str, dict[str, Any]]] = {
     "zero2-lora": ("zero2", {"lora": {"rank": 4}}),
     "zero1-plain-loss": ("zero1", {"model__loss_kernel": "plain", "training__sft": {"gamma": 1.0}}),
     "zero2-pieces": ("zero2", {"training__parameters": {"max_seq_length": 40}, "format__on_overlong": "split"}),
+    "zero0-muon": ("zero0", {"training__optimizer": MUON}),
+    "zero1-muon": ("zero1", {"training__optimizer": MUON}),
+    "zero2-muon": ("zero2", {"training__optimizer": MUON}),
+    "zero3-muon": ("zero3", {"training__optimizer": MUON}),
+    "zero2-muon-offload": ("zero2_offload_optimizer", {"training__optimizer": MUON}),
+    "zero3-muon-offload": ("zero3_offload_cpu", {"training__optimizer": MUON}),
+    "zero1-muon-bfloat16": ("zero1", {"training__optimizer": MUON, "model__dtype": "bf16"}),
 }
 # Where each is found (and nowhere that would call something else wrong).
 PLANTED: dict[str, tuple[set[str], set[str]]] = {
+    "leak beyond 64 tokens": (
+        {"isolation of documents", "loss", "gradient of every parameter"},
+        {"tokens and labels", "weight of every token", "denominator"},
+    ),
+    "leak after a long document": (
+        {"isolation of documents"},
+        {"tokens and labels", "weight of every token", "denominator"},
+    ),
+    "gradient of one rank": (
+        {"replicas after the steps"},
+        {"tokens and labels", "weight of every token", "isolation of documents", "learning rate of the step"},
+    ),
+    "decay twice": (
+        {"weights after the step", "weights after the step, rate 0.0078"},
+        {"loss", "gradient of every parameter", "gradient norm", *OF_THE_OPTIMIZER},
+    ),
+    "clip of a rank": (
+        {"moments of the optimizer"},
+        {"loss", "gradient of every parameter", "gradient norm", "learning rate of the step"},
+    ),
+    "clipped update": (
+        {"gradient norm", "gradient of every parameter", "weights after the step"},
+        {"loss", "denominator", "learning rate of the step"},
+    ),
+    "rate one step late": (
+        {"learning rates of the run", "learning rate of the step", "weights after the step"},
+        {"loss", "gradient of every parameter", "moments of the optimizer"},
+    ),
+    "mean of held-out parts": (
+        {"evaluation: loss", "evaluation: unweighted loss"},
+        {"evaluation: tokens", "evaluation: supervised tokens", "loss", *OF_THE_OPTIMIZER},
+    ),
     "unshifted weights": (
         {"weight of every token", "loss", "gradient of every parameter", "γ = 0: F.cross_entropy"},
         {"tokens and labels", "isolation of documents", "denominator"},
@@ -64,6 +107,10 @@ PLANTED: dict[str, tuple[set[str], set[str]]] = {
     ),
 }
 
+LEAKS = ("leak beyond 64 tokens", "leak after a long document")
+# The others are planted under ZeRO-3.
+PLANTED_UNDER = {"gradient of one rank": ("zero0", {}), "clipped update": ("zero2", {"training__optimizer": MUON})}
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
@@ -73,6 +120,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
 def _config(workshop: tiny.Workshop, name: str, changes: dict[str, Any]) -> Path:
     folder = str(workshop.folder / name)
     return workshop.write(name, workshop.config(**{"training__schedule": SCHEDULE, "output__dir": folder, **changes}))
+
+
+def _held_out(workshop: tiny.Workshop) -> dict[str, Any]:
+    """Documents of unequal length, in parts whose means would not average to the mean."""
+    rows = workshop.folder / "held.jsonl"
+    tiny.write_rows(rows, (3, 50, 8, 20, 1, 70, 9))
+    return {"dataset": {"name": str(rows), "store_dir": str(workshop.folder / "stores"), "workers": 1}}
 
 
 def _chat(workshop: tiny.Workshop) -> dict[str, Any]:
@@ -100,7 +154,8 @@ def outcomes(workshop: tiny.Workshop) -> str:
     requests = []
 
     def add(name: str, zero: str, changes: dict[str, Any], *, plant: str | None = None, train: bool = False) -> None:
-        config = str(_config(workshop, name, changes))
+        held = {} if train or name == "zero3-chat" else {"evaluation": _held_out(workshop)}
+        config = str(_config(workshop, name, {**held, **changes}))
         deepspeed = str(launch.DS_CONFIGS / f"{zero}.json")
         requests.append({"config": config, "deepspeed": deepspeed, "plant": plant, "train": train})
 
@@ -108,7 +163,9 @@ def outcomes(workshop: tiny.Workshop) -> str:
         add(name, zero, changes)
     add("zero3-chat", "zero3", _chat(workshop))
     for plant in PLANTED:
-        add(plant.replace(" ", "-"), "zero3", {}, plant=plant)
+        add(plant.replace(" ", "-"), *PLANTED_UNDER.get(plant, ("zero3", {})), plant=plant)
+    for leak in LEAKS:
+        add(f"stopped-{leak.replace(' ', '-')}", "zero3", {}, plant=leak, train=True)
     add("stopped", "zero3", {}, plant="kernel without weights", train=True)
     add("not-stopped", "zero3", {"model__loss_kernel": "plain"}, plant="kernel without weights", train=True)
     listed = workshop.folder / "requests.json"
@@ -132,6 +189,8 @@ def test_honest_layouts_hold(workshop: tiny.Workshop, outcomes: str, name: str) 
     assert certificate["steps"] == [1, 2]
     named = {item["item"] for item in certificate["items"]}
     assert {"loss", "gradient of every parameter", "batches of worlds 1, 2, 4, 8", "γ = 0: gradients"} <= named
+    assert {"weights after the step", "weights after the step, rate 0.0078", *OF_THE_OPTIMIZER} <= named
+    assert ("evaluation: loss by position" in named) == (name != "zero3-chat")
     # Every rank hears the verdict.
     assert all(f"rank {rank}: {name}: holds" in outcomes for rank in (0, 1))
 
@@ -154,9 +213,20 @@ def test_a_planted_error_is_found_where_it_is(workshop: tiny.Workshop, outcomes:
     guilty, innocent = PLANTED[plant]
     assert guilty <= short, f"not found in {guilty - short}"
     assert not innocent & short, f"blamed although it is right: {innocent & short}"
-    # Each of these reaches every parameter, and this is the first of the model.
-    assert certificate["first_parameter_that_differs"] == "model.embed_tokens.weight"
+    if "gradient of every parameter" in guilty:
+        # Each of these reaches every parameter, and this is the first of the model; Muon leaves it to AdamW.
+        first = "model.layers.0" if plant == "clipped update" else "model.embed_tokens.weight"
+        assert certificate["first_parameter_that_differs"].startswith(first)
     assert all(f"rank {rank}: {name}: falls short" in outcomes for rank in (0, 1))
+
+
+@pytest.mark.parametrize("leak", LEAKS)
+def test_a_run_stops_before_its_first_step_where_long_documents_leak(
+    workshop: tiny.Workshop, outcomes: str, leak: str
+) -> None:
+    for rank in (0, 1):
+        name = f"stopped-{leak.replace(' ', '-')}"
+        assert f"rank {rank}: {name}: stopped: packed documents attend to each other" in outcomes
 
 
 def test_a_run_stops_before_its_first_step_where_the_fused_loss_is_wrong(

@@ -1,7 +1,7 @@
 """The oracle: one process, the model as transformers loads it, one document at a time, the plain loss.
 
 No packing, no padding, no sharding, no cache, eager attention, log_softmax over all logits. It shares nothing with the
-engine but the model's weights, its adapters' first values and the token store.
+engine but the model's weights, which it is handed after every step, its adapters' first values and the token store.
 
 Letters: M tokens with loss, V vocabulary.
 """
@@ -9,7 +9,7 @@ Letters: M tokens with loss, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +74,64 @@ class OracleStep:
         return math.sqrt(sum(float(g.double().square().sum()) for g in self.gradients.values()))
 
 
+@dataclass(frozen=True, eq=False)
+class OracleEvaluation:
+    """Documents as the oracle scores them. Each float64 [M].
+
+    Attributes:
+        step: their losses and weights, without gradients.
+        margins: by how much the label's logit is above the largest other one. logsumexp: of all logits.
+    """
+
+    step: OracleStep
+    margins: Tensor
+    logsumexp: Tensor
+
+
 class Oracle:
-    """A model of its own, for as many steps as are asked for; its weights never change."""
+    """A model of its own, for as many steps as are asked for; its weights are what it is given."""
 
     def __init__(self, wanted: OracleModel) -> None:
+        self._wanted = wanted
         self._device = wanted.device
         self._model = _load(wanted)
+        self.take_weights({})
+
+    @torch.no_grad()
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Put the run's weights, by name, in the place of the oracle's own."""
+        taken = [p for name, p in self._model.named_parameters() if name in weights or not weights]
+        for name, parameter in self._model.named_parameters():
+            if name in weights:
+                parameter.copy_(weights[name].to(self._wanted.weights))
+        if self._wanted.disturbed:
+            _disturb(taken)
+
+    def hidden_matrices(self) -> frozenset[str]:
+        """The names of all matrices but the head and tables of embeddings."""
+        model = self._model
+        outer = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+        outer |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+        return frozenset(name for name, p in model.named_parameters() if p.ndim >= 2 and id(p) not in outer)
+
+    @torch.no_grad()
+    def evaluate(
+        self, documents: Sequence[Document], scored: Sequence[Sequence[Scored]], *, denominator: float
+    ) -> OracleEvaluation:
+        """The same losses as of a step, and what accuracy and logsumexp are made of; no gradients."""
+        margins, logsumexp = [], []
+
+        def losses_of(logits_MV: Tensor, labels_M: Tensor) -> Tensor:
+            label_M = logits_MV.gather(1, labels_M[:, None]).squeeze(1)
+            others_MV = logits_MV.scatter(1, labels_M[:, None], -math.inf)
+            margins.append((label_M - others_MV.amax(dim=1)).double().cpu())
+            logsumexp.append(torch.logsumexp(logits_MV, dim=1).double().cpu())
+            return log_softmax_losses(logits_MV, labels_M)
+
+        pairs = [self._document(*each, losses_of) for each in zip(documents, scored, strict=True)]
+        losses, weights = (torch.cat([each[i].double().cpu() for each in pairs]) for i in (0, 1))
+        step = OracleStep(losses, weights, denominator, {})
+        return OracleEvaluation(step, torch.cat(margins), torch.cat(logsumexp))
 
     def step(
         self,
@@ -160,16 +212,14 @@ def _load(wanted: OracleModel) -> PreTrainedModel:
         model = model.to(wanted.compute)
     # Without dropout (verify sees to that) this mode computes what training computes.
     model.eval()
-    if wanted.disturbed:
-        _disturb(model)
     oracle: PreTrainedModel = model
     return oracle
 
 
 @torch.no_grad()
-def _disturb(model: PreTrainedModel) -> None:
+def _disturb(parameters: Iterable[Tensor]) -> None:
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    for parameter in parameters:
         up = torch.randint(0, 2, parameter.shape, generator=generator).bool().to(parameter.device)
         towards = torch.where(up, torch.inf, -torch.inf).to(parameter.dtype)
         parameter.copy_(torch.nextafter(parameter, towards))

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from seqaware.config.schema import SftConfig
 from seqaware.data.store_format import Document
 from seqaware.engine.model import DTYPES
+from seqaware.engine.muon import orthogonalizing_dtype
+from seqaware.plan.offload import offload_device
 from seqaware.plan.plan import Plan
 from seqaware.training.prepare import Prepared
 from seqaware.training.verify.items import Pair, epsilon
-from seqaware.training.verify.oracle import Oracle, OracleModel, TokenLosses
+from seqaware.training.verify.oracle import Oracle, OracleEvaluation, OracleModel, TokenLosses
+from seqaware.training.verify.updates import ReferenceOptimizer
 from seqaware.training.verify.weights import Scored, denominator, scored_tokens
 
 OracleDType = Literal["auto", "float32", "float64"]
@@ -35,7 +40,11 @@ class StepDocuments:
     def of(cls, prepared: Prepared, step: int, sft: SftConfig) -> StepDocuments:
         """Of optimizer step `step` (from 1)."""
         ids = prepared.order.documents(*prepared.order.position(step))
-        documents = [prepared.store.document(int(index)) for index in ids]
+        return cls.scored_by([prepared.store.document(int(index)) for index in ids], sft)
+
+    @classmethod
+    def scored_by(cls, documents: list[Document], sft: SftConfig) -> StepDocuments:
+        """Any documents."""
         scored = [scored_tokens(document, sft) for document in documents]
         return cls(documents, scored, denominator(scored, sft.normalize_by))
 
@@ -66,6 +75,16 @@ class Reference:
         self._eps = epsilon(run)
         self._exact = Oracle(_model(plan, source, run=run, compute=exact, device=device))
         self._rounded = Oracle(_model(plan, source, run=run, compute=run, device=device, disturbed=run == exact))
+        orthogonalizing = max(epsilon(orthogonalizing_dtype()), epsilon(run))
+        optimizer = plan.config.training.optimizer
+        # DeepSpeed gives Muon its CPUAdam with offload, and FusedAdam on a GPU.
+        offloads = offload_device(plan.deepspeed["zero_optimization"], "offload_optimizer") is not None
+        self.optimizer = ReferenceOptimizer(
+            optimizer,
+            hidden=self._exact.hidden_matrices(),
+            muon_eps=orthogonalizing,
+            compiled_adam=offloads or plan.world.device == "cuda",
+        )
         self.told = f"{dtype} on {device.type}, rounding seen in {plan.dtype}"
 
     def pair(self, step: StepDocuments, token_losses: TokenLosses) -> Pair:
@@ -75,6 +94,19 @@ class Reference:
             for oracle in (self._exact, self._rounded)
         )
         return Pair(exact, rounded, self._eps)
+
+    def take_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Both oracles go on from the weights that the run has."""
+        for oracle in (self._exact, self._rounded):
+            oracle.take_weights(weights)
+
+    def evaluations(self, documents: StepDocuments) -> tuple[OracleEvaluation, OracleEvaluation]:
+        """Held-out documents, by both."""
+        exact, rounded = (
+            oracle.evaluate(documents.documents, documents.scored, denominator=documents.denominator)
+            for oracle in (self._exact, self._rounded)
+        )
+        return exact, rounded
 
 
 def _model(

@@ -1,8 +1,9 @@
 """Verify a config on these ranks: the run's own engine against an oracle of one process, for a handful of steps.
 
-The engine is built as a run builds it and takes real steps over the run's first documents, at learning rate 0. Rank 0
-works out the same steps with a second copy of the model: one document at a time, without packing, sharding, cache or
-fused kernels, in float64. Losses, counts and every parameter's gradient must agree to the rounding of the run's dtype.
+The engine is built as a run builds it and takes the run's first steps. Rank 0 computes the same steps with a second
+copy of the model: one document at a time, without packing, sharding, cache or fused kernels, in float64. Losses, counts
+and every parameter's gradient must agree to the rounding of the run's dtype; the weights, moments and learning rates
+after a step to what clipping, schedule and optimizer are by definition; and every rank must hold the same weights.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from torch import Tensor
+
 from seqaware.config.schema import Config, SftConfig
 from seqaware.engine.address import RankAddress
 from seqaware.engine.engine import Engine
 from seqaware.engine.first_step import compare_losses
-from seqaware.engine.gradients import digest_of_weights
+from seqaware.engine.gradients import digest_of_replicas, digest_of_weights, full_moments
 from seqaware.engine.operators import remove_swap_files
 from seqaware.engine.probe import measure_head, measure_isolation
 from seqaware.engine.ranks import connect
@@ -25,21 +28,41 @@ from seqaware.objective.weighting import Weighting
 from seqaware.plan.plan import Plan
 from seqaware.plan.render import render_plan
 from seqaware.report.progress import RowCounter
+from seqaware.training import loop
 from seqaware.training.assembly import build_engine, model_source, probe_of, row_format, world_of
 from seqaware.training.batches import StepBatches
 from seqaware.training.folder import RunFolder, check_claim
+from seqaware.training.held_out import HeldOut
 from seqaware.training.prepare import Prepared, prepare
 from seqaware.training.process import Say
 from seqaware.training.verify.certificate import Certificate, table
-from seqaware.training.verify.items import Item, count_item, epsilon, gradient_item, loss_item, norm_item, weight_item
-from seqaware.training.verify.measure import Measured, measure_step
+from seqaware.training.verify.items import (
+    Item,
+    count_item,
+    epsilon,
+    evaluation_items,
+    gradient_item,
+    loss_item,
+    moments_item,
+    norm_item,
+    rate_item,
+    weight_item,
+    weights_item,
+)
+from seqaware.training.verify.measure import Measured, measure_step, measure_weights
 from seqaware.training.verify.oracle import log_softmax_losses, plain_cross_entropy_losses
 from seqaware.training.verify.reference import OracleDType, Reference, StepDocuments
+from seqaware.training.verify.updates import Update, reference_rate
 from seqaware.training.verify.worlds import world_items
 
 # Ranks wait for rank 0's oracle, which takes its time.
 _PATIENCE_MINUTES = 24 * 60.0
 _NOTHING = 1e-30  # relative to this where a size is zero
+_MOMENTS, _WEIGHTS = "moments of the optimizer", "weights after the step"
+# A run's first rates may be so small that rounding to float32 hides the decay of a weight, η · λ of it.
+_VISIBLE_RATE = 2.0**-7
+# Held-out documents that are compared, and the parts in which the engine takes them.
+_EVALUATED, _PARTS = 64, 4
 
 
 @dataclass(frozen=True)
@@ -92,9 +115,6 @@ def _check_config(config: Config) -> None:
     if config.model.dropout != 0 or (config.lora is not None and config.lora.dropout != 0):
         do = "verify with --set model.dropout=0 (and lora.dropout=0)"
         raise ConfigError("dropout draws its masks anew in every layout, so there is nothing to compare", do=do)
-    if config.training.optimizer.type == "muon":
-        do = "verify with --set training.optimizer.type=adamw: the optimizer changes no loss and no gradient"
-        raise ConfigError("under muon DeepSpeed holds orthogonalised updates where verify reads gradients", do=do)
     if config.lora is not None and config.lora.quantize_base != "none":
         do = "verify with --set lora.quantize_base=none"
         raise ConfigError("verify has no oracle for lora.quantize_base, which rounds the model itself", do=do)
@@ -126,29 +146,35 @@ class _Verification:
         self._reference = reference
         self._say = say
         self._rows = row_format(prepared.plan, prepared)
+        self._peak = prepared.plan.config.training.optimizer.lr
         ranks = engine.ranks
         self._batches = StepBatches(prepared.store, prepared.order, rows=self._rows, rank=ranks.rank, size=ranks.size)
         self._items: list[Item] = []
         self._first_parameter: str | None = None
+        self._weights: dict[str, Tensor] = {}
 
     def certificate(self, steps: int) -> Certificate:
         """Run all comparisons over the first `steps` optimizer steps. Whole on rank 0 alone."""
         assert self._plan.total_steps is not None, "prepared data gives the steps"
         numbers = tuple(range(1, min(steps, self._plan.total_steps) + 1))
         sft = self._plan.config.training.sft
-        before = digest_of_weights(self._engine)
+        self._weights = measure_weights(self._engine)
         self._add(self._probes())
         self._add(self._losses())
         if self._reference is not None:
             self._add(world_items(self._prepared, self._rows, numbers))
+            self._add([self._schedule()])
         for step in numbers:
             self._add(self._step(step, sft))
             self._say(f"compared    step {step} of {numbers[-1]}")
         self._add(self._gamma_zero(sft))
         self._say("compared    γ = 0 with F.cross_entropy")
-        stayed = all(self._engine.ranks.gather(digest_of_weights(self._engine) == before))
-        note = "steps at learning rate 0 left them as they were"
-        self._add([Item("weights meanwhile", 0.0, 0.0 if stayed else 1.0, note)])
+        self._add(self._evaluation(sft))
+        self._add(self._visible_step())
+        digests = self._engine.ranks.gather(digest_of_replicas(self._engine))
+        differing = sum(digest != digests[0] for digest in digests)
+        note = f"{differing} of {len(digests)} ranks hold other weights or moments than rank 0"
+        self._add([Item("replicas after the steps", 0.0, differing, note if differing else "alike on every rank")])
         oracle = "" if self._reference is None else self._reference.told
         return Certificate(tuple(self._items), self._first_parameter, numbers, oracle)
 
@@ -162,7 +188,8 @@ class _Verification:
         # document is what it is alone is shown by loss and gradient, against an oracle that packs nothing.
         rounding = epsilon(next(model.parameters()).dtype)
         report = measure_isolation(model, probe)
-        note = f"one document is disturbed: its logits move by {report.response:.1e}, all others by {report.leak:.1e}"
+        moved = f"others change by {report.response:.1e} or more, all that may not see them by {report.leak:.1e}"
+        note = f"documents of up to {report.tokens} tokens whose last tokens are {moved}"
         items = [Item("isolation of documents", rounding, report.leak, note)]
         if model.loss_kernel == "fused":
             # Product, bias, scale and cap, each rounded once.
@@ -183,35 +210,119 @@ class _Verification:
             Item("fused loss, gradient", seen.gradient_explained / slope, seen.gradient_error / slope, about),
         ]
 
+    def _schedule(self) -> Item:
+        """The rate of every step of the run, as its loop computes it; of a long run the ends and a thousand between."""
+        total = self._plan.total_steps
+        assert total is not None
+        ends = {*range(1, min(total, 1000) + 1), *range(max(1, total - 999), total + 1)}
+        steps = sorted(ends | set(range(1, total + 1, max(1, total // 1000))))
+        pairs = [(loop.scheduled_rate(self._plan, step), self._rate(step)) for step in steps]
+        return rate_item("learning rates of the run", pairs, peak=self._peak, note=f"{len(steps)} steps of {total}")
+
+    def _rate(self, step: int) -> float:
+        total, warmup = self._plan.total_steps, self._plan.batches.warmup_steps
+        assert total is not None and warmup is not None
+        schedule = self._plan.config.training.schedule
+        return reference_rate(step, schedule, peak=self._peak, total=total, warmup=warmup)
+
     def _step(self, step: int, sft: SftConfig) -> list[Item]:
-        measured = measure_step(self._engine, self._batches.of_step(step))
-        if self._reference is None:
-            return []
-        documents = StepDocuments.of(self._prepared, step, sft)
-        pair = self._reference.pair(documents, log_softmax_losses)
-        gradients = gradient_item("gradient of every parameter", measured.gradients, pair)
-        self._first_parameter = self._first_parameter or gradients.first
-        items = [
-            loss_item("loss", measured.metrics["loss"], pair, weighted=True),
-            loss_item("unweighted loss", measured.metrics["unweighted_loss"], pair, weighted=False),
-            *_counts(measured, documents, sft),
-            norm_item("gradient norm", measured.gradient_norm, pair),
-            gradients.item,
-        ]
+        """A step as the run takes it: from its documents to the weights it leaves."""
+        rate = loop.scheduled_rate(self._plan, step)
+        measured, items = self._stepped(step, rate=rate, expected=self._rate(step))
+        if self._reference is not None:
+            documents = StepDocuments.of(self._prepared, step, sft)
+            pair = self._reference.pair(documents, log_softmax_losses)
+            gradients = gradient_item("gradient of every parameter", measured.gradients, pair)
+            self._first_parameter = self._first_parameter or gradients.first
+            items += [
+                loss_item("loss", measured.metrics["loss"], pair, weighted=True),
+                loss_item("unweighted loss", measured.metrics["unweighted_loss"], pair, weighted=False),
+                *_counts(measured, documents, sft),
+                norm_item("gradient norm", measured.gradient_norm, pair),
+                gradients.item,
+            ]
+            self._reference.take_weights(self._weights)
         return [replace(item, step=step) for item in items]
+
+    def _stepped(self, step: int, *, rate: float, expected: float) -> tuple[Measured, list[Item]]:
+        """The engine's step over the documents of `step`, and what the optimizer made of the gradient it had.
+
+        The reference starts every step from the weights that the run had, so an error shows in the step that makes it.
+        """
+        before = self._weights
+        measured = measure_step(self._engine, self._batches.of_step(step), learning_rate=rate)
+        rates = self._engine.ranks.gather(measured.rates)
+        self._weights = measure_weights(self._engine)
+        updates: dict[str, Update] = {}
+        if self._reference is not None:
+            norm = measured.gradient_norm
+            updates = self._reference.optimizer.step(before, measured.gradients, norm=norm, rate=expected)
+        names = [(key, moment) for key, update in updates.items() for moment in update.moments_off]
+        moments = {
+            name: value.float().cpu().clone()
+            for name, value in full_moments(self._engine, self._engine.ranks.agree(names))
+        }
+        if self._reference is None:
+            return measured, []
+        pairs = [(seen, expected) for of_rank in rates for seen in of_rank]
+        items = [
+            rate_item(
+                "learning rate of the step", pairs, peak=self._peak, note=f"{rate:.4g}, by formula {expected:.4g}"
+            )
+        ]
+        if moments:
+            items.append(moments_item(_MOMENTS, moments, updates))
+        if not self._reference.optimizer.has_lost_moments:
+            items.append(weights_item(_WEIGHTS, self._weights, updates, before=before))
+        return measured, items
 
     def _gamma_zero(self, sft: SftConfig) -> list[Item]:
         """At γ = 0, divided by the tokens, the run's first step must be the mean cross-entropy of its tokens."""
         plain = {"gamma": 0.0, "half_life": None, "horizon": None, "weighting": "log_suffix", "scale": "raw"}
         without = sft.model_copy(update={**plain, "normalize_by": "tokens"})
+        before = digest_of_weights(self._engine)
         with _objective(self._engine, without):
-            measured = measure_step(self._engine, self._batches.of_step(1))
+            measured, items = self._stepped(1, rate=0.0, expected=0.0)
+        stayed = all(self._engine.ranks.gather(digest_of_weights(self._engine) == before))
+        note = "a step at learning rate 0 left them as they were"
+        items = [item for item in items if item.name == _MOMENTS]
+        items.append(Item("weights at rate 0", 0.0, 0.0 if stayed else 1.0, note))
         if self._reference is None:
-            return []
+            return items
         pair = self._reference.pair(StepDocuments.of(self._prepared, 1, without), plain_cross_entropy_losses)
         gradients = gradient_item("γ = 0: gradients", measured.gradients, pair)
         self._first_parameter = self._first_parameter or gradients.first
-        return [loss_item("γ = 0: F.cross_entropy", measured.metrics["loss"], pair, weighted=True), gradients.item]
+        loss = loss_item("γ = 0: F.cross_entropy", measured.metrics["loss"], pair, weighted=True)
+        return [loss, gradients.item, *items]
+
+    def _visible_step(self) -> list[Item]:
+        """A step at a rate at which the decay of a weight is far more than its rounding, which a run's may not be."""
+        _, items = self._stepped(1, rate=_VISIBLE_RATE, expected=_VISIBLE_RATE)
+        return [replace(item, name=f"{item.name}, rate {_VISIBLE_RATE:.2g}") for item in items if item.name == _WEIGHTS]
+
+    def _evaluation(self, sft: SftConfig) -> list[Item]:
+        """The loss over the first held-out documents, taken in parts as that over all of them is."""
+        held_out = HeldOut.of(self._prepared, self._engine, rows=self._rows)
+        if held_out is None:
+            return []
+        count = min(_EVALUATED, len(held_out.store))
+        parts = replace(held_out, limit=count, at_once=max(1, count // _PARTS))
+        seen = parts.loss(leaving=lambda: False)
+        assert seen is not None, "nothing asks a verification to leave"
+        documents = StepDocuments.scored_by([held_out.store.document(index) for index in range(count)], sft)
+        if self._reference is None or not documents.weight_sum:
+            return []
+        exact, rounded = self._reference.evaluations(documents)
+        k = [token.k for tokens in documents.scored for token in tokens]
+        tokens = sum(len(document.tokens) for document in documents.documents)
+        self._say(f"compared    the first {count} held-out documents")
+        return [
+            *evaluation_items(seen, exact, rounded, k=k),
+            count_item("evaluation: supervised tokens", seen["supervised_tokens"], documents.tokens_with_loss),
+            count_item("evaluation: tokens", seen["tokens"], tokens),
+            count_item("evaluation: sequences", seen["sequences"], count),
+            weight_item("evaluation: sum of the weights", seen["weight_sum"], documents.weight_sum),
+        ]
 
 
 @contextmanager

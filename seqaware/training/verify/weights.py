@@ -19,11 +19,12 @@ from seqaware.objective.weighting import Weighting
 
 @dataclass(frozen=True)
 class Scored:
-    """A token that carries loss: its place in its document (from 1), what stands there, and its weight."""
+    """A token that carries loss: its place in its document (from 1), what stands there, its weight, and its k."""
 
     place: int
     label: int
     weight: float
+    k: int
 
 
 def scored_tokens(document: Document, sft: SftConfig) -> list[Scored]:
@@ -40,8 +41,8 @@ def scored_tokens(document: Document, sft: SftConfig) -> list[Scored]:
     if document.weights is not None:
         weights = [w * float(document.weights[place]) for w, (place, _, _) in zip(weights, counted, strict=True)]
     return [
-        Scored(place, int(document.tokens[place]), weight)
-        for (place, _, _), weight in zip(counted, weights, strict=True)
+        Scored(place, int(document.tokens[place]), weight, k)
+        for (place, k, _), weight in zip(counted, weights, strict=True)
     ]
 
 

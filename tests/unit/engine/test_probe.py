@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import accumulate
 
 import pytest
 import torch
@@ -16,8 +18,11 @@ from tests.unit.engine.thread_ranks import ThreadGroup, on_ranks
 CPU = torch.device("cpu")
 
 
+LONGEST, CAPACITY = 90, 120
+
+
 def _settings(backend: str = "sdpa_per_document", *, packed: bool = True) -> probe.Probe:
-    return probe.Probe(backend, VOCABULARY, CPU, packed=packed)
+    return probe.Probe(backend, VOCABULARY, CPU, packed=packed, longest=LONGEST, capacity=CAPACITY)
 
 
 def _probe(model: WeightedCausalLM, backend: str = "sdpa_per_document") -> probe.ProbeReport:
@@ -44,8 +49,55 @@ def leaking_backend() -> Iterator[str]:
 
 
 def test_a_leak_is_found(leaking_backend: str) -> None:
-    with pytest.raises(ConfigError, match="see each other"):
+    with pytest.raises(ConfigError, match="attend to each other"):
         _probe(WeightedCausalLM(tiny("llama"), loss_kernel="fused"), leaking_backend)
+
+
+def _of_long_rows(lengths: list[int]) -> list[int]:
+    return [sum(lengths)] if sum(lengths) > 64 else lengths
+
+
+def _after_a_long_document(lengths: list[int]) -> list[int]:
+    return [lengths[0], sum(lengths[1:])] if lengths[0] < 64 < max(lengths) else lengths
+
+
+def _into_a_long_document(lengths: list[int]) -> list[int]:
+    return [sum(lengths[:2]), *lengths[2:]] if len(lengths) == 3 and lengths[1] > 64 else lengths
+
+
+@pytest.mark.parametrize("joined", [_of_long_rows, _after_a_long_document, _into_a_long_document])
+def test_a_leak_of_long_documents_alone_is_found(
+    monkeypatch: pytest.MonkeyPatch, joined: Callable[[list[int]], list[int]]
+) -> None:
+    """It shows in no row of 24 tokens."""
+
+    def leaking(q, k, v, documents, call):  # type: ignore[no-untyped-def]
+        lengths = joined(list(documents.lengths))
+        borders = documents.cu_seqlens.new_tensor([0, *accumulate(lengths)])
+        return attention.BACKENDS["eager"](q, k, v, attention.Documents(borders, tuple(lengths), "eager"), call)
+
+    monkeypatch.setitem(attention.BACKENDS, "leaking", leaking)
+    model = WeightedCausalLM(tiny("llama"), loss_kernel="fused")
+    with pytest.raises(ConfigError, match="packed documents attend to each other"):
+        _probe(model, "leaking")
+    short = replace(_settings("leaking"), longest=50)
+    assert probe.probe_isolation(model, short).leak == 0.0
+
+
+@pytest.mark.parametrize(
+    ("longest", "capacity", "packed", "row"),
+    [
+        (90, 120, True, (7, 90, 5)),
+        (120, 120, True, (7, 108, 5)),
+        (120, 120, False, (120,)),
+        (100_000, 100_000, True, (7, 8180, 5)),
+        (12, 120, True, ()),
+    ],
+)
+def test_the_long_row_has_the_longest_document_that_fits(
+    longest: int, capacity: int, packed: bool, row: tuple[int, ...]
+) -> None:
+    assert replace(_settings(packed=packed), longest=longest, capacity=capacity).long_row == row
 
 
 @pytest.mark.parametrize("mixes", [False, True])
@@ -62,7 +114,7 @@ def test_ranks_that_share_a_row_compute_the_whole_rows_model(packed: bool, mixes
             model.get_submodule("model.layers.0.input_layernorm").register_forward_hook(look_back)
 
     def share(group: ThreadGroup) -> probe.ProbeReport:
-        settings = probe.Probe("sdpa_per_document", VOCABULARY, CPU, packed, group)  # type: ignore[arg-type]
+        settings = replace(_settings(packed=packed), sequence=group)  # type: ignore[arg-type]
         return probe.measure_isolation(WeightedCausalLM(models[group.index], loss_kernel="fused"), settings)
 
     for report in on_ranks(2, share):
