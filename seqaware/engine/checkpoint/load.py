@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from seqaware.engine.checkpoint.manifest import Listing
-from seqaware.engine.checkpoint.reading import read_tensors
+from seqaware.engine.checkpoint.reading import as_written, read_tensors
 from seqaware.engine.checkpoint.reshard import fill, settle
 from seqaware.engine.checkpoint.shards import UNIVERSAL
 from seqaware.engine.checkpoint.storage import load_through, own_files
@@ -49,16 +49,18 @@ def _load_same(engine: Engine, checkpoint: Path) -> None:
 
     together(engine.ranks, try_to_read, on_first_only=False, error=_not_loaded(checkpoint))
     together(engine.ranks, lambda: _load(engine, checkpoint), on_first_only=False, error=_not_loaded(checkpoint))
-    restore_random_state(read_tensors(random_state))
+    together(engine.ranks, lambda: _restore(random_state), on_first_only=False, error=_not_loaded(checkpoint))
+
+
+def _restore(random_state: Path) -> None:
+    state = read_tensors(random_state)
+    with as_written(random_state):
+        restore_random_state(state)
 
 
 def _fill(engine: Engine, checkpoint: Path) -> None:
-    try:
-        with _said_once(engine):
-            fill(engine, checkpoint)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        got = f"{checkpoint} on rank {engine.ranks.rank}: {error!r}"
-        raise CheckpointError("the checkpoint's files are not what DeepSpeed writes", got=got, do=_ANOTHER) from error
+    with _said_once(engine), as_written(checkpoint):
+        fill(engine, checkpoint)
 
 
 def _load(engine: Engine, checkpoint: Path) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqaware.engine.checkpoint.reading import read_tensors
+from seqaware.engine.checkpoint.reading import as_written, read_tensors
 from seqaware.errors import CheckpointError
 
 FP32 = "fp32"
@@ -71,12 +71,9 @@ class Shards:
         self.groups: list[dict[str, Any]] = []
         self._parameters: dict[str, _Parameter] = {}
         self._uncut: str | None = None
-        if (checkpoint / UNIVERSAL).is_dir():
-            self._open_universal()
-        elif files := _optimizer_files(checkpoint):
-            self._open_partitions(files)
-        else:
-            self._open_whole()
+        with as_written(checkpoint):
+            self._open()
+            self._check_pieces()
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -128,31 +125,50 @@ class Shards:
         """
         parameter = self._parameters[name]
         stop = parameter.shape.numel() if stop is None else stop
-        values: Tensor | None = None
         if start == stop:
             return torch.empty(0)
-        missing = stop - start
-        for piece in parameter.pieces:
-            low, high = max(start, piece.start), min(stop, piece.stop)
-            if low >= high:
-                continue
-            vector = piece.vectors[key]
-            if values is None:
-                values = vector.new_empty(stop - start)
-            at = piece.offset - piece.start
-            values[low - start : high - start].copy_(vector[at + low : at + high])
-            missing -= high - low
-        if values is None or missing:
+        parts = [(max(start, piece.start), min(stop, piece.stop), piece) for piece in parameter.pieces]
+        parts = [(low, high, piece) for low, high, piece in parts if low < high]
+        missing = stop - start - sum(high - low for low, high, _ in parts)
+        if missing:
             raise CheckpointError(
                 "the checkpoint does not hold the whole of a parameter",
                 got=f"{self.checkpoint}: {name} ({key}) lacks {missing:,} of {stop - start:,} elements",
             )
+        with as_written(self.checkpoint):
+            values = parts[0][2].vectors[key].new_empty(stop - start)
+            for low, high, piece in parts:
+                at = piece.offset - piece.start
+                values[low - start : high - start].copy_(piece.vectors[key][at + low : at + high])
         return values
 
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers that are kept in checkpoints."""
-        module = self.model["module"]
-        return {name: module[name] for name in self.model.get("buffer_names") or () if name in module}
+        with as_written(self.checkpoint):
+            module = self.model["module"]
+            return {name: module[name] for name in self.model.get("buffer_names") or () if name in module}
+
+    def _open(self) -> None:
+        if (self.checkpoint / UNIVERSAL).is_dir():
+            self._open_universal()
+        elif files := _optimizer_files(self.checkpoint):
+            self._open_partitions(files)
+        else:
+            self._open_whole()
+
+    def _check_pieces(self) -> None:
+        """Every piece lies in its vectors, which have one dimension: nothing is read from beside them.
+
+        Raises:
+            ValueError: one does not.
+        """
+        for name, parameter in self._parameters.items():
+            for piece in parameter.pieces:
+                end = piece.offset + piece.stop - piece.start
+                sizes = {vector.numel() for vector in piece.vectors.values()}
+                fits = len(sizes) == 1 and end <= min(sizes) and all(v.dim() == 1 for v in piece.vectors.values())
+                if piece.offset < 0 or not 0 <= piece.start <= piece.stop or not fits:
+                    raise ValueError(f"a piece of {name} does not lie in its vector")
 
     def _open_partitions(self, files: list[Path]) -> None:
         contents = [read_tensors(path)["optimizer_state_dict"] for path in files]

@@ -20,6 +20,7 @@ from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
 from seqaware.data.store_writer import sync_to_disk
 from seqaware.engine.checkpoint.manifest import PARTIAL, read_manifest, read_whole, told_if_removed
+from seqaware.engine.checkpoint.reading import as_written
 from seqaware.engine.checkpoint.save import complete
 from seqaware.engine.checkpoint.shards import FP32, UNIVERSAL, Shards
 from seqaware.engine.checkpoint.writing import Share
@@ -52,7 +53,8 @@ def convert(checkpoint: Path, folder: Path) -> tuple[int, int]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         share = Share(_made(partial / UNIVERSAL).parent, rank=0, at_once=True, stop=threading.Event())
         shards = Shards(checkpoint)
-        _write(shards, partial, share)
+        with as_written(checkpoint):
+            _write(shards, partial, share)
         size = complete(partial, folder, [share.vote()], manifest=manifest)
         (folder.parent / LATEST_UNIVERSAL).write_text(folder.name)
         sync_to_disk(folder.parent)
