@@ -28,6 +28,8 @@ Span = tuple[int, int]
 _RENDER: Any = render_jinja_template  # its annotation (a string) is not what it returns
 CPU_SECONDS = 2.0
 """For one text of one conversation, of which most take a thousandth of a second."""
+CPU_SECONDS_PER_TEXT = 0.05
+"""On average: what texts take beyond it is missing from the limit of those that follow."""
 _TEXT_CHARACTERS = 2 * ROW_CHARACTERS
 _LONGEST_REASON = 300
 # What the code of a template may raise, beside jinja2's own errors.
@@ -67,6 +69,7 @@ class ChatRenderer:
             raise ConfigError("rows with messages need a chat template, and the tokenizer has none", do=do) from error
         self._marked = _GENERATION_TAG.search(self._template) is not None
         self._whole = train_on == "all"
+        self._cpu_seconds = CPU_SECONDS
         specials = {str(token) for token in tokenizer.all_special_tokens}
         specials |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.specials = tuple(specials)
@@ -127,7 +130,7 @@ class ChatRenderer:
             return "", []
         bare = [{key: value for key, value in message.items() if key != "weight"} for message in messages]
         try:
-            with _limited_time():
+            with self._limited_time():
                 texts, marks = _RENDER(
                     conversations=[bare],
                     chat_template=self._template,
@@ -147,15 +150,14 @@ class ChatRenderer:
             raise DataError(what, got=f"{len(text):,}")
         return text, [(begin, end) for begin, end in marks[0]] if self._marked else []
 
-
-@contextmanager
-def _limited_time() -> Iterator[None]:
-    """Inside, the kernel ends this process once it has used up CPU_SECONDS: see chat_process.py."""
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0.0)
+    @contextmanager
+    def _limited_time(self) -> Iterator[None]:
+        """Inside, the kernel ends this process once its CPU time is used up: see chat_process.py."""
+        signal.setitimer(signal.ITIMER_PROF, min(CPU_SECONDS, self._cpu_seconds + CPU_SECONDS_PER_TEXT))
+        try:
+            yield
+        finally:
+            self._cpu_seconds, _ = signal.setitimer(signal.ITIMER_PROF, 0.0)
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,6 @@ def _address_space() -> int:
 
 def _end(connection: Connection, process: ForkProcess) -> None:
     connection.close()
-    process.join(_LEAVE_SECONDS)
-    if process.exitcode is None:
-        process.kill()
-        process.join()
+    # It has nothing to save, and may not see the connection closed: processes forked later hold it open.
+    process.kill()
+    process.join()

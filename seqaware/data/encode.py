@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -27,6 +27,8 @@ NO_SUPERVISION = "no supervised token"
 PIECE_NO_SUPERVISION = "piece without a supervised token"
 OVERLONG = "longer than max_seq_length"
 EMPTY = "empty"
+TEXT_BYTES = 6 * 2**20
+"""An example may have so much text, as UTF-8: a tokenizer takes 160 times its size in memory. Long novels have 5 MB."""
 _DUMMY_SPACE = "\u2581"
 _ANCHOR = "\n"
 
@@ -115,7 +117,11 @@ class TextEncoder:
         ]
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        return [
+            encoding.ids
+            for batch in _batches(texts)
+            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        ]
 
 
 class ExampleEncoder:
@@ -172,7 +178,7 @@ class ExampleEncoder:
         talks = [row for row, is_talk in zip(rows, wants, strict=True) if is_talk]
         rendered: Iterator[Example] = iter(self._chat_process().examples(talks) if talks else ())
         return [
-            next(rendered) if is_talk else self._renderer.example(*row)
+            _bounded(next(rendered) if is_talk else self._renderer.example(*row), row[1])
             for row, is_talk in zip(rows, wants, strict=True)
         ]
 
@@ -195,6 +201,28 @@ class ExampleEncoder:
             [next(first), *(next(rest) for _ in example.segments[1:])] if example.segments else []
             for example in examples
         ]
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in groups of at most TEXT_BYTES characters, or of one text."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        if batch and size + len(text) > TEXT_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(text)
+        size += len(text)
+    if batch:
+        yield batch
+
+
+def _bounded(example: Example, name: str) -> Example:
+    size = sum(len(segment.text.encode("utf-8", "surrogatepass")) for segment in example.segments)
+    if size > TEXT_BYTES:
+        what = f"{name}: an example may have {TEXT_BYTES // 2**20} MiB of text"
+        raise DataError(what, got=f"{size:,} bytes", do="split it into several rows")
+    return example
 
 
 class _BlockBuilder:

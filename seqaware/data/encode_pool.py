@@ -12,8 +12,9 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 from multiprocessing.connection import wait
+from typing import Any
 
-from seqaware.data.encode import ExampleEncoder, Outcome, Recipe
+from seqaware.data.encode import TEXT_BYTES, ExampleEncoder, Outcome, Recipe
 from seqaware.data.sources import Record
 from seqaware.errors import DataError
 
@@ -65,15 +66,30 @@ def _through(
 
 
 def _chunks(records: Iterable[Record]) -> Iterator[list[Record]]:
-    """Records of one prefix, at most CHUNK_RECORDS together."""
+    """Records of one prefix, at most CHUNK_RECORDS together, and fewer where they are long."""
     chunk: list[Record] = []
+    characters = 0
     for record in records:
-        if chunk and (len(chunk) == CHUNK_RECORDS or chunk[0].prefix != record.prefix):
+        full = len(chunk) == CHUNK_RECORDS or characters > TEXT_BYTES
+        if chunk and (full or chunk[0].prefix != record.prefix):
             yield chunk
-            chunk = []
+            chunk, characters = [], 0
         chunk.append(record)
+        characters += _characters(record.fields)
     if chunk:
         yield chunk
+
+
+def _characters(value: Any) -> int:
+    match value:
+        case str() | bytes():
+            return len(value)
+        case dict():
+            return sum(map(_characters, value.values()))
+        case list():
+            return sum(map(_characters, value))
+        case _:
+            return 1
 
 
 def _start(recipe: Recipe) -> None:

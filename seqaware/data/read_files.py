@@ -21,7 +21,8 @@ from seqaware.data.locate import file_kind
 from seqaware.errors import DataError
 from seqaware.files import MalformedError, checked_json, parse_json
 
-_PARQUET_ROWS_AT_ONCE = 1024
+_PARQUET_ROWS_AT_ONCE = 256
+_PARQUET_BYTES_AT_ONCE = 32 * 2**20
 ROW_CHARACTERS = 32 * 2**20
 """A row may be this long. The densest JSON of this length takes 0.7 GB in memory."""
 _CHUNK = 2**20
@@ -85,6 +86,7 @@ class _Lines:
         self._file = file
         self._path = path
         self._left = ROW_CHARACTERS
+        self._blank = 0
         self.number = 0
 
     def __iter__(self) -> Iterator[str]:
@@ -101,6 +103,9 @@ class _Lines:
                 f"{self._path}, line {self.number}: a row is longer than {ROW_CHARACTERS // 2**20} Mi characters",
                 do="split it into several rows",
             )
+        self._blank = self._blank + 1 if line.isspace() else 0
+        if self._blank > _BLANK_LINES:
+            raise DataError(f"{self._path}, line {self.number}: {_BLANK_LINES:,} blank lines in succession")
         return line
 
     def end_row(self) -> None:
@@ -109,14 +114,10 @@ class _Lines:
 
     def filled(self) -> Iterator[tuple[str, int]]:
         """(line, number) of those that are not blank, each a row."""
-        blank = 0
         for line in self:
             self.end_row()
             if not line.isspace():
-                blank = 0
                 yield line, self.number
-            elif (blank := blank + 1) > _BLANK_LINES:
-                raise DataError(f"{self._path}, line {self.number}: {_BLANK_LINES:,} blank lines in succession")
 
 
 def _read_jsonl(path: Path, begin: int, end: int | None) -> Iterator[Row]:
@@ -296,22 +297,28 @@ def _csv_row(row: dict[str | Any, str | Any], reader: csv.DictReader[str], path:
 
 def _read_parquet(path: Path, begin: int, end: int | None) -> Iterator[Row]:
     with _parquet(path) as file:
-        batches = _batches_from(file, begin)
+        batches = _batches_from(file, begin, path)
         rows = chain.from_iterable(batch.to_pylist() for batch in batches)
         left = None if end is None else end - begin
         yield from ((row, number) for number, row in enumerate(islice(rows, left), begin + 1))
 
 
-def _batches_from(file: Any, begin: int) -> Iterator[Any]:
+def _batches_from(file: Any, begin: int, path: Path) -> Iterator[Any]:
     """Batches of the rows from `begin` on; groups of rows before it are not read from the disk."""
-    first = 0
-    while first < file.num_row_groups and begin >= file.metadata.row_group(first).num_rows:
-        begin -= file.metadata.row_group(first).num_rows
-        first += 1
-    groups = list(range(first, file.num_row_groups))
-    for batch in file.iter_batches(batch_size=_PARQUET_ROWS_AT_ONCE, row_groups=groups):
-        yield batch.slice(min(begin, batch.num_rows))
-        begin = max(0, begin - batch.num_rows)
+    for index in range(file.num_row_groups):
+        group = file.metadata.row_group(index)
+        if begin >= group.num_rows:
+            begin -= group.num_rows
+            continue
+        # A compressed file of 6 MB may hold rows of 6 GB.
+        row_bytes = group.total_byte_size // max(1, group.num_rows)
+        if row_bytes > ROW_CHARACTERS:
+            what = f"{path}: its rows are longer than {ROW_CHARACTERS // 2**20} MiB"
+            raise DataError(what, got=f"{row_bytes:,} bytes on average", do="split them into several rows")
+        at_once = max(1, min(_PARQUET_ROWS_AT_ONCE, _PARQUET_BYTES_AT_ONCE // max(1, row_bytes)))
+        for batch in file.iter_batches(batch_size=at_once, row_groups=[index]):
+            yield batch.slice(min(begin, batch.num_rows))
+            begin = max(0, begin - batch.num_rows)
 
 
 def _count_parquet(path: Path) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from seqaware.config.values import LARGEST
 from seqaware.errors import ConfigError, DataError
 
 FINAL_MARK = "####"
@@ -228,11 +229,11 @@ def checked_weight(value: object, name: str) -> float:
     if isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             weight = float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             weight = math.nan
-        if math.isfinite(weight) and weight >= 0:
+        if 0 <= weight <= LARGEST:  # nor NaN; sums of weighted losses stay within float32
             return weight
-    raise DataError(f"{name}: a weight must be a number from 0", got=repr(value))
+    raise DataError(f"{name}: a weight must be a number from 0 to {LARGEST:.0e}", got=repr(value)[:80])
 
 
 def _default_prompt(fields: Mapping[str, Any]) -> Template:

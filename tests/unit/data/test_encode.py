@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from seqaware.config.schema import Config
 from seqaware.data.encode import ExampleEncoder, Outcome, Recipe
+from seqaware.data.encode_pool import encode_records
 from seqaware.data.sources import Record
 from seqaware.data.tokenize import recipe_of
 from seqaware.errors import DataError
@@ -179,6 +180,25 @@ def test_a_chunk_is_the_sum_of_its_records(answers: list[str], max_seq_length: i
     assert together.dropped == [each for one in single for each in one.dropped]
     assert together.truncated == sum(one.truncated for one in single)
     assert (together.block.lengths <= max_seq_length).all()
+
+
+def test_long_texts_are_tokenised_in_batches_and_longer_ones_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [Record({"text": text}, "rows", row) for row, text in enumerate(["ab 01" * n for n in range(1, 9)])]
+    encoder = ExampleEncoder(recipe(byte_level()))
+    whole = encoder.encode(records).block.tokens.tolist()
+    monkeypatch.setattr("seqaware.data.encode.TEXT_BYTES", 40)
+    assert encoder.encode(records).block.tokens.tolist() == whole
+    for text in ("x" * 41, "é" * 21, "\U0001f642" * 11):
+        with pytest.raises(DataError, match=r"rows:9: an example may have .* MiB of text; got 4[124] bytes"):
+            encoder.encode([*records, Record({"text": text}, "rows", 9)])
+
+
+def test_chunks_of_long_records_are_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("seqaware.data.encode_pool.TEXT_BYTES", 40)
+    made = recipe(byte_level(), max_seq_length=9, train_on="all")
+    rows: list[dict[str, Any]] = [{"text": "a" * 30, "other": [{"b": "c" * 30}, 1]}, {"text": "a" * 30}, {"text": "b"}]
+    records = [Record(row, "rows", number) for number, row in enumerate([*rows, *rows])]
+    assert [count for count, _ in encode_records(made, records, workers=1)] == [1, 3, 2]
 
 
 def test_a_recipe_without_conversations_never_unpickles_the_tokenizer() -> None:

@@ -6,6 +6,8 @@ import ast
 import hashlib
 import json
 import pickle
+import resource
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -346,14 +348,29 @@ def test_a_chat_template_that_takes_too_much_is_ended(template: str, said: str) 
         rendered(template)
 
 
+def test_a_chat_template_that_is_slow_for_every_text_is_ended() -> None:
+    """Each of 200 texts takes less than its limit, but all of them together would take minutes."""
+    slow = "{% for a in range(99999) %}" + "{% for b in range(4) %}{% endfor %}" * 3 + "{% endfor %}" + CHATML
+    process = ChatProcess(ChatRenderer(byte_level(), chat_template=slow, train_on="all"))
+    talk = [{"role": "assistant", "content": "2"}]
+    assert len(process.examples([({"messages": talk}, "rows.jsonl:1")])) == 1
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    with pytest.raises(DataError, match="did not end"):
+        process.examples([({"messages": talk}, f"rows.jsonl:{number}") for number in range(200)])
+    # 2 s, and 0.05 s for every text that took longer than 0.05 s.
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 5
+
+
 def test_the_process_of_a_chat_template_ends_with_its_user() -> None:
     process = ChatProcess(ChatRenderer(byte_level(), chat_template=CHATML, train_on="all"))
     talk = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
     rows = [({"messages": talk}, "rows.jsonl:1")] * 3
     assert [len(example.segments) for example in process.examples(rows)] == [3, 3, 3]
     child = process._process
+    later = ChatProcess(ChatRenderer(byte_level(), chat_template=CHATML, train_on="all"))
     del process
-    assert child.exitcode == 0
+    assert child.exitcode == -signal.SIGKILL
+    assert later.examples(rows)
 
 
 def calls() -> Iterator[tuple[str, ast.Call, str]]:

@@ -283,6 +283,24 @@ def test_a_row_that_is_too_long_is_refused_before_it_is_read(
         read_files.count_rows(Path(name))
 
 
+def test_parquet_rows_are_read_few_at_a_time_and_long_ones_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of 300 KB may hold 10 GB."""
+    rows = [{"text": f"{number:03}" * 100} for number in range(20)]
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
+    monkeypatch.setattr(read_files, "_PARQUET_BYTES_AT_ONCE", 1000)
+    for begin, end in ((0, None), (5, 9), (8, 17), (20, None)):
+        expected = list(enumerate(rows, 1))[begin:end]
+        assert list(read_files.read_file(path, begin=begin, end=end)) == [(row, number) for number, row in expected]
+        with read_files._parquet(path) as file:
+            assert all(len(batch) <= 3 for batch in read_files._batches_from(file, begin, path))
+    monkeypatch.setattr(read_files, "ROW_CHARACTERS", 100)
+    with pytest.raises(DataError, match=r"a\.parquet: its rows are longer than .* bytes on average"):
+        list(read_files.read_file(path))
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 def test_an_array_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(read_files, "_CHUNK", chunk)
