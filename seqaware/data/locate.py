@@ -6,9 +6,11 @@ Nothing is read here but folder listings, and neither torch nor `datasets` is im
 from __future__ import annotations
 
 import difflib
+import fnmatch
+import itertools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,6 +20,7 @@ from seqaware.errors import DataError
 from seqaware.files import local_path
 
 _MOST_ENTRIES = 200_000
+_CORRECT = "correct dataset.name"
 _GLOB = re.compile(r"[*?\[]")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SPLIT_SLICE = re.compile(r"(?P<split>[^\[\]]+)(\[(?P<begin>[0-9]{0,15}):(?P<end>[0-9]{0,15})\])?")
@@ -129,7 +132,7 @@ def locate(source: SourceSpec) -> Located:
     if _GLOB.search(name):
         return _locate_glob(path, source)
     if path.is_absolute() or name.startswith((".", "~")) or _kind(path) is not None or name.count("/") > 1:
-        raise DataError(f"dataset file not found: {name}", do="correct dataset.name")
+        raise DataError(f"dataset file not found: {name}", do=_CORRECT)
     return _locate_hub(name, source)
 
 
@@ -176,7 +179,7 @@ def _locate_folder(path: Path, source: SourceSpec) -> Located:
 def _locate_glob(path: Path, source: SourceSpec) -> Located:
     files = _files_matching(path)
     if not files:
-        raise DataError(f"no file matches {path}", do="correct dataset.name")
+        raise DataError(f"no file matches {path}", do=_CORRECT)
     return Located("files", files=tuple(_checked(file) for file in files), rows=_parse_split(source))
 
 
@@ -210,18 +213,45 @@ def _check_entries(count: int, origin: Path) -> None:
 
 
 def _files_matching(pattern: Path) -> list[Path]:
-    files = []
+    """The files that a pattern names. `Path.glob` visits any number of files that do not match."""
+    parts = pattern.relative_to(pattern.anchor).parts
+    if any("**" in part and part != "**" for part in parts):
+        raise DataError(f"{pattern} is not a pattern of file names", got="** beside other text", do=_CORRECT)
+    visited = itertools.count(1)
+
+    def below(folder: Path, parts: Sequence[str]) -> Iterator[Path]:
+        part, rest = parts[0], parts[1:]
+        if part == "**" and rest:
+            yield from below(folder, rest)
+        for name, is_folder in _entries(folder) if _GLOB.search(part) else [(part, False)]:
+            _check_entries(next(visited), pattern)
+            path = folder / name
+            if part == "**":
+                if is_folder:
+                    yield from below(path, parts)
+            elif not fnmatch.fnmatchcase(name, part):
+                continue
+            elif not rest and path.is_file():
+                yield path
+            elif rest and path.is_dir():
+                yield from below(path, rest)
+
     try:
-        entries = Path(pattern.anchor or ".").glob(str(pattern.relative_to(pattern.anchor)))
-        for count, entry in enumerate(entries, start=1):
-            _check_entries(count, pattern)
-            if entry.is_file():
-                files.append(entry)
+        return sorted(set(below(Path(pattern.anchor), parts)))
     except OSError as error:
         raise DataError(f"{error.filename} cannot be listed", got=error.strerror) from error
-    except (ValueError, NotImplementedError, re.error) as error:  # `**x`; a pattern that is only an anchor
-        raise DataError(f"{pattern} is not a pattern of file names", got=error, do="correct dataset.name") from error
-    return sorted(files)
+    except re.error as error:
+        raise DataError(f"{pattern} is not a pattern of file names", got=error, do=_CORRECT) from error
+
+
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """(name, whether it is a folder and no link); as many as are refused at most."""
+    try:
+        with os.scandir(folder) as entries:
+            first = itertools.islice(entries, _MOST_ENTRIES + 1)
+            return [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in first]
+    except PermissionError:
+        return []
 
 
 def _files_of_split(files: list[Path], root: Path, split: str) -> tuple[Path, ...]:

@@ -109,7 +109,7 @@ def check_claim(folder: RunFolder, plan: Plan, *, resume: str, anyway: Collectio
         ConfigError: the folder holds another run, or no run at all but other files, or cannot be written.
     """
     path = folder.path
-    _check_writable(path)
+    check_writable(path)
     if not path.exists() or not any(child.name not in _BEFORE_THE_CLAIM for child in path.iterdir()):
         return
     if not folder.manifest.is_file():
@@ -145,8 +145,16 @@ def _check_adoption(folder: RunFolder, resume: str) -> None:
     )
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
+    """Refuse a folder in which, or as which, nothing can be written.
+
+    Raises:
+        ConfigError: it is a file, or files cannot be made where it is or would be.
+    """
     existing = _nearest_existing(path)
+    if not existing.is_dir():
+        got = str(path) if existing == path else f"{path}, where {existing} is a file"
+        raise ConfigError("output.dir is not a folder", got=got, do="choose another output.dir")
     try:
         # Tried, not asked: rights, read-only mounts and full disks all answer the same way.
         with tempfile.TemporaryFile(dir=existing):
@@ -270,7 +278,7 @@ def _read_manifest(folder: RunFolder) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = read_json(folder.manifest)
         _RunManifest.model_validate(manifest)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the second is what `check_claim` refuses
         return {}
     except (OSError, MalformedError) as error:
         raise _damaged(folder, str(error)) from error

@@ -23,7 +23,7 @@ from seqaware.plan.plan import Plan, make_plan
 from seqaware.training.doctor.environment import is_on
 from seqaware.training.doctor.findings import Finding, error, ok, warning
 from seqaware.training.doctor.shared_folder import nearest_existing, roughly_writes, why_not_writable
-from seqaware.training.folder import RunFolder, check_disk, is_finished
+from seqaware.training.folder import RunFolder, check_disk, check_writable, is_finished
 
 _HUB_SECONDS = 5.0
 _CACHE_BYTES = 10 * 10**9
@@ -179,9 +179,10 @@ def run_folder(plan: Plan) -> Iterator[Finding]:
     """What lies in the run's folder, and whether its results fit on the disk.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: they do not fit; or the folder cannot be written.
     """
     folder = RunFolder(Path(plan.config.output_dir))
+    check_writable(folder.path)
     if folder.manifest.is_file():
         finished = plan.total_steps is not None and is_finished(folder, plan)
         then = "it is finished, and the same command leaves it so" if finished else "the same command goes on with it"

@@ -6,7 +6,13 @@ Pure functions of strings. Evaluation generates the texts; nothing here knows mo
 from __future__ import annotations
 
 import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
+from types import FrameType
+from typing import NoReturn
 
 from seqaware.errors import ConfigError
 
@@ -16,8 +22,8 @@ _NUMBER = re.compile(
     r"(?:(?P<grouped>[0-9]{1,3}(?:,[0-9]{3})+)|(?P<plain>[0-9]*))"
     r"(?:\.(?P<fraction>[0-9]*))?"
 )
-# What a sentence leaves behind a number: "18.", "18, ".
-_TRAILING = re.compile(r"[\s.,]+\Z")
+CPU_SECONDS = 2.0
+"""A pattern may take so much CPU time on one text; most take a hundred thousandth of it."""
 
 
 @lru_cache(maxsize=32)
@@ -48,14 +54,42 @@ def extract_answer(text: str, pattern: str | re.Pattern[str]) -> str | None:
     The last one, because a worked answer may name what looks like an answer on its way to the end.
 
     Raises:
-        ConfigError: as `answer_pattern`.
+        ConfigError: as `answer_pattern`; or the pattern takes more than CPU_SECONDS.
     """
     compiled = answer_pattern(pattern)
     group: str | int = "answer" if "answer" in compiled.groupindex else 1
     found: str | None = None
-    for match in compiled.finditer(text):
-        found = match.group(group)
+    with _limited_time(compiled.pattern):
+        for match in compiled.finditer(text):
+            found = match.group(group)
     return found
+
+
+@contextmanager
+def _limited_time(pattern: str) -> Iterator[None]:
+    """Inside, a signal ends the search: `re` looks for signals while it backtracks.
+
+    Other threads than the main one cannot handle signals, and are not limited.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(signum: int, frame: FrameType | None) -> NoReturn:
+        del signum, frame
+        raise ConfigError(
+            f"evaluation.answer_pattern takes more than {CPU_SECONDS:g} s for one text",
+            got=repr(pattern),
+            do="write it without repetitions of repetitions, such as (a+)+",
+        )
+
+    before = signal.signal(signal.SIGPROF, ring)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
 
 
 def normalise_answer(answer: str) -> str:
@@ -64,7 +98,12 @@ def normalise_answer(answer: str) -> str:
     What is no number keeps its text, without the spaces and the full stop around it. Digits are handled as text, so
     a number of any length stays exact. Commas count as separators only where they part groups of three digits.
     """
-    text = _TRAILING.sub("", answer.strip())
+    # What a sentence leaves behind a number: "18.", "18, ". A regular expression takes quadratic time for it.
+    text = answer.strip()
+    end = len(text)
+    while end and (text[end - 1] in ".," or text[end - 1].isspace()):
+        end -= 1
+    text = text[:end]
     match = _NUMBER.fullmatch(text)
     if match is None or (match["sign"] and match["sign_after"]):
         return text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -163,6 +162,6 @@ def _of_store(store: TokenStore, tokenizer: PreTrainedTokenizerFast, config: Con
         if starts.size == 0 or starts[0] == 0:
             raise DataError(f"{document.name}: there is no prompt to answer", do="evaluate rows with a question")
         ids, completion = (part.tolist() for part in np.split(document.tokens, starts[:1]))
-        text = re.sub(r"\s+\Z", "", str(tokenizer.decode(completion, skip_special_tokens=True)))
+        text = str(tokenizer.decode(completion, skip_special_tokens=True)).rstrip()
         reference = _final_answer(document.name, text, config)
         yield Question(document.name, str(tokenizer.decode(ids)), tuple(ids), (reference,))

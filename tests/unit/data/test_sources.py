@@ -16,7 +16,7 @@ import pytest
 
 from seqaware.config.data import DatasetConfig
 from seqaware.data import read_files
-from seqaware.data.locate import SHORT_NAMES, locate
+from seqaware.data.locate import SHORT_NAMES, _files_matching, locate
 from seqaware.data.sources import Record, open_source
 from seqaware.errors import DataError
 
@@ -322,6 +322,40 @@ def test_a_folder_with_too_many_files_is_refused(tmp_path: Path, monkeypatch: py
     for name in (tmp_path, tmp_path / "*.jsonl"):
         with pytest.raises(DataError, match="holds more than 3 files"):
             locate(spec(name))
+
+
+def test_a_glob_that_matches_nothing_does_not_visit_any_number_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seqaware.data.locate._MOST_ENTRIES", 30)
+    for number in range(10):
+        (tmp_path / "a" / str(number)).mkdir(parents=True)
+        jsonl(tmp_path / "a" / str(number) / "rows.jsonl")
+    assert len(locate(spec(tmp_path / "a" / "*" / "rows.jsonl")).files) == 10
+    for pattern in ("**/*.csv", "**/**/x.csv", "**/[0-9]/**/*.csv"):
+        with pytest.raises(DataError, match="holds more than 30 files"):
+            locate(spec(tmp_path / pattern))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("*.jsonl", "**/*.jsonl", "a/*.jsonl", "a/*/x.jsonl", "*/../*.jsonl", "**/b/**/*.jsonl", "a/a/[xy].json?"),
+        *("**/a/*.jsonl", "./**/x.jsonl", "l*/*.jsonl", "**/link/*", ".*/*.jsonl", "**/**/y.jsonl"),
+    ],
+)
+def test_a_glob_finds_what_python_finds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    for folder in ("", "a", "a/a", "a/b", "b", "b/a/c", ".hidden"):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("x.jsonl", "y.jsonl", "z.jsonlx"):
+            jsonl(tmp_path / folder / name)
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "b" / "loop.jsonl").symlink_to("loop.jsonl")
+    (tmp_path / "link").symlink_to("a")
+    monkeypatch.chdir(tmp_path)
+    for root in (Path(), tmp_path):
+        found = sorted({path for path in root.glob(pattern) if path.is_file()})
+        assert _files_matching(root / pattern) == found and found
 
 
 def test_a_folder_that_cannot_be_listed_is_refused() -> None:

@@ -67,6 +67,16 @@ def test_a_claim_that_is_broken_off_at_any_file_is_made_again(
     assert json.loads(run.manifest.read_text())["attempts"] and (run.path / "config.yaml").exists()
 
 
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/null/x/y", "file", "file/x"])
+def test_a_folder_that_is_a_file_or_lies_in_one_is_refused(tmp_path: Path, path: str) -> None:
+    (tmp_path / "file").touch()
+    run = RunFolder(tmp_path / path)
+    # What a start asks first: see training/run.py.
+    assert attempts_before(run) == [] and not allowed_before(run)
+    with pytest.raises(ConfigError, match=r"output\.dir is not a folder; got .*; choose another"):
+        check_claim(run, plan(), resume="auto")
+
+
 @pytest.mark.parametrize("content", ["", '{"mathematics": {', "[]", "{}", "\x00\x00"])
 def test_a_damaged_manifest_is_an_error_that_says_how_to_go_on(tmp_path: Path, content: str) -> None:
     run = RunFolder(tmp_path)

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from seqaware.config.load import load_config
+from seqaware.errors import ConfigError
 from seqaware.locks import lease_of
 from seqaware.training.doctor import gpus, network, probe, settings, shared_folder, software
 from seqaware.training.doctor.findings import Finding, Level
 from seqaware.training.doctor.shared_folder import disk, file_system, nearest_existing
 from tests.launch import free_port
+from tests.unit.plan.test_plan import plan
 
 
 def levels(found: list[Finding]) -> list[tuple[str, Level]]:
@@ -144,6 +147,12 @@ def test_leases_are_listed_with_their_owners(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written() -> None:
     (told,) = disk(Path("/proc"), "run folder")
     assert told.level is Level.ERROR and "/proc cannot be written" in told.found and told.do
+
+
+def test_an_output_folder_that_is_a_file() -> None:
+    written = load_config(None, ["output.dir=/dev/null/x", "dataset.name=gsm8k"])
+    with pytest.raises(ConfigError, match=r"output\.dir is not a folder"):
+        list(settings.run_folder(plan(written)))
 
 
 def test_the_way_to_a_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seqaware.errors import ConfigError
+from seqaware.training.evaluation import answers
 from seqaware.training.evaluation.answers import answer_pattern, exact_match, extract_answer, normalise_answer
 
 GSM8K = r"####\s*(?P<answer>-?[\d.,]+)"
@@ -90,6 +93,26 @@ def test_the_spelling_of_a_number_does_not_matter(number: Decimal) -> None:
 @given(st.text())
 def test_normalising_twice_is_normalising_once(text: str) -> None:
     assert normalise_answer(normalise_answer(text)) == normalise_answer(text)
+
+
+@pytest.mark.parametrize("text", [" " * 10**6 + "1", ". " * 10**6 + "x", "1" + "., " * 10**6, "1," * 10**6])
+def test_a_long_answer_is_spelled_in_linear_time(text: str) -> None:
+    """Quadratic time would be a quarter of an hour."""
+    assert len(normalise_answer(text)) <= len(text)
+
+
+@pytest.mark.parametrize("pattern", [r"(?P<answer>(a+)+)$", r"(?P<answer>(.*)*)z(.*)*z$"])
+def test_a_pattern_that_takes_too_long_is_an_error(monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.setattr(answers, "CPU_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGPROF)
+    with pytest.raises(ConfigError, match=r"answer_pattern takes more than 0\.2 s for one text; got '\(\?P<answer>"):
+        extract_answer("a" * 60 + "b", pattern)
+    assert signal.getsignal(signal.SIGPROF) is before and signal.getitimer(signal.ITIMER_PROF)[0] == 0
+
+
+def test_a_pattern_is_searched_in_any_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(extract_answer, "#### 7", r"#### (\d)").result() == "7"
 
 
 def test_no_answer_matches_nothing() -> None:
