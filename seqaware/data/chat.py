@@ -32,6 +32,7 @@ CPU_SECONDS_PER_TEXT = 0.05
 """On average: what texts take beyond it is missing from the limit of those that follow."""
 _TEXT_CHARACTERS = 2 * ROW_CHARACTERS
 _LONGEST_REASON = 300
+_DO = "write format.chat_template, or format.prompt_template"
 # What the code of a template may raise, beside jinja2's own errors.
 _FAILURES = (
     TemplateError,
@@ -65,8 +66,9 @@ class ChatRenderer:
         try:
             self._template = tokenizer.get_chat_template(chat_template)
         except ValueError as error:
-            do = "write format.chat_template, or format.prompt_template"
-            raise ConfigError("rows with messages need a chat template, and the tokenizer has none", do=do) from error
+            raise ConfigError("rows with messages need a chat template, and the tokenizer has none", do=_DO) from error
+        if not isinstance(self._template, str):
+            raise ConfigError("the tokenizer's chat template is no text", got=repr(self._template)[:80], do=_DO)
         self._marked = _GENERATION_TAG.search(self._template) is not None
         self._whole = train_on == "all"
         self._cpu_seconds = CPU_SECONDS

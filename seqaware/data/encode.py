@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from seqaware.data.sources import Record
 from seqaware.data.store_format import COUNTED_FIELDS
 from seqaware.data.store_writer import Block
 from seqaware.data.templates import Example, Format, Renderer, Segment, fields_of
-from seqaware.errors import DataError
+from seqaware.errors import ConfigError, DataError, SeqawareError
 
 NO_SUPERVISION = "no supervised token"
 PIECE_NO_SUPERVISION = "piece without a supervised token"
@@ -85,6 +86,24 @@ class _Tokens:
     weights: NDArray[np.float32] | None
 
 
+@contextmanager
+def tokenizer_errors(what: str = "the tokenizer") -> Iterator[None]:
+    """Inside, whatever the tokenizers library or transformers raise becomes a ConfigError.
+
+    The library raises `Exception` itself, and a panic of its Rust code is no `Exception`.
+    """
+    try:
+        yield
+    except SeqawareError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        got = " ".join(str(error).split())[:300]
+        do = "write a folder or hub id that holds another one as model.tokenizer"
+        raise ConfigError(f"{what} cannot be used", got=got, do=do) from error
+
+
 class TextEncoder:
     """Texts to ids as they continue what stands before them: no special tokens are added.
 
@@ -93,9 +112,10 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer_json: str) -> None:
-        self._tokenizer: Any = Tokenizer.from_str(tokenizer_json)
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        with tokenizer_errors():
+            self._tokenizer: Any = Tokenizer.from_str(tokenizer_json)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         first = self._plain(["a"])[0][:1]
         dummy = bool(first) and str(self._tokenizer.id_to_token(first[0])).startswith(_DUMMY_SPACE)
         self._anchor_ids = self._plain([_ANCHOR])[0] if dummy else []
@@ -117,11 +137,12 @@ class TextEncoder:
         ]
 
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        return [
-            encoding.ids
-            for batch in _batches(texts)
-            for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        ]
+        with tokenizer_errors():
+            return [
+                encoding.ids
+                for batch in _batches(texts)
+                for encoding in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            ]
 
 
 class ExampleEncoder:

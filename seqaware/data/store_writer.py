@@ -202,13 +202,22 @@ class StoreWriter:
         )
 
     def append_block(self, block: Block) -> None:
-        """Several documents with names of one prefix."""
+        """Several documents with names of one prefix.
+
+        Raises:
+            DataError: the tokenizer gives ids that it does not have.
+        """
         count = len(block.lengths)
         if count == 0:
             return
         assert int(block.lengths.min()) > 0, "an empty document"
         assert int(block.lengths.sum()) == len(block.tokens) == len(block.supervised), "a block whose arrays disagree"
-        assert int(block.tokens.max()) < self._vocab_size, "a token id outside the vocabulary"
+        largest = int(block.tokens.max())
+        if largest >= self._vocab_size:
+            what = f"the tokenizer gives ids outside its vocabulary of {self._vocab_size} tokens"
+            raise DataError(
+                what, got=largest, do="correct the ids of its tokens in tokenizer.json, or name another one"
+            )
         ends = np.cumsum(block.lengths)
         running = np.concatenate([[0], np.cumsum(block.supervised)])
         totals = running[ends] - running[ends - block.lengths + 1]

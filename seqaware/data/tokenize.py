@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from seqaware.config.data import DatasetConfig
 from seqaware.config.schema import Config, ModelConfig
-from seqaware.data.encode import Recipe
+from seqaware.data.encode import Recipe, tokenizer_errors
 from seqaware.data.encode_pool import encode_records
 from seqaware.data.sources import Record, open_source
 from seqaware.data.store import StoreWriter, TokenStore
@@ -31,13 +32,22 @@ from seqaware.data.store_index import (
 from seqaware.data.store_writer import disk_errors, remove_unfinished
 from seqaware.data.templates import Format
 from seqaware.errors import ConfigError, DataError
-from seqaware.files import local_path
+from seqaware.files import JSON_BYTES, MalformedError, local_path, parse_json, read_text
 from seqaware.locks import acquire
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 Progress = Callable[[int], None]
+_TRIAL = "a 1.\n\té\U0001f642"
+_SMALL_FILES = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json", "chat_template.json"),
+    "chat_template.jinja",
+)
+_TOKENIZER_BYTES = 64 * 2**20
+"""The largest known tokenizer.json have 35 MB, and two million values."""
+_TOKENIZER_VALUES = 5_000_000
+_EXPANSION = 64
 
 
 def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
@@ -51,23 +61,26 @@ def load_tokenizer(model: ModelConfig) -> PreTrainedTokenizerFast:
     name = model.tokenizer or model.base_name
     assert name is not None, "the schema demands one of them"
     folder = local_path(name)
-    _check_json(folder, name)
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else name,
-            revision=model.revision if name == model.base_name else None,
-            trust_remote_code=model.trust_remote_code,
-            use_fast=True,
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        refuse_custom_code(error, f"the tokenizer {name!r}")
-        do = "write a folder or hub id that holds one as model.tokenizer"
-        raise ConfigError(f"the tokenizer {name!r} cannot be read", got=_one_line(error), do=do) from error
+    _check_files(folder, name)
+    what = f"the tokenizer {name!r}"
+    with tokenizer_errors(what):
+        try:
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                str(folder) if folder.is_dir() else name,
+                revision=model.revision if name == model.base_name else None,
+                trust_remote_code=model.trust_remote_code,
+                use_fast=True,
+            )
+        except Exception as error:
+            refuse_custom_code(error, what)
+            raise
     if not tokenizer.is_fast:
         raise ConfigError(
             f"the tokenizer {name!r} has no fast version (tokenizer.json)", do="convert it, or name another"
         )
     _eos_id(tokenizer, name)
+    with tokenizer_errors(what):
+        tokenizer.decode(tokenizer.encode(_TRIAL), skip_special_tokens=True)
     fast: PreTrainedTokenizerFast = tokenizer
     return fast
 
@@ -313,8 +326,9 @@ def _eos_id(tokenizer: Any, name: str) -> int:
 
 def _prefix_ids(tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...]:
     """The special tokens that the tokenizer puts before a text. Those behind it would stand before the completion."""
-    plain = tokenizer.encode("a", add_special_tokens=False)
-    full = tokenizer.encode("a", add_special_tokens=True)
+    with tokenizer_errors(f"the tokenizer {tokenizer.name_or_path!r}"):
+        plain = tokenizer.encode("a", add_special_tokens=False)
+        full = tokenizer.encode("a", add_special_tokens=True)
     for begin in range(len(full) - len(plain) + 1):
         if full[begin : begin + len(plain)] == plain:
             return tuple(full[:begin])
@@ -329,16 +343,35 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
-def _check_json(folder: Path, name: str) -> None:
-    """The tokenizer library has no error of its own for a file that is not JSON."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
+def _check_files(folder: Path, name: str) -> None:
+    """Refuse files that transformers and the tokenizers library would read without bounds."""
+    for file in (*_SMALL_FILES, "tokenizer.json"):
+        if not (folder / file).is_file():
+            continue
+        try:
+            _check_file(folder / file)
+        except (OSError, MalformedError) as error:
+            raise ConfigError(f"the tokenizer {name!r} is damaged: {file} cannot be used", got=error) from error
+
+
+def _check_file(path: Path) -> None:
+    text = read_text(path, limit=JSON_BYTES if path.name in _SMALL_FILES else _TOKENIZER_BYTES)
+    if path.suffix != ".json":
         return
-    try:
-        json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"the tokenizer {name!r} is damaged: tokenizer.json is not JSON", got=error) from error
+    if text.count(",") + text.count("[") + text.count("{") > _TOKENIZER_VALUES:
+        raise MalformedError(f"more than {_TOKENIZER_VALUES:,} values")
+    value = parse_json(text)
+    for part in ("normalizer", "decoder"):
+        if isinstance(value, dict) and _expansion(value.get(part)) > _EXPANSION:
+            raise MalformedError(f"its {part} makes texts more than {_EXPANSION} times longer")
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def _expansion(part: Any) -> int:
+    """How many times longer a normalizer or a decoder may make a text, one character replaced by many."""
+    match part:
+        case {"type": "Sequence", "normalizers": [*parts]} | {"type": "Sequence", "decoders": [*parts]}:
+            return math.prod(map(_expansion, parts))
+        case {"type": "Replace", "content": str(content)}:
+            return max(1, len(content))
+        case _:
+            return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
 import os
@@ -391,12 +392,66 @@ def test_a_tokenizer_without_eos(tmp_path: Path, tokenizer_folder: Path) -> None
 
 def test_tokenizers_that_cannot_be_read(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tokenizer_folder / "tokenizer.json").write_text("{ half")
-    with pytest.raises(ConfigError, match=r"is damaged: tokenizer\.json is not JSON"):
+    with pytest.raises(ConfigError, match=r"is damaged: tokenizer\.json cannot be used"):
         load_tokenizer(config(tmp_path).model)
     for file in tokenizer_folder.iterdir():
         file.unlink()
-    with pytest.raises(ConfigError, match=r"cannot be read; .*model\.tokenizer"):
+    with pytest.raises(ConfigError, match=r"cannot be used; .*model\.tokenizer"):
         load_tokenizer(config(tmp_path).model)
+
+
+DOUBLES = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+def change(tokenizer_folder: Path, **parts: Any) -> None:
+    file = tokenizer_folder / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **parts}))
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"version": None}, "cannot be used; got invalid type: null"),
+        ({"model": {"type": "Unigram", "vocab": [["x", 0.0]], "unk_id": None}}, "cannot be used; got .*unk_id"),
+        ({"model": {"type": "BPE", "vocab": {"a": 7}, "merges": [["b", "c"]]}}, "cannot be used"),
+        # A panic of the library's Rust code is no `Exception` of Python.
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, "cannot be used; got Precompiled"),
+        (
+            {"normalizer": {"type": "Sequence", "normalizers": [DOUBLES] * 40}},
+            "its normalizer makes texts more",
+        ),
+        ({"decoder": {"type": "Replace", "pattern": {"String": "a"}, "content": "x" * 65}}, "its decoder makes texts"),
+        ({"version": [[[[]]]] * 1_700_000}, "damaged: tokenizer.json cannot be used; got more than 5,000,000 values"),
+        ({"version": "x" * 65 * 2**20}, "damaged: tokenizer.json cannot be used; got larger than 64 MiB"),
+        ({"version": functools.reduce(lambda inner, _: [inner], range(70), [])}, "got nested more than 64 levels"),
+    ],
+    ids=["type", "unknown", "merge", "panic", "normalizer", "decoder", "values", "size", "depth"],
+)
+def test_a_hostile_tokenizer_is_refused(
+    tmp_path: Path, tokenizer_folder: Path, parts: dict[str, Any], said: str
+) -> None:
+    change(tokenizer_folder, **parts)
+    with pytest.raises(ConfigError, match=said):
+        load_tokenizer(config(tmp_path).model)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"])
+@pytest.mark.parametrize("content", ["[" * 100_000, "{ half", "9" * 5000, '"\\ud800"'], ids=range(4))
+def test_hostile_files_beside_a_tokenizer_are_refused(
+    tmp_path: Path, tokenizer_folder: Path, name: str, content: str
+) -> None:
+    (tokenizer_folder / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"is damaged: {name} cannot be used"):
+        load_tokenizer(config(tmp_path).model)
+
+
+def test_a_tokenizer_with_ids_outside_its_vocabulary_is_refused(tmp_path: Path, tokenizer_folder: Path) -> None:
+    written = json.loads((tokenizer_folder / "tokenizer.json").read_text())
+    vocab = {token: number * 10 for token, number in written["model"]["vocab"].items()}
+    change(tokenizer_folder, model={**written["model"], "vocab": vocab})
+    jsonl(tmp_path / "rows.jsonl", [{"text": "12"}])
+    with pytest.raises(DataError, match="the tokenizer gives ids outside its vocabulary of"):
+        prepare(config(tmp_path))
 
 
 def test_the_order_of_documents_is_that_of_the_rows(tmp_path: Path, tokenizer_folder: Path) -> None:
