@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
+import random
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from contextlib import chdir
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir, suppress
 from functools import cache
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest import mock
+
+from tests.patience import Patience, run
 
 ROOT = Path(__file__).parent.parent
 DS_CONFIGS = ROOT / "ds_configs"
@@ -41,57 +42,115 @@ def environment(**extra: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that the kernel gives to outgoing connections."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(10_000, first) if first > 20_000 else 0
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return int(probe.getsockname()[1])
 
 
-def deepspeed(
-    script: str, *arguments: str, ranks: int, port: int | None = None, timeout: int = 600
-) -> subprocess.CompletedProcess[str]:
+def deepspeed(script: str, *arguments: str, ranks: int, port: int | None = None) -> subprocess.CompletedProcess[str]:
     """`deepspeed --num_gpus RANKS script arguments…`, from the repository's root."""
     command = ["deepspeed", "--num_gpus", str(ranks), "--master_port", str(port or free_port()), script, *arguments]
-    return _run(command, timeout)
+    return run(command, cwd=ROOT, env=environment())
 
 
-def python(
-    script: str, *arguments: str, timeout: int = 600, cwd: Path = ROOT, **extra: str
-) -> subprocess.CompletedProcess[str]:
+def python(script: str, *arguments: str, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
     """`python script arguments…`, the script named from the repository's root."""
     program = script if script.startswith("-") else str(ROOT / script)
-    return _run([sys.executable, program, *arguments], timeout, cwd=cwd, **extra)
+    return run([sys.executable, program, *arguments], cwd=cwd, env=environment(**extra))
 
 
-def torchrun(script: str, *arguments: str, ranks: int, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+def torchrun(script: str, *arguments: str, ranks: int) -> subprocess.CompletedProcess[str]:
     """`torchrun --nproc-per-node RANKS script arguments…`."""
     port = str(free_port())
     command = ["torchrun", "--nproc-per-node", str(ranks), "--master-port", port, script, *arguments]
-    return _run(command, timeout)
+    return run(command, cwd=ROOT, env=environment())
 
 
-def forked(script: str, *arguments: str, ranks: int, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    """`script arguments…` on RANKS ranks, with torchrun's variables, but forked from a process with the imports done.
+class Forked:
+    """Ranks that run a script with its arguments, forked from a process with the imports done.
 
-    For where the launcher and the start are not what is tested. If a rank fails the others are ended, as launchers do.
+    For where neither the launcher nor the imports are what is tested. Each rank has torchrun's variables.
+
+    Args:
+        ranks: None for one process without variables of a launcher, as `python script` starts it.
+        folder: gets what the ranks print. variables: further ones of the environment.
+
+    Attributes:
+        processes: by rank. stdout, stderr: files of what all of them print. port: the master port.
     """
-    here = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-    here["MASTER_PORT"] = str(free_port())
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [(Path(folder, f"{rank}.out"), Path(folder, f"{rank}.err")) for rank in range(ranks)]
-        for path in itertools.chain(*outputs):
+
+    def __init__(self, command: Sequence[str], *, ranks: int | None, folder: Path, **variables: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        count = 1 if ranks is None else ranks
+        self.stdout, self.stderr = outputs = folder / "stdout.txt", folder / "stderr.txt"
+        for path in outputs:
             path.touch()
-        processes = [
-            _imported().Process(
-                target=_be_rank,
-                args=([script, *arguments], {**here, "RANK": str(rank), "LOCAL_RANK": str(rank)}, outputs[rank]),
-            )
-            for rank in range(ranks)
-        ]
-        for process in processes:
+        self.processes: list[BaseProcess] = []
+        for rank in range(count):
+            here = {} if ranks is None else _of_rank(rank, count, self.port)
+            arguments = ([*command], {**here, **variables}, outputs)
+            self.processes.append(_imported().Process(target=_be_rank, args=arguments))
+        for process in self.processes:
             process.start()
-        failed = _first_failure(processes, time.monotonic() + timeout)
-        stdout, stderr = ("".join(path.read_text() for path in paths) for paths in zip(*outputs, strict=True))
-    return subprocess.CompletedProcess([script, *arguments], failed, stdout, stderr)
+
+    def codes(self) -> list[int | None]:
+        return [process.exitcode for process in self.processes]
+
+    def poll(self) -> int | None:
+        """None while a rank runs; then the exit code of the first that failed, else 0."""
+        codes = self.codes()
+        return None if None in codes else next((code for code in codes if code), 0)
+
+    def said(self) -> tuple[str, str]:
+        """Standard output and error of all ranks."""
+        return self.stdout.read_text(), self.stderr.read_text()
+
+    def finish(self, progress: Callable[[], object] = lambda: None) -> int:
+        """Wait for all ranks, or for one that fails: then the others are ended, as launchers do.
+
+        Args:
+            progress: returns something else whenever the ranks have got further, so that they do not hang.
+
+        Returns: the exit code of the first that failed, else 0. Ranks that hang fail with -1.
+        """
+        patience, seen = Patience(), progress()
+        while None in self.codes() and not any(self.codes()) and not patience.is_over():
+            running = [process.sentinel for process in self.processes if process.exitcode is None]
+            multiprocessing.connection.wait(running, timeout=1.0)
+            if (now := progress()) != seen:
+                seen = now
+                patience.renew()
+        codes = self.codes()
+        self.end()
+        return next((code for code in codes if code), -1 if None in codes else 0)
+
+    def end(self) -> None:
+        """End what still runs."""
+        for process in self.processes:
+            process.terminate()
+            process.join(10)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+
+
+def forked(script: str, *arguments: str, ranks: int | None, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`script arguments…` as `Forked` starts it, to its end."""
+    command = [script, *arguments]
+    with tempfile.TemporaryDirectory() as folder:
+        started = Forked(command, ranks=ranks, folder=Path(folder), **variables)
+        code = started.finish()
+        return subprocess.CompletedProcess(command, code, *started.said())
+
+
+def _of_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+    return {**{name: str(value) for name, value in place.items()}, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 @cache
@@ -110,25 +169,3 @@ def _be_rank(command: Sequence[str], variables: Mapping[str, str], outputs: tupl
     os.environ.update(variables)
     sys.argv = [*command]
     runpy.run_path(command[0], run_name="__main__")
-
-
-def _first_failure(processes: Sequence[BaseProcess], deadline: float) -> int:
-    """Wait for all, or for one that fails, which ends the others; returns its exit code, else 0."""
-    while any(process.exitcode is None for process in processes) and time.monotonic() < deadline:
-        multiprocessing.connection.wait([p.sentinel for p in processes if p.exitcode is None], timeout=1.0)
-        if any(process.exitcode for process in processes):
-            break
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.terminate()
-        process.join(10)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-    return next((code for code in codes if code), -1 if None in codes else 0)
-
-
-def _run(command: list[str], timeout: int, cwd: Path = ROOT, **extra: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=cwd, env=environment(**extra), capture_output=True, text=True, timeout=timeout, check=False
-    )

@@ -16,14 +16,14 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.patience import wait, wait_for
+
 PROGRAMS = ("ip", "nsenter", "setpriv", "ssh-keygen", "sshd", "unshare")
-_PATIENCE_SECONDS = 20.0
 _APART = ("unshare", "--net", "--uts", "--ipc", "--pid", "--time", "--mount", "--fork")
 _DAY = 86_400
 # Administrators' programs, which a login of a plain user does not look for.
@@ -139,7 +139,7 @@ def hosts(*names: str) -> Iterator[Cluster]:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="seqaware-hosts-")))
         _write_files(folder, names)
         switch = stack.enter_context(_first_process(["unshare", "--net", "sleep", "infinity"], folder / "switch.log"))
-        _wait_for("the switch", lambda: _namespace(switch.pid) != _namespace(os.getpid()))
+        wait_for("the switch", lambda: _namespace(switch.pid) != _namespace(os.getpid()))
         _ip(switch.pid, "link add lan type bridge", "link set lan up")
         members = []
         for number, name in enumerate(names, start=1):
@@ -148,7 +148,7 @@ def hosts(*names: str) -> Iterator[Cluster]:
             members.append(Host(name, _address(number), first))
         for name in names:
             log = folder / f"{name}.log"
-            _wait_for(f"{name}'s sshd, see {log}", lambda log=log: "Server listening" in log.read_text())
+            wait_for(f"{name}'s sshd, see {log}", lambda log=log: "Server listening" in log.read_text())
         yield Cluster(members)
 
 
@@ -199,7 +199,7 @@ def _booted(name: str, folder: Path, *, days_ago: int) -> Iterator[int]:
     boot = ["sh", "-eu", "-c", _BOOT, "boot", name, str(folder), sshd]
     with _first_process([*apart, *boot], folder / f"{name}.log") as parent:
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-        _wait_for(f"{name}'s first process", lambda: children.read_text().strip() != "")
+        wait_for(f"{name}'s first process", lambda: children.read_text().strip() != "")
         first = int(children.read_text())
         try:
             yield first
@@ -207,7 +207,7 @@ def _booted(name: str, folder: Path, *, days_ago: int) -> Iterator[int]:
             # The kernel ends every process of a namespace with its PID 1, and `parent` returns once all are gone.
             with suppress(ProcessLookupError):
                 os.kill(first, signal.SIGKILL)
-            parent.wait(_PATIENCE_SECONDS)
+            wait(parent)
 
 
 def _plug_in(switch: int, host: int, *, name: str, number: int) -> None:
@@ -223,11 +223,3 @@ def _ip(pid: int, *commands: str) -> None:
 
 def _namespace(pid: int) -> Path:
     return Path(f"/proc/{pid}/ns/net").readlink()
-
-
-def _wait_for(what: str, ready: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + _PATIENCE_SECONDS
-    while not ready():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {_PATIENCE_SECONDS:g} s for {what}")
-        time.sleep(0.02)

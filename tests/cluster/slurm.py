@@ -25,11 +25,11 @@ from pathlib import Path
 import pytest
 
 from tests import launch
+from tests.patience import Patience
 
 CPUS_OF_A_NODE = 64
 GPUS_OF_A_NODE = 8
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel", "sinfo", "setpriv")
-_PATIENCE_SECONDS = 30.0
 # Administrators' programs, which a login of a plain user does not look for.
 _PATH = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 _ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED", "SUSPENDED")
@@ -139,21 +139,21 @@ class Slurm:
         pairs = (word.partition("=") for word in text.splitlines()[0].split())
         return {name: value for name, _, value in pairs}
 
-    def wait_for_end(self, number: str, *, seconds: float) -> dict[str, str]:
+    def wait_for_end(self, number: str) -> dict[str, str]:
         """Wait until a job, or a task of an array, will run no more; returns what SLURM knows of it then."""
-        self.wait_for(f"the end of job {number}", lambda: self.job(number)["JobState"] not in _ALIVE, seconds=seconds)
+        self.wait_for(f"the end of job {number}", lambda: self.job(number)["JobState"] not in _ALIVE)
         return self.job(number)
 
-    def wait_for(self, what: str, ready: Callable[[], bool], *, seconds: float) -> None:
+    def wait_for(self, what: str, ready: Callable[[], bool]) -> None:
         """Look again and again.
 
         Raises:
-            TimeoutError: it took longer; the jobs and the daemons' last words are in the message.
+            TimeoutError: it does not come; the jobs and the daemons' last lines are in the message.
         """
-        deadline = time.monotonic() + seconds
+        patience = Patience()
         while not ready():
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"waited {seconds:g} s for {what}\n{self._account()}")
+            if patience.is_over():
+                raise TimeoutError(f"waited in vain for {what}\n{self._account()}")
             time.sleep(0.1)
 
     def _account(self) -> str:
@@ -204,7 +204,7 @@ class Slurm:
         munge = self.base / "munge"
         files = [f"--{kind}-file={munge / kind}" for kind in ("key", "pid", "seed", "log")]
         self._start("munged", "munged", "--foreground", "--force", f"--socket={munge / 'socket'}", *files)
-        self.wait_for("munged", (munge / "socket").exists, seconds=_PATIENCE_SECONDS)
+        self.wait_for("munged", (munge / "socket").exists)
         self._start("slurmctld", "slurmctld", "-D")
         for node in self.nodes:
             self.switch_on(node)
@@ -219,7 +219,7 @@ class Slurm:
                 return states == ["idle"] * len(self.nodes)
             return False
 
-        self.wait_for("free nodes", free, seconds=_PATIENCE_SECONDS)
+        self.wait_for("free nodes", free)
 
     def stop(self) -> None:
         """Kill the daemons, then whatever is left of the jobs; the folder stays."""

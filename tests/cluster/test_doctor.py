@@ -10,6 +10,7 @@ import pytest
 
 from tests import launch
 from tests.cluster.hosts import Cluster
+from tests.patience import communicate
 
 pytestmark = pytest.mark.distributed
 
@@ -20,7 +21,7 @@ def _doctor(cluster: Cluster, command: list[str]) -> tuple[int, str]:
     """On h1, in lines so long that none is broken; pdsh's names of hosts before them are cut off."""
     env = launch.environment(COLUMNS="300")
     process = cluster.start("h1", command, cwd=launch.ROOT, env=env)
-    output, _ = process.communicate(timeout=240)
+    output, _ = communicate(process)
     return process.returncode, re.sub(r"(?m)^h[12]: ", "", output)
 
 

@@ -13,8 +13,7 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from tests import launch
 from tests.cluster.clocks import BEHIND, wrong_clock
 from tests.cluster.hosts import Cluster
 from tests.cluster.mpi import MPICH, OPEN_MPI, Mpi
+from tests.patience import communicate, wait_for
 
 pytestmark = pytest.mark.distributed
 
@@ -36,11 +36,6 @@ ENDLESS = 100_000
 # 128 to 384 products in three layers: each value carries ~√(depth · width) ≈ 35 roundings of 6e-8, that is 2e-6
 # relative, with a factor of five to spare.
 TOLERANCE = 1e-5
-# Starting takes half a minute here at worst; what waits longer than this hangs.
-PATIENCE_SECONDS = 240
-# Within seconds: gloo hears at once that the connection is closed; launchers look once a second, and torchrun and
-# DeepSpeed give their other ranks up to 30 seconds to go.
-END_SECONDS = 60
 # Whoever keeps compiled operators elsewhere means it for all ranks.
 _ELSEWHERE = ("TORCH_EXTENSIONS_DIR",) if "TORCH_EXTENSIONS_DIR" in os.environ else ()
 VARIABLES = ("PYTHONPATH", "OMP_NUM_THREADS", "DS_ACCELERATOR", "HF_HUB_OFFLINE", "PATH", *_ELSEWHERE)
@@ -118,35 +113,28 @@ def alone(site: Site) -> list[float]:
 
 def _finish(*launchers: subprocess.Popen[str]) -> str:
     """Wait until all have ended well; what they said."""
-    said = [launcher.communicate(timeout=PATIENCE_SECONDS)[0] for launcher in launchers]
+    said = [communicate(launcher)[0] for launcher in launchers]
     assert [launcher.returncode for launcher in launchers] == [0] * len(launchers), "\n".join(said)[-6000:]
     return "\n".join(said)
 
 
-def _wait_until(what: str, ready: Callable[[], bool], *, seconds: float, also: Sequence[subprocess.Popen[str]]) -> None:
-    deadline = time.monotonic() + seconds
-    while not ready():
-        ended = [launcher for launcher in also if launcher.poll() is not None]
-        if ended or time.monotonic() > deadline:
-            said = "\n".join(launcher.communicate()[0][-4000:] for launcher in ended)
-            pytest.fail(f"{what} has not come in {seconds:g} s, or the launcher has ended: {said}")
-        time.sleep(0.02)
-
-
 def _kill_rank(site: Site, name: str, host: str, *, launchers: Sequence[subprocess.Popen[str]]) -> None:
     """SIGKILL the rank on a host once two steps are done."""
-    ready = lambda: len(site.steps(name)) >= STEPS  # noqa: E731
-    _wait_until("the second step", ready, seconds=PATIENCE_SECONDS, also=launchers)
+
+    def ended() -> str | None:
+        over = [launcher for launcher in launchers if launcher.poll() is not None]
+        return "\n".join(communicate(launcher)[0][-4000:] for launcher in over) if over else None
+
+    wait_for("the second step", lambda: len(site.steps(name)) >= STEPS, problem=ended)
     os.kill(site.rank_on(host), signal.SIGKILL)
 
 
 def _all_is_over(site: Site, *launchers: subprocess.Popen[str]) -> str:
-    """Every launcher ends by itself, and soon no host has a process left; what the launchers said."""
-    said = "\n".join(launcher.communicate(timeout=END_SECONDS)[0] for launcher in launchers)
-    deadline = time.monotonic() + 5
-    while left := [site.cluster.processes(host) for host in site.cluster.names if site.cluster.processes(host)]:
-        assert time.monotonic() < deadline, f"orphans: {left}"
-        time.sleep(0.1)
+    """Every launcher ends by itself, and no host has a process left then; what the launchers said."""
+    said = "\n".join(communicate(launcher)[0] for launcher in launchers)
+    hosts = site.cluster.names
+    # A process that has ended may be there until its parent has noticed.
+    wait_for("the end of all processes", lambda: not any(map(site.cluster.processes, hosts)), seconds=30.0)
     return said
 
 

@@ -57,9 +57,9 @@ class Site:
     def log(self, job: str) -> str:
         return Path(self.cluster.job(job)["StdOut"]).read_text()
 
-    def trained(self, job: str, *, restarts: int = 0, seconds: float = 200) -> None:
+    def trained(self, job: str, *, restarts: int = 0) -> None:
         """Wait until a job has come to a good end."""
-        facts = self.cluster.wait_for_end(job, seconds=seconds)
+        facts = self.cluster.wait_for_end(job)
         assert (facts["JobState"], facts["Restarts"]) == ("COMPLETED", str(restarts)), self.log(job)
 
     def wait_for_step(self, name: str, step: int, *, attempts: int) -> None:
@@ -69,7 +69,7 @@ class Site:
             metrics = self.folder / name / "metrics.jsonl"
             return metrics.exists() and len(self.attempts(name)) == attempts and self.steps(name)[-1:] >= [(step,)]
 
-        self.cluster.wait_for(f"step {step} of {name}", is_reported, seconds=120)
+        self.cluster.wait_for(f"step {step} of {name}", is_reported)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """metrics.jsonl, as far as its lines are whole."""

@@ -14,6 +14,7 @@ import pytest
 
 from tests import launch
 from tests.cluster.slurm import Slurm, documented, need_slurm, slurm
+from tests.patience import run
 
 # Says which command it was told to run, as which rank, then does what the test has put into the environment.
 _STAND_IN = """#!/bin/bash
@@ -75,7 +76,7 @@ class Site:
 
     def end(self, job: str) -> tuple[str, str, str]:
         """State, exit code and restarts of a job at its end."""
-        facts = self.cluster.wait_for_end(job, seconds=90)
+        facts = self.cluster.wait_for_end(job)
         return facts["JobState"], facts["ExitCode"], facts["Restarts"]
 
     def log(self, job: str) -> str:
@@ -87,7 +88,7 @@ class Site:
 
     def wait_until_listening(self, job: str) -> None:
         files = [self.folder / f"listening-{job}-{rank}" for rank in range(2)]
-        self.cluster.wait_for("ranks that listen", lambda: all(file.exists() for file in files), seconds=30)
+        self.cluster.wait_for("ranks that listen", lambda: all(file.exists() for file in files))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +247,7 @@ def _without_slurm(folder: Path, **variables: str) -> subprocess.CompletedProces
     del env["OMP_NUM_THREADS"]
     env |= {"PATH": f"{programs}:{env['PATH']}", "SLURM_CPUS_PER_TASK": "6", "PYTHONPATH": "/mine", **variables}
     command = ["bash", str(launch.ROOT / "slurm" / "train.sbatch"), "a.yaml"]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=30, check=False)
+    return run(command, cwd=folder, env=env)
 
 
 def test_any_other_image_is_handed_to_pyxis(tmp_path: Path) -> None:

@@ -74,13 +74,6 @@ def request(
     return {"config": str(workshop.write(name, config)), "deepspeed": zero, "set": []}
 
 
-def launch_all(folder: Path, requests: list[dict[str, Any]], ranks: int) -> None:
-    path = folder / f"requests-{ranks}.json"
-    path.write_text(json.dumps(requests))
-    done = launch.forked("tests/e2e/many_runs.py", str(path), ranks=ranks, timeout=900)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-
-
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == "step"]

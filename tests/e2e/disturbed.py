@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import launch, tiny
+from tests.e2e.many_runs import Outcome, launch_all
 
 STEPS = 6
 BEYOND = 3e38
@@ -22,7 +23,11 @@ class Told:
     """What the ranks told of one run."""
 
     folder: Path
-    endings: tuple[dict[str, Any], dict[str, Any]]
+    outcome: Outcome
+
+    @property
+    def endings(self) -> tuple[dict[str, Any], ...]:
+        return self.outcome.check().results
 
     @property
     def hows(self) -> list[str]:
@@ -62,14 +67,9 @@ class Launch:
 
     def start(self) -> dict[str, Told]:
         """By name, what was told of each run."""
-        path = self.workshop.folder / "requests.json"
-        path.write_text(json.dumps(self.requests))
-        done = launch.forked("tests/e2e/interrupted_runs.py", str(path), ranks=2)
-        assert done.returncode == 0, done.stderr[-6000:]
-        endings = [json.loads((self.workshop.folder / f"endings-{rank}.json").read_text()) for rank in (0, 1)]
-        return {
-            name: Told(folder, (endings[0][place], endings[1][place])) for name, (folder, place) in self.names.items()
-        }
+        script, folder = "tests/e2e/interrupted_runs.py", self.workshop.folder / "launches"
+        outcomes = launch_all(self.requests, ranks=2, folder=folder, script=script)
+        return {name: Told(folder, outcomes[place]) for name, (folder, place) in self.names.items()}
 
 
 def weighted_rows(workshop: tiny.Workshop, name: str, *, place: int, weight: float) -> Path:

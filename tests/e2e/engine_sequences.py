@@ -7,15 +7,16 @@ beside the file, in `results-<rank>.json`: per sequence a list of [action, step 
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from seqaware.config.load import load_config
-from seqaware.engine.ranks import Ranks, connect, disconnect, find_address, prepare_environment
+from seqaware.engine.address import RankAddress
+from seqaware.engine.ranks import Ranks, connect
+from tests.e2e.many_runs import do_each
 
 LEARNING_RATE = 1e-2
 
@@ -97,28 +98,21 @@ def _silent(text: str) -> None:
     del text
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("requests", type=Path)
-    path = parser.parse_known_args()[0].requests
-    requests = json.loads(path.read_text())
-    prepare_environment()
-    ranks = connect(find_address())
-    results = []
-    for wanted in requests["sequences"]:
-        subject = Subject.of(Path(requests["config"]), wanted, ranks)
-        found: list[list[Any]] = []
-        for name in wanted["actions"]:
-            before = subject.step
-            try:
-                found.append([name, before, getattr(subject, name)()])
-            except RuntimeError as error:  # on every rank, or the launch would hang and fail
-                found.append([name, before, f"{type(error).__name__}: {error}"])
-                break
-        results.append(found)
-        path.with_name(f"results-{ranks.rank}.json").write_text(json.dumps(results))
-    disconnect()
+_connect = cache(connect)
+
+
+def _act(wanted: dict[str, Any], address: RankAddress) -> list[list[Any]]:
+    subject = Subject.of(Path(wanted["config"]), wanted, _connect(address))
+    found: list[list[Any]] = []
+    for name in wanted["actions"]:
+        before = subject.step
+        try:
+            found.append([name, before, getattr(subject, name)()])
+        except RuntimeError as error:  # on every rank, or the launch would hang and fail
+            found.append([name, before, f"{type(error).__name__}: {error}"])
+            break
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    do_each(_act)

@@ -1,6 +1,6 @@
-"""Several runs in one launch, each disturbed at a moment of its own; a line of JSON a rank and run says how it ended.
+"""Several runs in one launch, each disturbed at a moment of its own; the outcome of each says how it ended.
 
-Started by a launcher with a JSON file: a list of {"config", "deepspeed", "set": [overrides], "disturb": {…} or null}.
+A request: {"config", "deepspeed", "set": [overrides], "disturb": {…} or null}.
 disturb: {"step": n, "phase": name, …} is done once, as step n turns to that (default: "batches"), on rank 0 but for a
 signal; what it did to a file system is undone at "undo" (a step; default: when the run is over).
 
@@ -13,9 +13,7 @@ signal; what it did to a file system is undone at "undo" (a step; default: when 
 
 from __future__ import annotations
 
-import argparse
 import errno
-import json
 import os
 import shutil
 import signal
@@ -25,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from seqaware.config.load import load_config
-from seqaware.engine.ranks import disconnect, find_address, prepare_environment
+from seqaware.engine.address import RankAddress
 from seqaware.errors import SeqawareError
 from seqaware.training.interrupt import Left, Signals
 from seqaware.training.watch.heartbeat import Heartbeat
+from tests.e2e.many_runs import do_each
 
 
 class Disturbance(Heartbeat):
@@ -105,38 +104,30 @@ def fill(path: Path) -> None:
                 assert error.errno == errno.ENOSPC, error
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("requests", type=Path)
-    path = parser.parse_known_args()[0].requests
-    prepare_environment()
+def _run(request: dict[str, Any], address: RankAddress) -> dict[str, Any]:
     from seqaware.training.run import RunRequest, run
 
-    address = find_address()
-    endings = []
-    for request in json.loads(path.read_text()):
-        config = load_config(Path(request["config"]), request["set"])
-        said: list[str] = []
-        disturbance = Disturbance(address.rank, request["disturb"])
-        with Signals() as signals:
-            ending = {"how": "trained", "text": ""}
-            try:
-                run(
-                    RunRequest(config, Path(request["deepspeed"])),
-                    address=address,
-                    say=said.append,
-                    signals=signals,
-                    heartbeat=disturbance,
-                )
-            except Left as left:
-                ending = {"how": "left", "text": left.reason}
-            except SeqawareError as error:
-                ending = {"how": type(error).__name__, "text": str(error)}
-        disturbance.undo()
-        endings.append({**ending, "said": said})
-        path.with_name(f"endings-{address.rank}.json").write_text(json.dumps(endings))
-    disconnect()
+    config = load_config(Path(request["config"]), request["set"])
+    said: list[str] = []
+    disturbance = Disturbance(address.rank, request["disturb"])
+    ending = {"how": "trained", "text": ""}
+    with Signals() as signals:
+        try:
+            run(
+                RunRequest(config, Path(request["deepspeed"])),
+                address=address,
+                say=said.append,
+                signals=signals,
+                heartbeat=disturbance,
+            )
+        except Left as left:
+            ending = {"how": "left", "text": left.reason}
+        except SeqawareError as error:
+            ending = {"how": type(error).__name__, "text": str(error)}
+        finally:
+            disturbance.undo()
+    return {**ending, "said": said}
 
 
 if __name__ == "__main__":
-    main()
+    do_each(_run)

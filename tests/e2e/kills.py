@@ -7,8 +7,9 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,10 +17,11 @@ from seqaware.training.watch.card import Card, read_card
 from seqaware.training.watch.dial import Place, read_place
 from seqaware.training.watch.host import Life
 from tests import launch
+from tests.patience import Patience, wait_for
 
-# Starting two ranks takes half a minute where the cores are shared.
-_UNTIL_THE_MOMENT = 180.0
 _BETWEEN_LOOKS = 0.0005
+# The first word of a command whose ranks are forked, without a launcher: they end by themselves.
+_FORKED = "forked"
 
 _LAUNCHERS_OWN = re.compile(r"[WE]\d{4} \d\d:\d\d:\d\d\.\d+ |\[\d{4}-\d\d-\d\d ")
 
@@ -49,27 +51,37 @@ class Ending:
 
 
 class Launch:
-    """Ranks under a launcher, with a folder for temporary files of their own, where their dials are found.
+    """Ranks of one launch, whose dials are watched.
 
     Attributes:
         stdout, stderr: files of what all of them say.
     """
 
+    launcher: subprocess.Popen[bytes] | launch.Forked
+
     def __init__(self, command: list[str], folder: Path, **extra: str) -> None:
         folder.mkdir(parents=True)
-        self.folder = folder
         self.stdout, self.stderr = folder / "stdout.txt", folder / "stderr.txt"
+        if command[0] == _FORKED:
+            self.launcher = forked = launch.Forked(command[1:], ranks=2, folder=folder, **extra)
+            self._dials = (Path(tempfile.gettempdir(), f"seqaware-{os.getuid()}"), f"*-{forked.port}")
+            return
         temporary = folder / "tmp"
+        self._dials = (temporary, "seqaware-*/*")
         temporary.mkdir()
         with self.stdout.open("w") as out, self.stderr.open("w") as err:
             env = launch.environment(TMPDIR=str(temporary), **extra)
             self.launcher = subprocess.Popen(command, cwd=launch.ROOT, env=env, stdout=out, stderr=err)
 
     def card(self, rank: int) -> Card | None:
-        return next((read_card(path) for path in self.folder.glob(f"tmp/seqaware-*/*/rank-{rank:04d}.json")), None)
+        return next(map(read_card, self._files(f"rank-{rank:04d}.json")), None)
 
     def place(self, rank: int) -> Place | None:
-        return next((read_place(path) for path in self.folder.glob(f"tmp/seqaware-*/*/rank-{rank:04d}.dial")), None)
+        return next(map(read_place, self._files(f"rank-{rank:04d}.dial")), None)
+
+    def _files(self, name: str) -> Iterator[Path]:
+        folder, launches = self._dials
+        return folder.glob(f"{launches}/{name}")
 
     def kill(self, rank: int, wanted: Wanted, *, later: float = 0.0) -> Ending:
         """Send SIGKILL to a rank in a place that is wanted, and wait for the end of the launch.
@@ -88,21 +100,22 @@ class Launch:
             time.sleep(_BETWEEN_LOOKS)
         place = self.place(rank)
         assert place is not None
-        code = self.launcher.wait(timeout=120)
+        code = self.finish()
         seconds = time.monotonic() - begun
         screen = self.stderr.read_bytes()[shown:].decode()
         return Ending(card, place, seconds, code, screen)
 
     def wait_for(self, rank: int, wanted: Wanted) -> None:
         """Wait until a rank has come to a place that is wanted."""
-        end = time.monotonic() + _UNTIL_THE_MOMENT
-        while (place := self.place(rank)) is None or not wanted(place):
-            assert time.monotonic() < end and self.launcher.poll() is None, self.stderr.read_text()[-3000:]
-            time.sleep(0.05)
+        wait_for("the place", lambda: (place := self.place(rank)) is not None and wanted(place), problem=self._ended)
+
+    def _ended(self) -> str | None:
+        code = self.launcher.poll()
+        return None if code is None else f"exit code {code}: {self.stderr.read_text()[-3000:]}"
 
     def _stop_in_place(self, rank: int, wanted: Wanted) -> Card:
-        end = time.monotonic() + _UNTIL_THE_MOMENT
-        while time.monotonic() < end and self.launcher.poll() is None:
+        patience = Patience()
+        while not patience.is_over() and self.launcher.poll() is None:
             place, card = self.place(rank), self.card(rank)
             if place is None or card is None or not wanted(place):
                 time.sleep(_BETWEEN_LOOKS)
@@ -122,10 +135,18 @@ class Launch:
             card = self.card(rank)
             if card is not None:
                 card.process.kill()
-        self.launcher.wait(timeout=60)
+        self.finish()
 
     def finish(self) -> int:
-        return self.launcher.wait(timeout=300)
+        """Wait for the end of the launch; returns its exit code."""
+        wait_for("the end of the launch", lambda: self.launcher.poll() is not None, every=0.01)
+        code = self.launcher.poll()
+        assert code is not None
+        return code
+
+
+def forked(*arguments: str) -> list[str]:
+    return [_FORKED, "launcher/train.py", *arguments]
 
 
 def deepspeed(*arguments: str) -> list[str]:

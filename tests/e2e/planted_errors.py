@@ -7,9 +7,6 @@ trained, and what stopped it goes to standard error.
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from seqaware.config.load import load_config
-from seqaware.engine.ranks import disconnect, find_address, prepare_environment
+from seqaware.engine.address import RankAddress
 from seqaware.errors import ConfigError
+from tests.e2e.many_runs import do_each
 
 Wrong = Callable[[Any], Any]
 """From the right thing to the wrong one."""
@@ -181,32 +179,20 @@ def planted(plant: str | None) -> Iterator[None]:
             setattr(owner, name, right)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("requests", type=Path)
-    requests = json.loads(parser.parse_known_args()[0].requests.read_text())
-    prepare_environment()
+def _carry_out(request: dict[str, Any], address: RankAddress) -> str:
     from seqaware.training.run import RunRequest, run
     from seqaware.training.verify.run import VerifyRequest, verify
 
-    address = find_address()
-
-    def carry_out(request: dict[str, Any]) -> str:
-        config, zero = load_config(Path(request["config"]), []), Path(request["deepspeed"])
+    config, zero = load_config(Path(request["config"]), []), Path(request["deepspeed"])
+    with planted(request["plant"]):
         if not request["train"]:
             return verify(VerifyRequest(config, zero, steps=2), address=address, say=lambda text: None).verdict
         try:
             run(RunRequest(config, zero), address=address, say=lambda text: None)
         except ConfigError as error:
             return f"stopped: {error}"
-        return "trained"
-
-    for request in requests:
-        with planted(request["plant"]):
-            outcome = carry_out(request)
-        print(f"rank {address.rank}: {Path(request['config']).stem}: {outcome}", file=sys.stderr, flush=True)
-    disconnect()
+    return "trained"
 
 
 if __name__ == "__main__":
-    main()
+    do_each(_carry_out)

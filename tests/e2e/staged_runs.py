@@ -1,34 +1,19 @@
 """Runs one after the other in one process a rank, with something done to the disk before each.
 
-Started with a JSON file: a list of {"config": YAML file, "deepspeed": ZeRO json, "resume", "anyway": [names],
-"before": [[what `damage.py` does, arguments…]]}. How each ended lies beside it, in `endings-<rank>.json`. A run that is
-refused before its ranks have met would leave the others waiting: such runs are for one rank.
+A request: {"config": YAML file, "deepspeed": ZeRO json, "resume", "anyway": [names], "before": [[what `damage.py`
+does, arguments…]]}. Its outcome says how it ended. A run that is refused before its ranks have met would leave the
+others waiting: such runs are for one rank.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 from seqaware.config.load import load_config
 from seqaware.engine.address import RankAddress
-from seqaware.engine.ranks import disconnect, find_address, prepare_environment
 from seqaware.errors import SeqawareError
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("requests", type=Path)
-    path = parser.parse_known_args()[0].requests
-    prepare_environment()
-    address = find_address()
-    endings = []
-    for request in json.loads(path.read_text()):
-        endings.append(_run(request, address))
-        path.with_name(f"endings-{address.rank}.json").write_text(json.dumps(endings))
-    disconnect()
+from tests.e2e.many_runs import do_each
 
 
 def _run(request: dict[str, Any], address: RankAddress) -> dict[str, Any]:
@@ -48,4 +33,4 @@ def _run(request: dict[str, Any], address: RankAddress) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    do_each(_run)

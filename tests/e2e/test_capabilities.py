@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seqaware.plan.capabilities import AXES, REFUSED
 from tests import launch, oracles, tiny
 from tests.covering import Combination, covering
+from tests.e2e.many_runs import Outcome, launch_all
 
 # Sums in another order, in float32 against float64 (see test_same_training), and in bfloat16, which keeps 8 bits: one
 # rounding is 2^-9 = 2e-3 relative; a mean over ~300 tokens' losses averages most of it away.
@@ -90,18 +91,17 @@ def _config(workshop: tiny.Workshop, run: Combination, folder: Path) -> dict[str
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
-    workshop = tiny.build(tmp_path_factory.mktemp("capabilities"))
+    return tiny.build(tmp_path_factory.mktemp("capabilities"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(workshop: tiny.Workshop) -> list[Outcome]:
     requests = []
     for number, run in enumerate(RUNS):
         path = workshop.write(f"run-{number}", _config(workshop, run, workshop.folder / f"run-{number}"))
         zero = launch.DS_CONFIGS / f"zero{run['zero']}.json"
         requests.append({"config": str(path), "deepspeed": str(zero), "set": []})
-    listed = workshop.folder / "requests.json"
-    listed.write_text(json.dumps(requests))
-    done = launch.forked("tests/e2e/many_runs.py", str(listed), ranks=2, timeout=60 + 30 * len(RUNS))
-    finished = done.stderr.count("rank 0 ran")
-    assert done.returncode == 0, f"run {finished} {RUNS[min(finished, len(RUNS) - 1)]}: {done.stderr[-6000:]}"
-    return workshop
+    return launch_all(requests, ranks=2, folder=workshop.folder / "launches")
 
 
 @pytest.fixture(scope="module")
@@ -121,9 +121,10 @@ def token_losses(workshop: tiny.Workshop) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("number", range(len(RUNS)))
 def test_choices_that_meet_compute_the_objective_and_learn(
-    workshop: tiny.Workshop, token_losses: list[torch.Tensor], number: int
+    workshop: tiny.Workshop, outcomes: list[Outcome], token_losses: list[torch.Tensor], number: int
 ) -> None:
     run = RUNS[number]
+    outcomes[number].check()
     lines = [
         json.loads(line) for line in (workshop.folder / f"run-{number}" / "metrics.jsonl").read_text().splitlines()
     ]

@@ -71,9 +71,10 @@ def test_every_trouble_is_told_at_once(workshop: tiny.Workshop) -> None:
     )
     path = str(workshop.write("troubles", config))
     with socket.create_server(("", 0)) as server:
-        done = launch.python(
+        done = launch.forked(
             "launcher/doctor.py",
             path,
+            ranks=None,
             COLUMNS="200",
             MASTER_PORT=str(server.getsockname()[1]),
             NCCL_SOCKET_IFNAME="=absent0",
@@ -96,7 +97,7 @@ def test_every_trouble_is_told_at_once(workshop: tiny.Workshop) -> None:
 def test_ranks_that_a_launcher_started(workshop: tiny.Workshop) -> None:
     """They meet and measure; rank 0 alone speaks. The optimizer's operator is looked for as well."""
     config = workshop.config(output__dir=str(workshop.folder / "run"), training__optimizer={"type": "cpu_adam"})
-    done = launch.torchrun("launcher/doctor.py", str(workshop.write("ranks", config)), ranks=2)
+    done = launch.forked("launcher/doctor.py", str(workshop.write("ranks", config)), ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     found = lines_of(done.stdout)
     assert "ranks all 2 meet, on 1 host" in found["ok"]
@@ -114,9 +115,8 @@ def test_hosts_of_a_hostfile(workshop: tiny.Workshop, tmp_path: Path) -> None:
     hosts.write_text("localhost slots=1\n127.0.0.2 slots=1\n127.0.0.3 slots=1\nno-such-host.invalid slots=1\n")
     path = str(workshop.write("hosts", workshop.config(output__dir=str(workshop.folder / "run"))))
     known = {**launch.environment(), "COLUMNS": "200"}
-    done = launch.python(
-        "launcher/doctor.py", path, "--hostfile", str(hosts), COLUMNS="200", PATH=f"{tmp_path}:{known['PATH']}"
-    )
+    command = ("launcher/doctor.py", path, "--hostfile", str(hosts))
+    done = launch.forked(*command, ranks=None, COLUMNS="200", PATH=f"{tmp_path}:{known['PATH']}")
     assert done.returncode == 2, done.stdout + done.stderr
     found = lines_of(done.stdout)
     assert any(
@@ -127,7 +127,7 @@ def test_hosts_of_a_hostfile(workshop: tiny.Workshop, tmp_path: Path) -> None:
     for told in ("same software", "run folder one and the same", "ports", "clocks"):
         assert any(line.startswith(told) for line in found["ok"]), (told, done.stdout)
     hosts.write_text("localhost slots=one\n")
-    done = launch.python("launcher/doctor.py", "--hostfile", str(hosts), COLUMNS="200")
+    done = launch.forked("launcher/doctor.py", "--hostfile", str(hosts), ranks=None, COLUMNS="200")
     assert done.returncode == 2 and "line 1: not a host" in done.stdout
 
 
@@ -135,6 +135,6 @@ def test_it_may_stand_in_a_batch_script(workshop: tiny.Workshop) -> None:
     """The first node's shell has the job's variables; no srun has started us, so no rank is waited for."""
     path = str(workshop.write("batch", workshop.config(output__dir=str(workshop.folder / "run"))))
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_NODEID": "0"}
-    done = launch.python("launcher/doctor.py", path, COLUMNS="200", **job)
+    done = launch.forked("launcher/doctor.py", path, ranks=None, COLUMNS="200", **job)
     assert done.returncode == 0, done.stdout + done.stderr
     assert any(line.startswith("plan 2 ranks") for line in lines_of(done.stdout)["ok"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 from seqaware.data.order import StepOrder
 from seqaware.data.store import TokenStore
 from tests import launch, tiny
+from tests.patience import run
 
 WITHOUT_TORCH = """
 import sys
@@ -23,9 +23,7 @@ sys.exit(f"imported {heavy}" if heavy else result.exit_code)
 
 def _dry_run(*arguments: str) -> str:
     command = [sys.executable, "-c", WITHOUT_TORCH, *arguments, "--dry-run"]
-    done = subprocess.run(
-        command, cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    done = run(command, cwd=launch.ROOT, env=launch.environment())
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -38,7 +36,7 @@ def test_the_plan_before_and_after_preparing(tmp_path: Path) -> None:
     assert "ZeRO stage 3" in guess and "zero_optimization.stage = 3" in guess
     assert "not known before the data is tokenised" in guess
 
-    prepared = launch.python("launcher/prepare.py", path)
+    prepared = launch.forked("launcher/prepare.py", path, ranks=None)
     assert prepared.returncode == 0, prepared.stderr
     assert (Path(prepared.stdout.split()[-1]) / "store.json").is_file()
     exact = _dry_run(path, "--ranks", "2")
@@ -58,11 +56,11 @@ def test_the_steps_of_a_proportioned_mixture_and_of_tokens(tmp_path: Path) -> No
     by_tokens = workshop.config(
         dataset=dataset, training__schedule={"num_epochs": 1e9, "max_steps": 20, "global_batch_tokens": 256}
     )
-    prepared = launch.python("launcher/prepare.py", str(workshop.write("by_size", by_size)))
+    prepared = launch.forked("launcher/prepare.py", str(workshop.write("by_size", by_size)), ranks=None)
     assert prepared.returncode == 0, prepared.stderr
     store = TokenStore.open(Path(prepared.stdout.split()[-1]))
     arguments = [str(workshop.write("by_size", by_size)), "--dry-run"]
-    planned = launch.python("launcher/train.py", *arguments)
+    planned = launch.forked("launcher/train.py", *arguments, ranks=None)
     # 13 rows of each source, not all 33: 26 in steps of 4.
     assert "steps       14 = 2 epoch(s) of 7 steps" in planned.stdout, planned.stdout + planned.stderr
     lengths = store.lengths
@@ -74,7 +72,7 @@ def test_the_steps_of_a_proportioned_mixture_and_of_tokens(tmp_path: Path) -> No
     )
     steps = order.steps_per_epoch(1e9, 20)
     assert len(steps) > 1
-    planned = launch.python("launcher/train.py", str(workshop.write("by_tokens", by_tokens)), "--dry-run")
+    planned = launch.forked("launcher/train.py", str(workshop.write("by_tokens", by_tokens)), "--dry-run", ranks=None)
     few, many = min(steps), max(steps)
     spread = f"{few}" if few == many else f"{few} to {many}"
     assert f"20 = 1e+09 epoch(s) of {spread} steps, max_steps 20 stops the run first" in planned.stdout, planned.stdout

@@ -15,6 +15,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests import launch, tiny
+from tests.e2e.many_runs import Outcome, launch_all
 
 DRAWN = 8
 STEPS = 4
@@ -68,7 +69,7 @@ def _drawn_sequences() -> list[Drawn]:
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Drawn, list[list[Any]]]]:
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Drawn, Outcome]]:
     """Every sequence with what its actions returned; the undisturbed one of each engine comes first."""
     workshop = tiny.build(tmp_path_factory.mktemp("sequences"))
     held_out = {"dataset": {"name": str(workshop.rows)}, "metric": "exact_match", "max_new_tokens": 3}
@@ -82,20 +83,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Drawn, list[
     ending = ("train", "evaluate", "export", "evaluate", "generate", "train")
     resumed = [Drawn(engine, BACK_TO, ending) for engine in ENGINES]
     sequences = [*undisturbed, *resumed, *_drawn_sequences()]
-    requests = {
-        "config": str(workshop.write("config", config)),
-        "sequences": [_request(workshop, number, sequence) for number, sequence in enumerate(sequences)],
-    }
-    path = workshop.folder / "requests.json"
-    path.write_text(json.dumps(requests))
-    done = launch.forked("tests/e2e/engine_sequences.py", str(path), ranks=2)
-    assert done.returncode == 0, done.stderr[-6000:]
-    first, second = (json.loads((workshop.folder / f"results-{rank}.json").read_text()) for rank in (0, 1))
-    assert first == second
-    return list(zip(sequences, first, strict=True))
+    path = str(workshop.write("config", config))
+    requests = [_request(workshop, path, number, sequence) for number, sequence in enumerate(sequences)]
+    outcomes = launch_all(
+        requests, ranks=2, folder=workshop.folder / "launches", script="tests/e2e/engine_sequences.py"
+    )
+    return list(zip(sequences, outcomes, strict=True))
 
 
-def _request(workshop: tiny.Workshop, number: int, sequence: Drawn) -> dict[str, Any]:
+def _request(workshop: tiny.Workshop, config: str, number: int, sequence: Drawn) -> dict[str, Any]:
     keys, overrides = ENGINES[sequence.engine]
     zero = json.loads((launch.DS_CONFIGS / "zero3.json").read_text())
     zero["zero_optimization"] |= keys
@@ -104,6 +100,7 @@ def _request(workshop: tiny.Workshop, number: int, sequence: Drawn) -> dict[str,
     undisturbed = workshop.folder / str(list(ENGINES).index(sequence.engine))
     source = undisturbed / "checkpoints"
     return {
+        "config": config,
         "set": overrides,
         "deepspeed": str(path),
         "folder": str(workshop.folder / str(number)),
@@ -113,9 +110,11 @@ def _request(workshop: tiny.Workshop, number: int, sequence: Drawn) -> dict[str,
     }
 
 
-def test_no_action_changes_what_another_returns(results: list[tuple[Drawn, list[list[Any]]]]) -> None:
+def test_no_action_changes_what_another_returns(results: list[tuple[Drawn, Outcome]]) -> None:
     expected: dict[tuple[str, str, int], Any] = {}
-    for sequence, found in results:
+    for sequence, outcome in results:
+        found, other = outcome.check().results
+        assert found == other, f"{sequence}: the ranks differ"
         for action, step, value in found:
             same = expected.setdefault((sequence.engine, action, step), value)
             assert value == same, f"{sequence}: {action} after step {step}"

@@ -17,6 +17,7 @@ import pytest
 
 from tests import launch, tiny
 from tests.cluster.mpi import MPICH
+from tests.patience import communicate, run
 
 # Between one rank and two the same sums are added in another order: float32, see test_same_training.
 TOLERANCE = 1e-5
@@ -71,7 +72,7 @@ def test_mpirun(workshop: tiny.Workshop, alone: list[float]) -> None:
     mpirun = shutil.which(MPICH.programs["mpirun"], path=env["PATH"])
     assert mpirun is not None, "pip install mpich"
     command = [mpirun, "-n", "2", sys.executable, "launcher/train.py", str(_config(workshop, "mpirun"))]
-    done = subprocess.run(command, cwd=launch.ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = run(command, cwd=launch.ROOT, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     _check(workshop, "mpirun", "mpirun", alone)
 
@@ -86,7 +87,7 @@ def test_tasks_of_srun(workshop: tiny.Workshop, alone: list[float]) -> None:
         env = launch.environment(**step, **job, SLURM_PROCID=rank, SLURM_LOCALID=rank)
         command = [sys.executable, "launcher/train.py", path]
         tasks.append(subprocess.Popen(command, cwd=launch.ROOT, env=env, stderr=subprocess.PIPE, text=True))
-    errors = [task.communicate(timeout=300)[1] for task in tasks]
+    errors = [communicate(task)[1] for task in tasks]
     assert [task.returncode for task in tasks] == [0, 0], errors
     _check(workshop, "srun", "srun", alone)
 

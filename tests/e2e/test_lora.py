@@ -23,11 +23,11 @@ from tests.e2e.adapter_runs import (
     check,
     distance,
     documents_of,
-    launch_all,
     oracle,
     request,
     steps_of,
 )
+from tests.e2e.many_runs import check_all, launch_all
 
 # What is asked for, and what the oracle makes of it.
 LORA: dict[str, dict[str, Any]] = {
@@ -123,7 +123,7 @@ def test_every_layout_trains_the_oracles_adapters(workshops: dict[str, tiny.Work
             lora = {**LORA[case.lora], "export": case.export}
             workshop = _workshop(workshops, case.lora)
             requests.append(request(workshop, case.name, lora, case.stage, **case.settings))
-        launch_all(workshops["usual"].folder, requests, ranks)
+        check_all(launch_all(requests, ranks=ranks, folder=workshops["usual"].folder / "launches"))
     expected = {}
     for lora, adapted in ORACLES.items():
         workshop = _workshop(workshops, lora)
@@ -161,7 +161,7 @@ def test_resume_is_bitwise_and_checkpoints_hold_what_is_trained(tmp_path: Path) 
             asked = {**LORA[lora], "export": "adapter"}
             one = request(workshop, name, asked, stage, training__schedule=schedule, output__save_every=2)
             requests.append({**one, "set": [f"training.schedule.max_steps={last}"]})
-    launch_all(tmp_path, requests, ranks=2)
+    check_all(launch_all(requests, ranks=2, folder=tmp_path / "launches"))
     for lora in cases:
         whole, parts = tmp_path / f"whole-{lora}", tmp_path / f"parts-{lora}"
         numbers = [[(s["step"], s["loss"], s["grad_norm"]) for s in steps_of(run)] for run in (whole, parts)]
@@ -210,7 +210,7 @@ def test_answers_are_those_of_the_exported_model(tmp_path: Path) -> None:
         request(workshop, lora, LORA[lora], 3, evaluation={"dataset": held_out, **asked})
         for lora in ("all", "dora", "saved_embedding")
     ]
-    launch_all(tmp_path, requests, ranks=2)
+    check_all(launch_all(requests, ranks=2, folder=tmp_path / "launches"))
     tokenizer = AutoTokenizer.from_pretrained(workshop.model)
     questions = [json.loads(line)["question"] for line in workshop.rows.read_text().splitlines()]
     for lora in ("all", "dora", "saved_embedding"):

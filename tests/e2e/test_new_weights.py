@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from seqaware.errors import ConfigError
 from seqaware.training.export import merge_adapter
 from tests import launch, tiny
+from tests.e2e.many_runs import check_all, launch_all
 
 SEED = 7
 TEMPLATE = (
@@ -58,10 +59,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
         )
         path = made.write(name, config)
         requests.append({"config": str(path), "deepspeed": str(launch.DS_CONFIGS / f"{zero}.json"), "set": []})
-    listed = made.folder / "requests.json"
-    listed.write_text(json.dumps(requests))
-    done = launch.forked("tests/e2e/many_runs.py", str(listed), ranks=2)
-    assert done.returncode == 0, done.stderr[-6000:]
+    check_all(launch_all(requests, ranks=2, folder=made.folder / "launches"))
     return made
 
 

@@ -23,6 +23,7 @@ from seqaware.errors import CheckpointError, ConfigError
 from seqaware.training.export import export_checkpoint
 from seqaware.training.whole_model import whole_model
 from tests import launch, tiny
+from tests.e2e.many_runs import check_all, launch_all
 
 # float32 sums in another order; see test_same_training, where they are derived.
 LOSS_TOLERANCE = 1e-5
@@ -80,10 +81,7 @@ def _request(path: Path, stage: int, folder: Path, settings: list[str], **more: 
 
 
 def _run(workshop: tiny.Workshop, requests: list[dict[str, Any]], *, ranks: int) -> None:
-    path = workshop.folder / f"requests-{ranks}.json"
-    path.write_text(json.dumps(requests))
-    done = launch.forked("tests/e2e/many_runs.py", str(path), ranks=ranks)
-    assert done.returncode == 0, done.stderr[-6000:]
+    check_all(launch_all(requests, ranks=ranks, folder=workshop.folder / "launches"))
 
 
 def _steps(folder: Path) -> list[dict[str, Any]]:

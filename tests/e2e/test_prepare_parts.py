@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -33,20 +31,17 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
     return tiny.build(tmp_path_factory.mktemp("parts"), answers=range(1, 140))
 
 
-def test_parts_by_several_processes_at_once(workshop: tiny.Workshop) -> None:
+def test_parts_by_several_processes_at_once(workshop: tiny.Workshop, tmp_path: Path) -> None:
     """Three parts at the same time, one of them twice; then the merge; then everything by one command, elsewhere."""
     held_out = {"name": str(workshop.rows), "max_examples": 5, "store_dir": str(workshop.folder / "stores")}
     path = str(workshop.write("parts", workshop.config(evaluation__dataset=held_out)))
-    command = [sys.executable, "launcher/prepare.py", path, "--part"]
+    command = ["launcher/prepare.py", path, "--part"]
     started = [
-        subprocess.Popen(
-            [*command, f"{index}/3"], cwd=launch.ROOT, env=launch.environment(), stdout=subprocess.PIPE, text=True
-        )
-        for index in (1, 2, 3, 2)
+        launch.Forked([*command, f"{index}/3"], ranks=None, folder=tmp_path / str(number))
+        for number, index in enumerate((1, 2, 3, 2))
     ]
     for process, index in zip(started, (1, 2, 3, 2), strict=True):
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0 and f"part {index}/3 " in said, said
+        assert process.finish() == 0 and f"part {index}/3 " in process.said()[0], process.said()
     config = load_config(Path(path))
     assert find_store(config) is None
     code, output = _prepare(path, "--merge", "3")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
 from seqaware.training.sharing.push import pack
-from tests import launch, tiny
+from tests import launch, patience, tiny
 from tests.hub import Hub, hub
 
 TOKEN = "hf_" + "Sq9tQ" * 6
@@ -70,7 +70,7 @@ def server() -> Iterator[Hub]:
 def push(server: Hub, cache: Path, *arguments: str, token: str | None = TOKEN) -> subprocess.CompletedProcess[str]:
     env = {**server.environment(cache), "PYTHONPATH": str(launch.ROOT), **({"HF_TOKEN": token} if token else {})}
     command = [sys.executable, "launcher/push.py", *arguments]
-    done = subprocess.run(command, cwd=launch.ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = patience.run(command, cwd=launch.ROOT, env=env)
     assert TOKEN not in done.stdout + done.stderr
     return done
 
@@ -96,14 +96,8 @@ def test_a_run_arrives_in_one_commit_and_in_private(server: Hub, run: Path, tmp_
     assert str(run.parent) not in card
     # transformers reads it from there, with the token.
     loads = "import sys; from transformers import AutoModelForCausalLM as M; M.from_pretrained(sys.argv[1])"
-    read = subprocess.run(
-        [sys.executable, "-c", loads, "someone/tiny"],
-        env={**server.environment(tmp_path), "HF_TOKEN": TOKEN},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    command = [sys.executable, "-c", loads, "someone/tiny"]
+    read = patience.run(command, cwd=tmp_path, env={**server.environment(tmp_path), "HF_TOKEN": TOKEN})
     assert read.returncode == 0, read.stderr
 
 

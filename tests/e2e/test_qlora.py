@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tests import tiny
 from tests.adapter_oracle import SEVEN, Adapted
-from tests.e2e.adapter_runs import LOSS_TOLERANCE, check, documents_of, launch_all, oracle, request, steps_of
+from tests.e2e.adapter_runs import LOSS_TOLERANCE, check, documents_of, oracle, request, steps_of
+from tests.e2e.many_runs import check_all, launch_all
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -61,7 +62,7 @@ def test_a_quantised_base_trains_the_oracles_adapters(tmp_path: Path, ranks: int
     workshop = tiny.build(tmp_path)
     requests = [request(workshop, name, lora, z, **settings) for name, (z, lora, _, settings) in NF4_RUNS.items()]
     requests += [request(workshop, name, INT8, stage) for name, stage in INT8_RUNS.items()]
-    launch_all(tmp_path, requests, ranks)
+    check_all(launch_all(requests, ranks=ranks, folder=tmp_path / "launches"))
     documents = documents_of(workshop)
     base = _dequantised(workshop, "dequantised", _nf4)
     # What rounding the base to 4 bits does to the first loss is far more than the comparison lets pass.
@@ -89,7 +90,7 @@ def test_a_quantised_run_resumes_bitwise(tmp_path: Path) -> None:
     for name, last in (("whole", 4), ("parts", 2), ("parts", 4)):
         one = request(workshop, name, {**NF4, "export": "adapter"}, 2, training__schedule=schedule)
         requests.append({**one, "set": [f"training.schedule.max_steps={last}", "output.save_every=2"]})
-    launch_all(tmp_path, requests, ranks=2)
+    check_all(launch_all(requests, ranks=2, folder=tmp_path / "launches"))
     whole, parts = (
         [(line["step"], line["loss"], line["grad_norm"]) for line in steps_of(tmp_path / name)]
         for name in ("whole", "parts")

@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests import launch, tiny
+from tests.e2e.many_runs import check_all, launch_all
 
 
 def _steps(folder: Path) -> list[tuple[int, float, float]]:
@@ -50,10 +51,8 @@ def test_resume_is_never_having_stopped(tmp_path: Path, ranks: int, stage: int) 
         return {"config": str(path), "deepspeed": str(launch.DS_CONFIGS / f"zero{stage}.json"), "set": sets, **more}
 
     last = request("parts", 5, requests=str(tmp_path))
-    requests = tmp_path / "requests.json"
-    requests.write_text(json.dumps([request("whole", 5), request("parts", 2), last]))
-    done = launch.forked("tests/e2e/many_runs.py", str(requests), ranks=ranks)
-    assert done.returncode == 0, done.stderr[-6000:]
+    requests = [request("whole", 5), request("parts", 2), last]
+    check_all(launch_all(requests, ranks=ranks, folder=tmp_path / "launches"))
 
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert [step for step, *_ in _steps(whole)] == [1, 2, 3, 4, 5]
@@ -80,7 +79,7 @@ def test_a_rank_that_cannot_write_is_heard_by_all(tmp_path: Path) -> None:
     path = str(workshop.write("full", workshop.config(output__dir=str(run), training__schedule__max_steps=1)))
     prepared = launch.forked("launcher/prepare.py", path, ranks=1)
     assert prepared.returncode == 0, prepared.stderr
-    done = launch.forked("tests/e2e/failing_save.py", path, ranks=2, timeout=120)
+    done = launch.forked("tests/e2e/failing_save.py", path, ranks=2)
     assert done.returncode == 0, done.stderr[-4000:]
     for rank in (0, 1):
         assert f"rank {rank} heard: the checkpoint of step 1 could not be written; got rank 1 on " in done.stderr

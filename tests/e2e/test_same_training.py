@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from tests import launch, oracles, tiny
 from tests.e2e.kinds import kinds
 from tests.e2e.layouts import CHOICES, Layout, covering_layouts
+from tests.e2e.many_runs import check_all, launch_all
 
 STEPS = 3
-# Engines of one process are not freed to the last byte: the full matrix takes a fresh process now and then.
+# Engines of one process are not freed to the last byte: the full matrix takes a new process now and then.
 RUNS_A_LAUNCH = 48
 LEARNING_RATE = 1e-3
 # The workshop's schedule: linear from the first step on, and it would be zero one step after the last.
@@ -85,10 +86,8 @@ def _train_all(workshop: tiny.Workshop, layouts: Sequence[Layout]) -> None:
             if layout.ranks == ranks
         ]
         for first in range(0, len(requests), RUNS_A_LAUNCH):
-            path = workshop.folder / f"requests-{ranks}-{first}.json"
-            path.write_text(json.dumps(requests[first : first + RUNS_A_LAUNCH]))
-            done = launch.forked("tests/e2e/many_runs.py", str(path), ranks=ranks, timeout=60 + 20 * RUNS_A_LAUNCH)
-            assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+            some = requests[first : first + RUNS_A_LAUNCH]
+            check_all(launch_all(some, ranks=ranks, folder=workshop.folder / "launches"))
 
 
 def _compare(workshop: tiny.Workshop, layout: Layout, oracle: oracles.OracleRun) -> None:

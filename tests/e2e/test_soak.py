@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,13 @@ from safetensors.torch import load_file
 from seqaware.training.watch.dial import Place, read_place
 from tests import launch, tiny
 from tests.e2e.interrupted_runs import fill
+from tests.patience import Patience, usual_slowness, wait_for
 
 STEPS = 40
 KILLS = int(os.environ.get("SOAK_KILLS", "100"))
 SEED = int(os.environ.get("SOAK_SEED", "0"))
-# A limit for real hangs alone: SIGSTOP is noticed after faults.hang_minutes, and the machine may be busy.
+# SIGSTOP is noticed after faults.hang_minutes.
 HANG_MINUTES = 0.5
-LIMIT_SECONDS = 900.0
 
 LORA = {"lora": {"rank": 4, "target_modules": "all-linear"}}
 LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,38 +53,24 @@ class Ranks:
     """Two forked ranks of launcher/train.py, and where they are."""
 
     def __init__(self, arguments: Sequence[str], folder: Path) -> None:
-        folder.mkdir(parents=True)
-        here = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        here["MASTER_PORT"] = self._port = str(launch.free_port())
-        self.screens = [folder / f"{rank}.err" for rank in (0, 1)]
-        self.processes: list[BaseProcess] = []
-        for rank, screen in enumerate(self.screens):
-            outputs = (folder / f"{rank}.out", screen)
-            for path in outputs:
-                path.touch()
-            variables = {**here, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            command = ["launcher/train.py", *arguments]
-            self.processes.append(
-                launch._imported().Process(target=launch._be_rank, args=(command, variables, outputs))
-            )
-        for process in self.processes:
-            process.start()
+        self._forked = launch.Forked(["launcher/train.py", *arguments], ranks=2, folder=folder)
+        self.processes = self._forked.processes
 
     def place(self, rank: int) -> Place | None:
         launches = Path(tempfile.gettempdir(), f"seqaware-{os.getuid()}")
-        return next((read_place(path) for path in launches.glob(f"*-{self._port}/rank-{rank:04d}.dial")), None)
+        return next((read_place(path) for path in launches.glob(f"*-{self._forked.port}/rank-{rank:04d}.dial")), None)
 
     def running(self) -> bool:
         return all(process.exitcode is None for process in self.processes)
 
     def wait_for(self, rank: int, phases: Sequence[str], step: int) -> Place | None:
         """Wait until a rank is in one of the phases, at this step or later; None if the launch has ended before."""
-        end = time.monotonic() + LIMIT_SECONDS
+        patience = Patience()
         while self.running():
             place = self.place(rank)
             if place is not None and place.phase in phases and place.step >= step:
                 return place
-            assert time.monotonic() < end, f"rank {rank} never came to {phases} at step {step}: {self.said()}"
+            assert not patience.is_over(), f"rank {rank} never came to {phases} at step {step}: {self.said()}"
             time.sleep(0.001)
         return None
 
@@ -97,18 +82,17 @@ class Ranks:
 
     def finish(self) -> list[int]:
         """Wait until every rank has ended by itself: no launcher ends the others."""
-        end = time.monotonic() + LIMIT_SECONDS
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        for process in self.processes:
-            process.kill()
-            process.join()
-        assert None not in codes, f"the launch does not end: {self.said()}"
+        try:
+            wait_for("the end of the launch", lambda: self._forked.poll() is not None)
+        finally:
+            codes = self._forked.codes()
+            for process in self.processes:
+                process.kill()
+                process.join()
         return [code for code in codes if code is not None]
 
     def said(self) -> str:
-        return "\n".join(screen.read_text()[-3000:] for screen in self.screens)
+        return self._forked.stderr.read_text()[-6000:]
 
 
 @dataclass
@@ -127,7 +111,7 @@ class Layout:
     def folder(self) -> Path:
         return self.disk / f"run-{self.runs}"
 
-    def start(self, hang_minutes: float = HANG_MINUTES) -> Ranks:
+    def start(self, hang_minutes: float | None = None) -> Ranks:
         self.launches += 1
         zero, changes = LAYOUTS[self.name]
         schedule = {"num_epochs": 99, "max_steps": STEPS, "global_batch_size": 5, "scheduler_type": "cosine"}
@@ -143,7 +127,7 @@ class Layout:
         # Several micro-batches a step: ZeRO-3 follows its trace from the second one on.
         config["training"]["parameters"] = {"max_seq_length": 64}
         config["training"]["schedule"]["micro_batch_tokens"] = 64
-        config["faults"] = {"hang_minutes": hang_minutes}
+        config["faults"] = {"hang_minutes": hang_minutes or HANG_MINUTES * usual_slowness()}
         path = self.workshop.write(f"{self.name}-{self.runs}", config)
         arguments = (str(path), "--deepspeed", str(launch.DS_CONFIGS / f"{zero}.json"))
         return Ranks(arguments, self.workshop.folder / "launches" / f"{self.name}-{self.launches}")

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from seqaware.engine.checkpoint.manifest import read_manifest
 from tests import launch, tiny
 from tests.e2e.damage import checkpoint, largest
+from tests.e2e.many_runs import Outcome, launch_all
 
 LAST = 5
 
@@ -26,9 +27,24 @@ class Told:
     """How a run ended, and the folder it was in."""
 
     folder: Path
-    how: str
-    text: str
-    said: list[str]
+    outcome: Outcome
+
+    @property
+    def how(self) -> str:
+        return str(self._ending["how"])
+
+    @property
+    def text(self) -> str:
+        return str(self._ending["text"])
+
+    @property
+    def said(self) -> list[str]:
+        return list(self._ending["said"])
+
+    @property
+    def _ending(self) -> dict[str, Any]:
+        (ending,) = self.outcome.check().results
+        return dict(ending)
 
     @property
     def everything(self) -> str:
@@ -76,12 +92,9 @@ class Stages:
         return self.workshop.write(f"run-{len(self.requests)}", self.workshop.config(**settings))
 
     def start(self) -> dict[str, Told]:
-        path = self.workshop.folder / "requests.json"
-        path.write_text(json.dumps(self.requests))
-        done = launch.forked("tests/e2e/staged_runs.py", str(path), ranks=1)
-        assert done.returncode == 0, done.stderr[-6000:]
-        endings = json.loads((self.workshop.folder / "endings-0.json").read_text())
-        return {name: Told(run, **ending) for (name, run), ending in zip(self.names, endings, strict=True)}
+        script, folder = "tests/e2e/staged_runs.py", self.workshop.folder / "launches"
+        outcomes = launch_all(self.requests, ranks=1, folder=folder, script=script)
+        return {name: Told(run, outcome) for (name, run), outcome in zip(self.names, outcomes, strict=True)}
 
 
 def _other_tokenizer(workshop: tiny.Workshop) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests import launch, tiny
+from tests.e2e.many_runs import Outcome, launch_all
 
 # 26 rows of some 800 tokens are two steps an epoch, the second of what is left: two micro-batches each on two ranks.
 ANSWERS = (1, 40, 3, 90, 7, 22, 2, 60, 5, 11, 1, 33, 4) * 2
@@ -149,8 +150,8 @@ def _chat(workshop: tiny.Workshop) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def outcomes(workshop: tiny.Workshop) -> str:
-    """Everything that runs on two ranks; returns what the ranks said."""
+def outcomes(workshop: tiny.Workshop) -> dict[str, Outcome]:
+    """Everything that runs on two ranks, by the name of its config: each rank tells the verdict, or how a run ended."""
     requests = []
 
     def add(name: str, zero: str, changes: dict[str, Any], *, plant: str | None = None, train: bool = False) -> None:
@@ -168,11 +169,8 @@ def outcomes(workshop: tiny.Workshop) -> str:
         add(f"stopped-{leak.replace(' ', '-')}", "zero3", {}, plant=leak, train=True)
     add("stopped", "zero3", {}, plant="kernel without weights", train=True)
     add("not-stopped", "zero3", {"model__loss_kernel": "plain"}, plant="kernel without weights", train=True)
-    listed = workshop.folder / "requests.json"
-    listed.write_text(json.dumps(requests))
-    done = launch.forked("tests/e2e/planted_errors.py", str(listed), ranks=2)
-    assert done.returncode == 0, done.stderr[-6000:]
-    return done.stderr
+    done = launch_all(requests, ranks=2, folder=workshop.folder / "launches", script="tests/e2e/planted_errors.py")
+    return {Path(request["config"]).stem: outcome for request, outcome in zip(requests, done, strict=True)}
 
 
 def _certificate(folder: Path) -> dict[str, Any]:
@@ -181,7 +179,9 @@ def _certificate(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", [*HONEST, "zero3-chat"])
-def test_honest_layouts_hold(workshop: tiny.Workshop, outcomes: str, name: str) -> None:
+def test_honest_layouts_hold(workshop: tiny.Workshop, outcomes: dict[str, Outcome], name: str) -> None:
+    # Every rank hears the verdict.
+    assert outcomes[name].check().results == ("holds", "holds")
     certificate = _certificate(workshop.folder / name)
     short = [item for item in certificate["items"] if item["verdict"] != "holds"]
     assert not short and certificate["verdict"] == "holds"
@@ -191,13 +191,12 @@ def test_honest_layouts_hold(workshop: tiny.Workshop, outcomes: str, name: str) 
     assert {"loss", "gradient of every parameter", "batches of worlds 1, 2, 4, 8", "γ = 0: gradients"} <= named
     assert {"weights after the step", "weights after the step, rate 0.0078", *OF_THE_OPTIMIZER} <= named
     assert ("evaluation: loss by position" in named) == (name != "zero3-chat")
-    # Every rank hears the verdict.
-    assert all(f"rank {rank}: {name}: holds" in outcomes for rank in (0, 1))
 
 
 def test_steps_hold_several_micro_batches_a_rank_and_the_rest_of_the_epoch(
-    workshop: tiny.Workshop, outcomes: str
+    workshop: tiny.Workshop, outcomes: dict[str, Outcome]
 ) -> None:
+    outcomes["zero2"].check()
     plan = _certificate(workshop.folder / "zero2")["plan"]
     assert plan["data"]["steps_per_epoch"] == [2, 2, 2]
     rest = plan["data"]["tokens"] - plan["batches"]["global_batch_tokens"]
@@ -205,8 +204,11 @@ def test_steps_hold_several_micro_batches_a_rank_and_the_rest_of_the_epoch(
 
 
 @pytest.mark.parametrize("plant", PLANTED)
-def test_a_planted_error_is_found_where_it_is(workshop: tiny.Workshop, outcomes: str, plant: str) -> None:
+def test_a_planted_error_is_found_where_it_is(
+    workshop: tiny.Workshop, outcomes: dict[str, Outcome], plant: str
+) -> None:
     name = plant.replace(" ", "-")
+    assert outcomes[name].check().results == ("falls short", "falls short")
     certificate = _certificate(workshop.folder / name)
     assert certificate["verdict"] == "falls short"
     short = {item["item"] for item in certificate["items"] if item["verdict"] != "holds"}
@@ -217,24 +219,20 @@ def test_a_planted_error_is_found_where_it_is(workshop: tiny.Workshop, outcomes:
         # Each of these reaches every parameter, and this is the first of the model; Muon leaves it to AdamW.
         first = "model.layers.0" if plant == "clipped update" else "model.embed_tokens.weight"
         assert certificate["first_parameter_that_differs"].startswith(first)
-    assert all(f"rank {rank}: {name}: falls short" in outcomes for rank in (0, 1))
 
 
 @pytest.mark.parametrize("leak", LEAKS)
-def test_a_run_stops_before_its_first_step_where_long_documents_leak(
-    workshop: tiny.Workshop, outcomes: str, leak: str
-) -> None:
-    for rank in (0, 1):
-        name = f"stopped-{leak.replace(' ', '-')}"
-        assert f"rank {rank}: {name}: stopped: packed documents attend to each other" in outcomes
+def test_a_run_stops_before_its_first_step_where_long_documents_leak(outcomes: dict[str, Outcome], leak: str) -> None:
+    for result in outcomes[f"stopped-{leak.replace(' ', '-')}"].check().results:
+        assert result.startswith("stopped: packed documents attend to each other")
 
 
 def test_a_run_stops_before_its_first_step_where_the_fused_loss_is_wrong(
-    workshop: tiny.Workshop, outcomes: str
+    workshop: tiny.Workshop, outcomes: dict[str, Outcome]
 ) -> None:
-    for rank in (0, 1):
-        assert f"rank {rank}: stopped: stopped: the fused loss differs from the plain one" in outcomes
-        assert f"rank {rank}: not-stopped: trained" in outcomes
+    for result in outcomes["stopped"].check().results:
+        assert result.startswith("stopped: the fused loss differs from the plain one")
+    assert outcomes["not-stopped"].check().results == ("trained", "trained")
     assert not (workshop.folder / "stopped" / "metrics.jsonl").read_text()
     assert (workshop.folder / "not-stopped" / "metrics.jsonl").read_text()
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tests import launch, oracles, tiny
+from tests.e2e.many_runs import Outcome, check_all, launch_all
 from tests.e2e.test_same_training import EPS, LOSS_TOLERANCE, NORM_TOLERANCE, ROUNDING, UPDATE_TOLERANCE
 
 STEPS = 3
@@ -118,7 +119,12 @@ def _request(workshop: tiny.Workshop, name: str, folder: Path, max_steps: int = 
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
-    workshop = _build(tmp_path_factory.mktemp("zero"))
+    return _build(tmp_path_factory.mktemp("zero"))
+
+
+@pytest.fixture(scope="module")
+def outcomes(workshop: tiny.Workshop) -> dict[str, Outcome]:
+    """By the name of the run's folder; of a resumed run, that of its last part."""
     resumed = [name for name in RESUMED if name in RUN_HERE]
     requests = [
         _request(workshop, name, _resumed_folder(workshop, name), steps) for name in resumed for steps in (2, STEPS)
@@ -126,13 +132,9 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> tiny.Workshop:
     if HAS_AIO:
         requests.append(_request(workshop, STOPPED, _resumed_folder(workshop, STOPPED), 2))
     requests += [_request(workshop, name, _folder(workshop, name)) for name in RUN_HERE]
-    path = workshop.folder / "requests.json"
-    path.write_text(json.dumps(requests))
-    done = launch.forked(
-        "tests/e2e/many_runs.py", str(path), ranks=2, timeout=360 + 30 * len(requests)
-    )  # the operators are built first
-    assert done.returncode == 0, done.stderr[-6000:]
-    return workshop
+    # The operators are built first.
+    done = launch_all(requests, ranks=2, folder=workshop.folder / "launches")
+    return {Path(request["config"]).stem: outcome for request, outcome in zip(requests, done, strict=True)}
 
 
 def _folder(workshop: tiny.Workshop, name: str) -> Path:
@@ -161,8 +163,11 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", RUN_HERE)
-def test_the_same_training(workshop: tiny.Workshop, oracle: oracles.OracleRun, name: str) -> None:
+def test_the_same_training(
+    workshop: tiny.Workshop, outcomes: dict[str, Outcome], oracle: oracles.OracleRun, name: str
+) -> None:
     """The tolerances are those of test_same_training: the same arithmetic, moved elsewhere."""
+    outcomes[_folder(workshop, name).name].check()
     steps = _steps(_folder(workshop, name))
     assert len(steps) == STEPS
     for step, loss, norm in zip(steps, oracle.losses, oracle.grad_norms, strict=True):
@@ -179,8 +184,9 @@ def test_the_same_training(workshop: tiny.Workshop, oracle: oracles.OracleRun, n
 
 
 @pytest.mark.parametrize("name", [name for name in RESUMED if name in RUN_HERE])
-def test_resume_is_never_having_stopped(workshop: tiny.Workshop, name: str) -> None:
+def test_resume_is_never_having_stopped(workshop: tiny.Workshop, outcomes: dict[str, Outcome], name: str) -> None:
     whole, parts = _folder(workshop, name), _resumed_folder(workshop, name)
+    check_all([outcomes[folder.name] for folder in (whole, parts)])
     figures = ("step", "loss", "grad_norm")
     assert [[s[f] for f in figures] for s in _steps(parts)] == [[s[f] for f in figures] for s in _steps(whole)]
     resumed = _weights(parts)
@@ -190,7 +196,8 @@ def test_resume_is_never_having_stopped(workshop: tiny.Workshop, name: str) -> N
 
 
 @pytest.mark.skipif(not HAS_AIO, reason="no libaio, so nothing was put on a drive")
-def test_a_run_with_states_on_a_drive_is_not_resumed(workshop: tiny.Workshop) -> None:
+def test_a_run_with_states_on_a_drive_is_not_resumed(workshop: tiny.Workshop, outcomes: dict[str, Outcome]) -> None:
+    outcomes[_resumed_folder(workshop, STOPPED).name].check()
     request = _request(workshop, STOPPED, _resumed_folder(workshop, STOPPED))
     sets = [part for each in request["set"] for part in ("--set", each)]
     done = launch.forked("launcher/train.py", request["config"], "--deepspeed", request["deepspeed"], *sets, ranks=1)
@@ -198,5 +205,6 @@ def test_a_run_with_states_on_a_drive_is_not_resumed(workshop: tiny.Workshop) ->
     assert "a run that offloads to nvme cannot be resumed" in done.stderr
 
 
+@pytest.mark.usefixtures("outcomes")
 def test_nothing_stays_on_the_drive(workshop: tiny.Workshop) -> None:
     assert not list((workshop.folder / "drive").iterdir())

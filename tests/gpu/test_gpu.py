@@ -26,6 +26,7 @@ from seqaware.objective.cross_entropy import Head
 from seqaware.objective.fused import fused_cross_entropy
 from seqaware.objective.softmax_pass import choose_kernel
 from tests.launch import DS_CONFIGS, ROOT, environment
+from tests.patience import communicate
 from tests.tiny import build
 from tests.unit.objective.cases import Bounds, Case, Shape, assert_within, evaluate, exact, make_case
 
@@ -145,7 +146,7 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[
         processes[name] = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-    outputs = {name: process.communicate(timeout=300)[0] for name, process in processes.items()}
+    outputs = {name: communicate(process)[0] for name, process in processes.items()}
     for name, process in processes.items():
         assert process.returncode == 0, f"{name}: {outputs[name][-3000:]}"
     yield {name: _losses(folder / name) for name in KINDS}

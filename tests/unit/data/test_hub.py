@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import gzip
 import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from tests import patience
 from tests.hub import Hub, hub
 from tests.small_tokenizers import byte_level
 
@@ -97,14 +97,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hub]:
 
 
 def run(code: str, argument: dict[str, Any], environment: dict[str, str]) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(argument)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    done = patience.run([sys.executable, "-c", code, json.dumps(argument)], cwd=Path.cwd(), env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip().splitlines()[-1]
 

@@ -23,6 +23,7 @@ from seqaware.data.store_format import MANIFEST
 from seqaware.data.store_index import CODE_VERSION, find_store
 from seqaware.data.tokenize import load_tokenizer, prepare_store
 from seqaware.errors import ConfigError, DataError
+from tests.patience import LAUNCH_SECONDS, wait_for
 from tests.small_tokenizers import CHATML, byte_level
 
 ROWS = [{"question": f"{i} + 1", "answer": f"{i + 1}"} for i in range(30)]
@@ -195,7 +196,7 @@ def test_two_processes_at_once_make_one_store(tmp_path: Path, tokenizer_folder: 
     both = [context.Process(target=_prepare_together, args=(tmp_path, ready, out)) for _ in range(2)]
     for process in both:
         process.start()
-    found = {out.get(timeout=120) for _ in both}
+    found = {out.get(timeout=LAUNCH_SECONDS) for _ in both}
     for process in both:
         process.join()
     assert len(found) == 1
@@ -216,10 +217,7 @@ def test_killed_on_the_way_it_leaves_nothing_that_passes_for_a_store(tmp_path: P
     jsonl(tmp_path / "rows.jsonl", ROWS * 100)
     process = multiprocessing.get_context("spawn").Process(target=_prepare_slowly, args=(tmp_path,))
     process.start()
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "half-way").exists():
-        assert time.monotonic() < deadline, "the process never came half-way"
-        time.sleep(0.05)
+    wait_for("the middle of the rows", (tmp_path / "half-way").exists)
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)
     process.join()

@@ -18,6 +18,7 @@ from seqaware.engine.ranks import _find_all, _name_interface
 from seqaware.engine.rendezvous import Patience, Waiting, agree_on_port, listed, listen, reach, wait_for_all
 from seqaware.errors import ConfigError
 from tests.launch import free_port
+from tests.patience import LAUNCH_SECONDS
 
 SIZE = 4
 # Until the machine has hung. No test waits so long for anything that happens.
@@ -36,7 +37,7 @@ def _waiting(rank: int = 0, patience: Patience = LONG, **settings: object) -> Wa
 
 
 def _join(host: str, port: int) -> dist.Store:
-    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=30))
+    return dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=LAUNCH_SECONDS))
 
 
 @pytest.fixture
@@ -215,7 +216,7 @@ class SharedStore:
 
     def get(self, key: str) -> bytes:
         with self._changed:
-            assert self._changed.wait_for(lambda: key in self._values, timeout=20)
+            assert self._changed.wait_for(lambda: key in self._values, timeout=LAUNCH_SECONDS)
             return self._values[key]
 
     def check(self, keys: list[str]) -> bool:
@@ -235,7 +236,7 @@ def _attempt(store: SharedStore, port: int, *, ranks: range) -> list[int]:
         for rank in ranks:
             agreed.append(pool.submit(agree_on_port, store, port if rank == 0 else -1, _waiting(rank, size=SIZE)))
             threading.Event().wait(0.05)
-        return [each.result(timeout=60) for each in agreed]
+        return [each.result(timeout=LAUNCH_SECONDS) for each in agreed]
 
 
 def test_every_attempt_agrees_on_the_port_of_its_own_rank_0() -> None:

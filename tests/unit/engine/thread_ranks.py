@@ -10,6 +10,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tests.patience import LAUNCH_SECONDS
+
 T = TypeVar("T")
 
 
@@ -24,9 +26,9 @@ class ThreadGroup:
 
     def exchange(self, tensor: Tensor) -> Tensor:
         self._table[self.index] = tensor.detach().clone()
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=LAUNCH_SECONDS)
         received = torch.stack([sent[self.index] for sent in self._table])
-        self._barrier.wait(timeout=20)
+        self._barrier.wait(timeout=LAUNCH_SECONDS)
         return received
 
     def columns(self, tensor: Tensor) -> Tensor:

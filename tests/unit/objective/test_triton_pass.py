@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from triton.compiler import ASTSource
 from seqaware.objective import fused, softmax_pass
 from seqaware.objective.softmax_pass import choose_kernel
 from seqaware.objective.triton_kernels import _rows_pass
+from tests.patience import run
 
 CUDA = torch.device("cuda")
 
@@ -32,13 +32,9 @@ def nothing_chosen_yet() -> Iterator[None]:
 
 def test_its_numbers_are_right_by_the_interpreter() -> None:
     cases = Path(__file__).with_name("interpreted_cases.py")
-    finished = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(cases)]
+    variables = {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    finished = run(command, cwd=Path.cwd(), env={**os.environ, **variables})
     assert finished.returncode == 0, finished.stdout[-4000:] + finished.stderr[-2000:]
     assert re.search(r"\b13 passed", finished.stdout) and "skipped" not in finished.stdout, finished.stdout
 

@@ -15,6 +15,7 @@ from seqaware.config.output import FaultsConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.slurm import FORM, SlurmJob, limit_seconds, sbatch_script
 from tests import launch
+from tests.patience import run
 
 DEMO = REPOSITORY / "train_configs" / "demo.yaml"
 PRINT_WITHOUT_TORCH = """
@@ -110,15 +111,8 @@ def test_ranks_that_the_config_cannot_have_are_refused_before_anything_waits_in_
 def test_the_command_prints_itself_without_torch(tmp_path: Path) -> None:
     """Whatever was typed goes into the script, in whatever order; what only says how to print does not."""
     typed = ["--set", "model.output_name=it's mine", "--print-sbatch", str(DEMO), "--nodes=2", "--resume", "never"]
-    done = subprocess.run(
-        [sys.executable, "-c", PRINT_WITHOUT_TORCH, *typed, "--gpus-per-node", "1", "--time", "10"],
-        cwd=tmp_path,
-        env=launch.environment(),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    command = [sys.executable, "-c", PRINT_WITHOUT_TORCH, *typed, "--gpus-per-node", "1", "--time", "10"]
+    done = run(command, cwd=tmp_path, env=launch.environment())
     assert done.returncode == 0, done.stderr
     assert _head(done.stdout)["chdir"] == str(tmp_path)
     line = next(line for line in done.stdout.splitlines() if line.startswith("arguments=("))

@@ -19,6 +19,7 @@ from seqaware.errors import ConfigError
 from seqaware.report import trackers as module
 from seqaware.report.services import TrackedRun, openings
 from seqaware.report.trackers import Trackers, check_trackers, secrets_in, wandb_mode
+from tests.patience import LAUNCH_SECONDS, wait_for
 from tests.unit.report.runs import evaluation_line, step_line
 
 KEY = "local-0123456789abcdef0123456789abcdef01234567"
@@ -82,9 +83,7 @@ def test_a_service_that_is_away_for_long_gets_everything_when_it_is_back(monkeyp
     trackers = Trackers({"a": lambda: service}, warn=warnings.append)
     for step in range(1, 5):
         trackers.write(step_line(step, loss=1.0))
-    deadline = time.monotonic() + 10.0
-    while len(service.told) < 4 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_for("four steps", lambda: len(service.told) == 4, every=0.001)
     trackers.close()
     assert [step for _, step in service.told] == [1, 2, 3, 4] and service.closed
     assert len(warnings) == 2  # the first refusal, and that it is over
@@ -104,13 +103,15 @@ def test_a_service_that_is_gone_is_given_up_and_the_others_go_on() -> None:
 
 
 def test_a_service_that_hangs_holds_nothing_up_least_of_all_a_run_that_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_SECONDS_TO_CLOSE", 30.0)
+    monkeypatch.setattr(module, "_SECONDS_TO_CLOSE", LAUNCH_SECONDS)
     monkeypatch.setattr(module, "_SECONDS_TO_LEAVE", 0.2)
     service = Kept()
-    service.log = lambda figures, step: time.sleep(30)  # type: ignore[method-assign]
+    released = threading.Event()
+    service.log = lambda figures, step: released.wait()  # type: ignore[method-assign,assignment,return-value]
     started = time.monotonic()
     warnings = _run({"slow": lambda: service}, step_line(1, loss=1.0), {"kind": "left", "step": 1})
-    assert time.monotonic() - started < 5.0 and "has not taken everything in" in warnings[0]
+    released.set()
+    assert time.monotonic() - started < LAUNCH_SECONDS and "has not taken everything in" in warnings[0]
 
 
 def test_what_cannot_work_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from seqaware.training.watch.monitor import Monitor
 from seqaware.training.watch.own_rank import OwnRank
 from seqaware.training.watch.peers import Peer, Peers, Stillness, missed_now
 from seqaware.training.watch.rank_log import RankLog, last_lines
-from tests.unit.training.watched_ranks import PATIENCE
+from tests.patience import LAUNCH_SECONDS
 
 HANG = 60.0
 # A living process that is not this one.
@@ -337,7 +337,7 @@ def test_a_guard_of_ranks_that_can_write_nothing_ends_with_who_started_it(tmp_pa
     folder = open_launch_folder(_address(), tmp_path)
     watching = threading.Thread(target=guard, args=(folder,), kwargs={"starter": -1}, daemon=True)
     watching.start()
-    watching.join(PATIENCE)
+    watching.join(LAUNCH_SECONDS)
     assert not watching.is_alive()
 
 
@@ -371,7 +371,7 @@ def test_a_rank_that_starts_keeps_what_its_sibling_has_just_written(tmp_path: Pa
     sibling = threading.Thread(target=start)
     with folder.take_place(0, size=2):
         sibling.start()
-        assert asking.wait(PATIENCE) and not within.wait(0.3)
+        assert asking.wait(LAUNCH_SECONDS) and not within.wait(0.3)
         assert folder.cards() == []
     sibling.join()
     assert [card.rank for card in folder.cards()] == [1] and folder.dial(1).exists() and folder.log(1).exists()

@@ -17,12 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.training.watched_ranks import PATIENCE, Launch, launch
+from tests.patience import slowness, wait_for
+from tests.unit.training.watched_ranks import Launch, launch
 
-HANG_MINUTES = 0.1
-HANG_SECONDS = 60 * HANG_MINUTES
-# What a busy machine may add to what takes a second or two.
-SOON = 8.0
+# Long beside the pauses that a busy machine makes.
+HANG_SECONDS = 6.0 * slowness()
+HANG_MINUTES = HANG_SECONDS / 60
+# What takes a second or two; far less than the hang of a rank that waits.
+SOON = 8.0 * slowness()
 
 
 Scenario = Callable[[Path], None]
@@ -271,7 +273,7 @@ def who_waits_for_a_working_rank_does_not_hang(tmp_path: Path) -> None:
 
 @scenario
 def a_job_that_is_stopped_and_goes_on_does_not_hang(tmp_path: Path) -> None:
-    seconds = 9.0
+    seconds = 1.5 * HANG_SECONDS
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {seconds / 60}", "phase forward 4")
@@ -301,7 +303,7 @@ def an_operator_that_is_being_built_is_progress(tmp_path: Path) -> None:
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", "phase connecting 0")
         ranks.order(0, f"build {lock} {compiler}")
-        _wait_for(lock.exists)
+        wait_for("the lock", lock.exists)
         ranks.order(1, f"build {lock} pass")
         time.sleep(3 * HANG_SECONDS)
         assert ranks.screen == "" and [rank.poll() for rank in ranks.ranks] == [None, None]
@@ -321,7 +323,7 @@ def a_build_that_stands_still_is_named_and_not_who_waits_for_it(tmp_path: Path) 
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", "phase connecting 0")
         ranks.order(1, f"build {lock} import time; time.sleep(600)")
-        _wait_for(lock.exists)
+        wait_for("the lock", lock.exists)
         ranks.order(0, f"build {lock} pass")
         assert ranks.codes() == [1, 1]
         screen = ranks.screen
@@ -338,7 +340,7 @@ def _killed_one_after_another(tmp_path: Path, *, guard_is_late: bool) -> str:
     with launch(tmp_path / "ranks", 3, options=_under_mpirun(3)) as ranks:
         for rank in range(3):
             ranks.tell(rank, f"settle {tmp_path / 'run'}", "phase backward 17")
-        _wait_for(lambda: _watched_by_guards(tmp_path) == 3)
+        wait_for("the guards", lambda: _watched_by_guards(tmp_path) == 3)
         (guard,) = _guards(tmp_path)
         if guard_is_late:
             os.kill(guard, signal.SIGSTOP)
@@ -346,7 +348,7 @@ def _killed_one_after_another(tmp_path: Path, *, guard_is_late: bool) -> str:
             ranks.send(rank, signal.SIGKILL)
             os.waitid(os.P_PID, ranks.ranks[rank].pid, os.WEXITED | os.WNOWAIT)
         os.kill(guard, signal.SIGCONT)
-        _wait_for(lambda: "same command" in ranks.screen)
+        wait_for("the last line", lambda: "same command" in ranks.screen)
         return ranks.screen
 
 
@@ -369,7 +371,7 @@ def a_rank_that_nobody_had_met_hides_no_other(tmp_path: Path) -> None:
     """Rank 2 has come since the guard looked last, and dies after rank 1: which of them was the first is not known."""
     folder, options = tmp_path / "ranks", _under_mpirun(3)
     with launch(folder, 3, options=options, only=(0, 1)) as early:
-        _wait_for(lambda: _watched_by_guards(tmp_path) == 2)
+        wait_for("the guards", lambda: _watched_by_guards(tmp_path) == 2)
         (guard,) = _guards(tmp_path)
         os.kill(guard, signal.SIGSTOP)
         with launch(folder, 3, options=options, only=(2,)) as late:
@@ -377,29 +379,29 @@ def a_rank_that_nobody_had_met_hides_no_other(tmp_path: Path) -> None:
                 process.kill()
                 os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
             os.kill(guard, signal.SIGCONT)
-            _wait_for(lambda: "same command" in early.screen)
+            wait_for("the last line", lambda: "same command" in early.screen)
     assert "rank 1 of 3" in early.screen and "rank 2 of 3" in early.screen and "rank 0" not in early.screen
 
 
 @scenario
 def a_launcher_that_ends_all_after_one_that_left_is_no_alarm(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2, options=_under_mpirun(2)) as ranks:
-        _wait_for(lambda: _watched_by_guards(tmp_path) == 2)
+        wait_for("the guards", lambda: _watched_by_guards(tmp_path) == 2)
         ranks.order(0, "end 85")
         assert ranks.codes(0) == [85]
         ranks.send(1, signal.SIGKILL)
-        _wait_for(lambda: not _guards(tmp_path))
+        wait_for("the end of the guards", lambda: not _guards(tmp_path))
         assert ranks.screen == ""
 
 
 @scenario
 def a_guard_ends_with_its_ranks(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2, options=_under_mpirun(2)) as ranks:
-        _wait_for(lambda: _watched_by_guards(tmp_path) == 2)
+        wait_for("the guards", lambda: _watched_by_guards(tmp_path) == 2)
         for rank in range(2):
             ranks.order(rank, "end 0")
             assert ranks.codes(rank) == [0]
-        _wait_for(lambda: not _guards(tmp_path))
+        wait_for("the end of the guards", lambda: not _guards(tmp_path))
         assert ranks.screen == ""
 
 
@@ -421,13 +423,6 @@ def _watched_by_guards(folder: Path) -> int:
             with suppress(OSError):
                 found += "pidfd" in str(entry.readlink())
     return found
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def _two_hosts(ranks_each: int) -> list[dict[str, object]]:

@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.launch import ROOT, environment
-
-# Ends come within a second or two; the machine may be busy.
-PATIENCE = 20.0
+from tests.patience import wait
 
 
 @dataclass
@@ -67,7 +65,7 @@ class Launch:
     def codes(self, *ranks: int) -> list[int]:
         """Exit codes of these ranks, all of them by default, once they have ended."""
         chosen = ranks or tuple(range(len(self.ranks)))
-        return [self.ranks[rank].wait(timeout=PATIENCE) for rank in chosen]
+        return [wait(self.ranks[rank]) for rank in chosen]
 
     def seconds_until_end(self, *ranks: int) -> float:
         begun = time.monotonic()

@@ -39,12 +39,10 @@ def test_a_check_that_hangs_is_left_alone_with_what_it_had_found() -> None:
 
     def hangs() -> Iterator[Finding]:
         yield ok("disk", "is there")
-        release.wait(60)
+        release.wait()
         yield ok("disk", "too late")
 
-    begun = time.monotonic()
     found = examine([Check("disk", hangs, seconds=0.2), Check("next", lambda: [ok("next", "runs")])])
-    assert time.monotonic() - begun < 30
     assert [finding.level for finding in found] == [Level.OK, Level.ERROR, Level.OK]
     assert found[1].subject == "disk" and "no answer within 0.2 s" in found[1].found
     assert some_hang()

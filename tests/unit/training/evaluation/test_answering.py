@@ -18,6 +18,7 @@ from seqaware.training.evaluation.generate import generate_texts
 from seqaware.training.evaluation.likelihood import log_likelihoods
 from seqaware.training.evaluation.questions import Choice, Question
 from seqaware.training.evaluation.sampling import Decoding
+from tests.patience import LAUNCH_SECONDS
 from tests.tiny import train_tokenizer
 from tests.unit.engine.models import tiny
 
@@ -39,9 +40,9 @@ class ThreadRank:
 
     def gather(self, value: Any) -> list[Any]:
         self._box[self.rank] = value
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=LAUNCH_SECONDS)
         everything = list(self._box)
-        self._barrier.wait(timeout=30)
+        self._barrier.wait(timeout=LAUNCH_SECONDS)
         return everything
 
 
