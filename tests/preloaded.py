@@ -8,7 +8,10 @@ with quick_imports():
     import peft
     import torch._inductor.compile_fx
 
+    import seqaware.engine.operator_cache
     import seqaware.training.run
     import seqaware.training.verify.run
 
+# For scripts that use DeepSpeed without our engine.
+seqaware.engine.operator_cache.build_each_once()
 __all__ = ["peft", "seqaware", "torch"]

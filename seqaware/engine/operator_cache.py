@@ -75,7 +75,7 @@ def build_each_once() -> None:
     from torch.utils import cpp_extension
 
     modules: Any = cpp_extension
-    modules.FileBaton = KernelLock
+    modules.FileBaton = _lock_beside
     if getattr(modules._write_ninja_file_and_build_library, "seqaware", False):
         return
     build = modules._write_ninja_file_and_build_library
@@ -86,6 +86,14 @@ def build_each_once() -> None:
 
     build_once.seqaware = True  # type: ignore[attr-defined]
     modules._write_ninja_file_and_build_library = build_once
+
+
+def _lock_beside(lock_file_path: str, wait_seconds: float = 0.1) -> KernelLock:
+    """In a file of its own: a process with torch's lock in the same folder removes that file, and fails if it is gone.
+
+    Args: those of torch's FileBaton.
+    """
+    return KernelLock(str(Path(lock_file_path).with_name("build.lock")), wait_seconds)
 
 
 def _is_deepspeeds(sources: list[str]) -> bool:

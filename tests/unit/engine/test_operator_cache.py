@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from torch.utils import cpp_extension
+from torch.utils.file_baton import FileBaton
 
 from seqaware.engine import build_lock, operator_cache
 from seqaware.engine.build_lock import BuildListener, KernelLock, listen
@@ -117,8 +118,15 @@ def test_another_ones_operator_is_left_to_ninja(tmp_path: Path, builds: Builds) 
     assert builds.said == ["compiling the operator cpu_adam (once)"]
 
 
-def test_torch_builds_under_our_lock(builds: Builds) -> None:
-    assert cpp_extension.FileBaton is KernelLock
+def test_torch_builds_under_our_lock(tmp_path: Path, builds: Builds) -> None:
+    """It is not the file of torch's lock, which another process may hold, and removes when its own build has ended."""
+    theirs = FileBaton(str(tmp_path / "lock"))
+    assert theirs.try_acquire()
+    lock = cpp_extension.FileBaton(str(tmp_path / "lock"), wait_seconds=0.01)
+    assert isinstance(lock, KernelLock) and lock.try_acquire()
+    lock.release()
+    theirs.release()
+    assert not list(tmp_path.iterdir())
     once = cpp_extension._write_ninja_file_and_build_library
     build_each_once()
     assert cpp_extension._write_ninja_file_and_build_library is once
