@@ -39,7 +39,7 @@ train: install ## set up, then train the demo through the deepspeed launcher (RA
 		launcher/train.py train_configs/demo.yaml --deepspeed $(DEEPSPEED_CONFIG) $(TRAIN_ARGS)
 
 test: packages install ## set up, then run all tests, as root with a SLURM and hosts of their own (LANES=, PYTEST_ARGS=)
-	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@PATH="$$PWD/$(BIN):$$PATH" python -m pytest -n $(LANES) --dist loadfile --no-loadscope-reorder --durations 10 $(PYTEST_ARGS)
 
 packages:
 	@tests/packages.sh

@@ -25,9 +25,9 @@ from torch import Tensor
 
 from seqaware.data.batch import Batch
 from seqaware.engine.attention import Documents
-from seqaware.engine.model import ModelInput, Targets, WeightedCausalLM
+from seqaware.engine.model import DTYPES, ModelInput, Targets, WeightedCausalLM
 from seqaware.engine.module_trace import ModuleTrace
-from seqaware.engine.muon import clip_before_muon, import_muon, marking
+from seqaware.engine.muon import clip_before_muon, import_muon, marking, orthogonalize_for
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
 from seqaware.engine.ranks import Ranks
 from seqaware.objective.sums import StepSums
@@ -236,6 +236,7 @@ def _initialize(plan: Plan, model: WeightedCausalLM) -> Any:
     optimizer_config = plan.config.training.optimizer
     if "optimizer" in settings:
         groups = parameter_groups(model, optimizer_config.weight_decay)
+        orthogonalize_for(DTYPES[plan.dtype])
         with marking(lambda: mark_for_muon(model.model)):
             engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=settings)
         if plan.zero_stage:

@@ -58,11 +58,39 @@ def marking(mark: Callable[[], None]) -> Iterator[None]:
         deepspeed.set_optimizer_flags = by_name
 
 
-def orthogonalizing_dtype() -> torch.dtype:
-    """The dtype in which DeepSpeed orthogonalizes on this device."""
-    from deepspeed.runtime.zero.muon.original_muon import ns_compute_dtype
+def orthogonalize_for(dtype: torch.dtype) -> None:
+    """Let DeepSpeed orthogonalize in float32 in a float32 run, from now on in this process.
 
-    dtype: torch.dtype = ns_compute_dtype()
+    DeepSpeed (0.19.8) uses half precision wherever the device has it, CPUs too: an update is then some percent off that
+    of another machine, whatever dtype the config asks for. A run in half precision keeps DeepSpeed's choice.
+
+    Args:
+        dtype: of the run's weights.
+    """
+    from deepspeed.runtime.zero.muon import original_muon
+
+    choice = _choice_of_deepspeed()
+    original_muon.ns_compute_dtype = _float32 if dtype == torch.float32 else choice
+
+
+@cache
+def _choice_of_deepspeed() -> Callable[..., torch.dtype]:
+    from deepspeed.runtime.zero.muon import original_muon
+
+    choice: Callable[..., torch.dtype] = original_muon.ns_compute_dtype
+    return choice
+
+
+def _float32(ns_method: str = "gram") -> torch.dtype:
+    del ns_method
+    return torch.float32
+
+
+def orthogonalizing_dtype() -> torch.dtype:
+    """The dtype in which DeepSpeed orthogonalizes here, after `orthogonalize_for`."""
+    from deepspeed.runtime.zero.muon import original_muon
+
+    dtype: torch.dtype = original_muon.ns_compute_dtype()
     return dtype
 
 

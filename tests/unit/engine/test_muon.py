@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.accelerator import get_accelerator
 
-from seqaware.engine.muon import import_muon, marking
+from seqaware.engine.muon import import_muon, marking, orthogonalize_for, orthogonalizing_dtype
 from seqaware.engine.optimizer import mark_for_muon
 from tests.unit.engine.models import tiny
 
@@ -38,6 +39,29 @@ def test_functions_are_compiled_at_their_first_call(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(product, product.diagonal().mean() * torch.eye(3), atol=0.02, rtol=0)
     assert 0.2 < float(product[0, 0]) < 2.5
     assert torch.equal(*turned)
+
+
+def test_a_float32_run_is_orthogonalized_in_float32_on_a_device_with_half_precision(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import_muon()
+    original_muon = importlib.import_module(NAME)
+    monkeypatch.setattr(type(get_accelerator()), "is_fp16_supported", lambda self: True)
+    orthogonalize_for(torch.bfloat16)
+    assert orthogonalizing_dtype() == torch.float16
+    matrix = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    # The product runs through torch.compile, which must notice that the dtype has changed.
+    assert original_muon.zeropower_via_gram_newtonschulz(matrix, 5).dtype == torch.float16
+    orthogonalize_for(torch.float32)
+    assert orthogonalizing_dtype() == torch.float32
+    update = original_muon.zeropower_via_gram_newtonschulz(matrix, 5)
+    assert update.dtype == torch.float32
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    # See UPDATE_TOLERANCE of tests/e2e/test_same_training.py.
+    assert float((update.double() - x).norm() / x.norm()) < 1e-4
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
