@@ -44,6 +44,7 @@ from seqaware.data.store_format import (
 )
 from seqaware.data.store_writer import Block, StoreWriter
 from seqaware.errors import DataError
+from seqaware.files import MalformedError, read_text
 from seqaware.locks import held
 
 __all__ = ["Counted", "Document", "Documents", "Part", "StoreFacts", "StoreWriter", "TokenStore"]
@@ -54,6 +55,7 @@ _DOCUMENTS_AT_ONCE = 4096
 # SHA-256 reads about 1 GB/s: a store up to this size is verified before it is used again.
 _VERIFIED_BYTES = 2**30
 _VERIFIED = "verified.json"
+_NOTE_BYTES = 2**16
 
 
 class TokenStore:
@@ -256,8 +258,10 @@ class TokenStore:
             note.write_text(stamps, encoding="utf-8")
 
     def _is_verified(self) -> bool:
-        note = self.path / _VERIFIED
-        return note.is_file() and note.read_bytes() == self._stamps().encode()
+        try:
+            return read_text(self.path / _VERIFIED, limit=_NOTE_BYTES) == self._stamps()
+        except (OSError, MalformedError):
+            return False
 
     def _stamps(self) -> str:
         """Name, size, times and inode of every file. The change time, unlike the other, cannot be set back."""

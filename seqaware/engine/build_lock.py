@@ -21,6 +21,7 @@ from pathlib import Path
 
 from filelock import SoftFileLease, Timeout
 
+from seqaware.files import read_json
 from seqaware.locks import lease_of
 from seqaware.masking import escaped
 
@@ -165,7 +166,7 @@ class KernelLock:
 
     def _holder(self) -> Holder | None:
         try:
-            return Holder(**json.loads(Path(self.lock_file_path).read_text(encoding="utf-8")))
+            return Holder(**read_json(Path(self.lock_file_path), limit=2**12))
         except (OSError, ValueError, TypeError):
             return None  # gone, being written, or torch's own
 

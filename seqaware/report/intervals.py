@@ -17,7 +17,7 @@ _Z95 = 1.959964
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over runs. half: of the 95 % interval; None for a single run."""
+    """A mean over runs. half: of the 95 % interval; None for a single run, NaN where a value is not finite."""
 
     value: float
     half: float | None
@@ -36,6 +36,8 @@ def mean(values: Sequence[float]) -> Mean:
     n = len(values)
     if n < 2:
         return Mean(values[0] if n else math.nan, None, n)
+    if not all(map(math.isfinite, values)):  # a run that diverged
+        return Mean(sum(values) / n, math.nan, n)
     freedom = n - 1
     quantile = _T95[freedom - 1] if freedom <= len(_T95) else _Z95 + (_Z95**3 + _Z95) / (4 * freedom)
     return Mean(fmean(values), quantile * stdev(values) / math.sqrt(n), n)

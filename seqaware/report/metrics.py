@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from seqaware.data.inside import Count, Text
 from seqaware.engine.checkpoint.manifest import write_durably
@@ -24,8 +24,9 @@ from seqaware.files import MalformedError, parse_json
 # A line has about 500 bytes; one of an evaluation with many buckets some thousands.
 _LINE_BYTES = 2**20
 
-Number = Annotated[float, Field(strict=True)] | Literal["nan", "inf", "-inf"]
-"""A figure that may be no number, or infinite: JSON has neither, so they are written as text."""
+Number = Annotated[float, Field(strict=True, ge=-1e100, le=1e100)] | Literal["nan", "inf", "-inf"]
+"""A figure that may be no number, or infinite: JSON has neither, so they are written as text. Far beyond float32, and
+sums of squares do not overflow."""
 Amount = Annotated[float, Field(strict=True, ge=0, le=1e15)]
 Share = Annotated[float, Field(strict=True, ge=0, le=1)]
 
@@ -67,12 +68,48 @@ class _Bucket(BaseModel):
     weight: Number
 
 
-class _Evaluation(_Line):
+SHARES = {
+    "exact_match": "exact match",
+    "f1": "F1",
+    "choice_accuracy": "right choices",
+    "choice_accuracy_normalised": "right choices, by length",
+}
+"""The shares that an evaluation may hold, each with its interval as _low and _high, and their titles."""
+
+
+class EvaluationShares(BaseModel):
+    """What an evaluation counts: the shares of SHARES, and of how many questions."""
+
+    questions: Count | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_shares(cls, values: Any) -> Any:
+        names = [f"{name}{end}" for name in SHARES for end in ("", "_low", "_high")]
+        for name in names if isinstance(values, dict) else ():
+            try:
+                _SHARE.validate_python(values.get(name))
+            except ValidationError as error:
+                raise ValueError(f"{name} is no share") from error
+        return values
+
+
+def shown_shares(found: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    """The title of each share of an evaluation that has an interval, the share, and the ends of the interval."""
+    for name, title in SHARES.items():
+        values = [found.get(f"{name}{end}") for end in ("", "_low", "_high")]
+        if None not in values:
+            share, low, high = (f"{value:.1%}" for value in values)
+            yield title, share, low, high
+
+
+_SHARE: TypeAdapter[float | None] = TypeAdapter(Share | None)
+
+
+class _Evaluation(EvaluationShares, _Line):
     loss: Number = 0.0
     unweighted_loss: Number = 0.0
     accuracy: Number = 0.0
-    exact_match: Share | None = None
-    questions: Count | None = None
     by_position: list[_Bucket] = []
 
 
@@ -115,7 +152,7 @@ class MetricsFile:
         self._waiting = b""
 
     def write(self, line: Mapping[str, Any]) -> None:
-        self._waiting += json.dumps({key: _finite(value) for key, value in line.items()}).encode() + b"\n"
+        self._waiting += json.dumps(_finite(dict(line))).encode() + b"\n"
         with suppress(OSError):
             self._write_waiting()
 
@@ -149,7 +186,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path, *, lost: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """The valid lines of a metrics file.
+    """The valid lines of a metrics file; figures that are no number or infinite are floats again.
 
     Args:
         lost: takes the numbers, from 1, of the lines that are not valid; without a last one that ends without a line
@@ -184,13 +221,13 @@ def _line(text: bytes) -> dict[str, Any] | None:
         LINES.get(kind, _Line).model_validate(line)
     except (MalformedError, ValidationError):
         return None
-    return line
+    return {key: _with_numbers(value) for key, value in line.items()}
 
 
 def _keep_until(path: Path, step: int, *, lost: list[int] | None = None) -> None:
     # A run that begins anew tells everything anew, also what comes before its first step.
     kept = [line for line in read_metrics(path, lost=lost) if line["step"] <= step] if step else []
-    write_durably(path, "".join(json.dumps(line) + "\n" for line in kept))
+    write_durably(path, "".join(json.dumps(_finite(line)) + "\n" for line in kept))
 
 
 def _finite(value: Any) -> Any:
@@ -202,4 +239,16 @@ def _finite(value: Any) -> Any:
             return [_finite(each) for each in value]
         case dict():
             return {key: _finite(each) for key, each in value.items()}
+    return value
+
+
+def _with_numbers(value: Any) -> Any:
+    """The inverse of `_finite`."""
+    match value:
+        case "nan" | "inf" | "-inf":
+            return float(value)
+        case dict():
+            return {key: _with_numbers(each) for key, each in value.items()}
+        case list():
+            return [_with_numbers(each) for each in value]
     return value

@@ -230,26 +230,13 @@ def _lines(path: Path, notes: list[str]) -> Iterator[Line]:
     """The valid lines. The last may be torn, as a crash or a look in mid-write finds it."""
     lost: list[int] = []
     try:
-        for line in read_metrics(path, lost=lost):
-            yield _with_numbers(line)
+        yield from read_metrics(path, lost=lost)
     except FileNotFoundError:
         return
     except OSError as error:
         notes.append(f"{path.name} cannot be read ({error.strerror})")
     if lost:
         notes.append(f"{path.name}: {len(lost)} lines cannot be read, the first of them line {lost[0]}")
-
-
-def _with_numbers(value: Any) -> Any:
-    """JSON has no NaN and no infinity; they were written as text."""
-    match value:
-        case "nan" | "inf" | "-inf":
-            return float(value)
-        case dict():
-            return {key: _with_numbers(each) for key, each in value.items()}
-        case list():
-            return [_with_numbers(each) for each in value]
-    return value
 
 
 def _numbers(version: str) -> tuple[int, ...]:

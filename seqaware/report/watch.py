@@ -116,7 +116,7 @@ def _evaluation(run: RunRecord) -> list[Text | Table]:
     text = f"held out, step {last['step']}: unweighted {last['unweighted_loss']:.4f}"
     if first is not last:
         text += f" (step {first['step']}: {first['unweighted_loss']:.4f})"
-    if "exact_match" in last:
+    if last.get("exact_match") is not None:
         text += f", exact match {last['exact_match']:.1%} of {last.get('questions', '?')}"
     entries = last.get("by_position", ())
     if not entries:

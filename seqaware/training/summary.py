@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqaware.config.schema import LoraConfig
 from seqaware.plan.plan import Plan
-from seqaware.report.metrics import read_metrics
+from seqaware.report.metrics import read_metrics, shown_shares
 from seqaware.report.progress import duration
 from seqaware.training.folder import RunFolder
-
-_SHARES = {"exact_match": "exact match", "f1": "F1", "choice_accuracy": "right choices"}
 
 
 def summary_lines(plan: Plan, folder: RunFolder, *, seconds: float) -> list[str]:
@@ -31,13 +30,10 @@ def summary_lines(plan: Plan, folder: RunFolder, *, seconds: float) -> list[str]
 
 def _learnt(evaluations: Sequence[Mapping[str, Any]]) -> str:
     first, last = evaluations[0], evaluations[-1]
-    text = f"held-out unweighted loss {first['unweighted_loss']:.4f} → {last['unweighted_loss']:.4f}"
-    told = [
-        f"{says} {last[name]:.1%} ({last[f'{name}_low']:.1%} to {last[f'{name}_high']:.1%})"
-        for name, says in _SHARES.items()
-        if name in last
-    ]
-    return f"{', '.join(told)} of {last['questions']} held-out rows; {text}" if told else text
+    losses = " → ".join(f"{each.get('unweighted_loss', math.nan):.4f}" for each in (first, last))
+    text = f"held-out unweighted loss {losses}"
+    told = [f"{title} {share} ({low} to {high})" for title, share, low, high in shown_shares(last)]
+    return f"{', '.join(told)} of {last.get('questions', '?')} held-out rows; {text}" if told else text
 
 
 def _last_loss(steps: Sequence[Mapping[str, Any]]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from seqaware.engine.checkpoint.manifest import MANIFEST, read_manifest, survey, told_if_removed, what_is_wrong
 from seqaware.engine.model_source import ADAPTER_CONFIG
 from seqaware.errors import CheckpointError, ConfigError
-from seqaware.files import local_path
+from seqaware.files import MalformedError, local_path, read_text
 from seqaware.locks import held
 from seqaware.training.process import Say
 
@@ -159,8 +159,8 @@ def _make(target: Path, identity: str, write: Callable[[Path], None]) -> None:
 
 def _is_made_of(target: Path, identity: str) -> bool:
     try:
-        return (target / _MADE_OF).read_text() == identity
-    except OSError:
+        return read_text(target / _MADE_OF, limit=2**10) == identity
+    except (OSError, MalformedError):
         return False
 
 

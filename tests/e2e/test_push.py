@@ -130,6 +130,19 @@ def test_what_the_hub_or_we_refuse_is_told_in_a_line(server: Hub, run: Path, tmp
     assert not server.uploads.commits
 
 
+def test_files_of_any_size_are_read_in_pieces(tmp_path: Path) -> None:
+    model = tiny.build(tmp_path, answers=(2, 3)).model
+    for length in (2**20 - 10, 3 * 2**20 - 2):  # the token lies over the end of a piece
+        (model / "special_tokens_map.json").write_text(json.dumps("x" * length + " hf_" + "a" * 30))
+        with pytest.raises(ConfigError, match=r"a password or a token; got special_tokens_map\.json"):
+            pack(model, title="tiny", say=print)
+    (model / "special_tokens_map.json").write_text("{}")
+    with (model / "README.md").open("wb") as file:
+        file.truncate(2**34)
+    with pytest.raises(ConfigError, match=r"README\.md: larger than"):
+        pack(model, title="tiny", say=print)
+
+
 def test_a_model_is_sent_with_all_its_templates_and_not_without_its_weights(tmp_path: Path) -> None:
     model = tiny.build(tmp_path, answers=(2, 3)).model
     (model / "chat_template.jinja").write_text("{{ messages }}")

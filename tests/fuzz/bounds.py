@@ -38,8 +38,12 @@ SHARES = {
     "templates": 0.08,
     "prompts": 0.02,
     "tokenizers": 0.04,
-    "manifests": 0.10,
-    "metrics": 0.06,
+    "manifests": 0.04,
+    "stores": 0.04,
+    "shards": 0.02,
+    "metrics": 0.04,
+    "cards": 0.016,
+    "reports": 0.004,
 }
 assert abs(sum(SHARES.values()) - 1) < 1e-9
 

@@ -18,16 +18,18 @@ from typing import Any
 
 from seqaware.config.load import REPOSITORY
 from seqaware.errors import ConfigError
+from seqaware.files import MalformedError, parse_json, read_text
 from seqaware.training.doctor import probe
 from seqaware.training.doctor.findings import Finding, error, ok, warning
 from seqaware.training.doctor.network import Listener, address_towards
 from seqaware.training.doctor.shared_folder import Note
 
+_HOSTFILE_BYTES = 2**23
 _CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30.0
 _AT_ONCE = 32
 _SKEW_SECONDS = 1.0
-_ENTRY = re.compile(r"(\S+)\s+slots=(\d+)(\s.*)?")
+_ENTRY = re.compile(r"(\S+)\s+slots=(\d{1,9})(\s.*)?")
 # Of what ssh says, what a person can do about it.
 _ADVICE = {
     "Permission denied": "put your public key into ~/.ssh/authorized_keys there: ssh-copy-id {host}",
@@ -57,9 +59,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
         ConfigError: missing, empty, a line that is no entry, or a host twice.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as trouble:
-        reason = trouble.strerror if isinstance(trouble, OSError) else "not UTF-8 text"
+        lines = read_text(path, limit=_HOSTFILE_BYTES).splitlines()
+    except (OSError, MalformedError) as trouble:
+        reason = trouble.strerror if isinstance(trouble, OSError) else trouble
         raise ConfigError("the hostfile cannot be read", got=f"{path} ({reason})") from trouble
     found: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
@@ -115,8 +117,11 @@ def _ask(host: str, asked: Mapping[str, Any]) -> Answer:
     line = next((line for line in done.stdout.splitlines() if line.startswith(probe.MARK)), None)
     if done.returncode != 0 or line is None:
         return _no_report(host, done)
-    report = json.loads(line.removeprefix(probe.MARK))
-    return Answer(host, report, skew=max(0.0, begun - report["time"], report["time"] - ended))
+    try:
+        report = parse_json(line.removeprefix(probe.MARK))
+        return Answer(host, report, skew=max(0.0, begun - report["time"], report["time"] - ended))
+    except (MalformedError, KeyError, TypeError):  # a login that prints into the report
+        return _no_report(host, done)
 
 
 def _no_report(host: str, done: subprocess.CompletedProcess[str]) -> Answer:

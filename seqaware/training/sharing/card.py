@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
+from pydantic import BaseModel, Field, ValidationError
 
+from seqaware.config.load import load_config
+from seqaware.data.inside import Count, Text, first_problem
 from seqaware.engine.checkpoint.manifest import step_of
+from seqaware.errors import DataError
+from seqaware.files import MalformedError, read_json
 from seqaware.masking import escaped, masked
-from seqaware.report.metrics import read_metrics
+from seqaware.report.metrics import EvaluationShares, read_metrics, shown_shares
 
-_SHOWN = {
-    "exact_match": "exact match",
-    "f1": "F1",
-    "choice_accuracy": "right choices",
-    "choice_accuracy_normalised": "right choices, by length",
-}
 _FORMULA = """Every supervised token's cross-entropy is weighted by its place in its own sequence. With the losses
 l_1 … l_L of a sequence's supervised tokens, the sum over all of its suffixes of their discounted losses is
 
@@ -26,14 +24,70 @@ l_1 … l_L of a sequence's supervised tokens, the sum over all of its suffixes 
 """
 
 
+class _Topology(BaseModel):
+    ranks: Count
+    nodes: Count
+    zero_stage: Count
+    dtype: Text
+
+
+class _Attempt(BaseModel):
+    topology: _Topology
+
+
+class _Manifest(BaseModel):
+    """What a card takes from manifest.json."""
+
+    seqaware: Text
+    git_revision: Text | None
+    data_fingerprint: Text | None
+    mathematics: dict[str, Any]
+    attempts: Annotated[list[_Attempt], Field(min_length=1)]
+    finished_steps: Count | None = None
+
+
+class _Dataset(BaseModel):
+    name: Text | None
+    split: Text
+
+
+class _Evaluated(BaseModel):
+    dataset: _Dataset
+
+
+class _Results(EvaluationShares):
+    """What a card takes from results.json."""
+
+    evaluation: _Evaluated
+
+
+class _Item(BaseModel):
+    verdict: Text
+
+
+class _Certificate(BaseModel):
+    """What a card takes from certificate.json."""
+
+    verdict: Text
+    oracle: Text
+    steps: list[Count]
+    items: list[_Item]
+
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
 def run_card(run: Path, *, title: str, sent: list[str], checkpoint: Path | None = None) -> str:
     """README.md, with its front matter, for the model of a run.
 
     Args:
         sent: names of the files beside it. checkpoint: that the model is of, whole; default: it is the run's last.
+
+    Raises:
+        ConfigError, DataError: a file of the run is not what a run has written.
     """
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
+    config = load_config(run / "config.yaml").model_dump(mode="json")
+    manifest, _ = _read(run / "manifest.json", _Manifest)
     sections = [
         f"# {title}\n",
         "## Objective\n",
@@ -61,6 +115,22 @@ def bare_card(title: str) -> str:
     return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n# {title}\n\nNothing is known of how it was trained.\n"
 
 
+def _read(path: Path, model: type[Record]) -> tuple[Record, dict[str, Any]]:
+    """A file of the run, of which the model checks what is used.
+
+    Raises:
+        DataError: it cannot be read, or is not valid.
+    """
+    do = "correct it, or move it out of the run's folder"
+    try:
+        content = read_json(path)
+        return model.model_validate(content), content
+    except (OSError, MalformedError) as error:
+        raise DataError("a file of the run cannot be read", got=f"{path}: {error}", do=do) from error
+    except ValidationError as error:
+        raise DataError("a file of the run is not valid", got=f"{path}: {first_problem(error)}", do=do) from error
+
+
 def _front_matter(config: Mapping[str, Any], checkpoint: Path | None) -> dict[str, Any]:
     base, lora = config["model"].get("base_name"), config.get("lora")
     adapter = lora is not None and lora.get("export") == "adapter" and checkpoint is None
@@ -75,28 +145,28 @@ def _front_matter(config: Mapping[str, Any], checkpoint: Path | None) -> dict[st
     return front
 
 
-def _objective(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
+def _objective(config: Mapping[str, Any], manifest: _Manifest) -> dict[str, Any]:
     sft = config["training"]["sft"]
     keys = ("gamma", "half_life", "horizon", "weighting", "scale", "positions", "normalize_by", "on_split")
     return {key: sft[key] for key in keys if sft.get(key) is not None} | {
-        "mathematics of the run": ", ".join(sorted(manifest["mathematics"]))
+        "mathematics of the run": ", ".join(sorted(manifest.mathematics))
     }
 
 
-def _training(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> dict[str, Any]:
-    dataset, model, last = config["dataset"], config["model"], manifest["attempts"][-1]["topology"]
+def _training(config: Mapping[str, Any], manifest: _Manifest) -> dict[str, Any]:
+    dataset, model, last = config["dataset"], config["model"], manifest.attempts[-1].topology
     parts = [dataset] if dataset.get("name") else dataset["mixture"]
     optimizer = config["training"]["optimizer"]
     scratch = (model.get("from_scratch") or {}).get("model_type")
     return {
         "trained from": f"a {scratch}, from scratch" if scratch else _last_name(model["base_name"]),
         "data": ", ".join(f"{_last_name(part['name'])} ({part['split']})" for part in parts),
-        "data fingerprint": manifest["data_fingerprint"],
+        "data fingerprint": manifest.data_fingerprint,
         "optimizer": f"{optimizer['type']}, learning rate {optimizer['lr']:g}",
-        "precision": last["dtype"],
-        "plan": f"{_so_many(last['ranks'], 'rank')} on {_so_many(last['nodes'], 'node')}, ZeRO-{last['zero_stage']}",
-        "attempts": len(manifest["attempts"]),
-        "seqaware": f"{manifest['seqaware']}, revision {manifest['git_revision'] or 'unknown'}",
+        "precision": last.dtype,
+        "plan": f"{_so_many(last.ranks, 'rank')} on {_so_many(last.nodes, 'node')}, ZeRO-{last.zero_stage}",
+        "attempts": len(manifest.attempts),
+        "seqaware": f"{manifest.seqaware}, revision {manifest.git_revision or 'unknown'}",
     }
 
 
@@ -104,11 +174,11 @@ def _so_many(number: int, of: str) -> str:
     return f"{number} {of}" if number == 1 else f"{number} {of}s"
 
 
-def _steps(manifest: Mapping[str, Any], checkpoint: Path | None) -> dict[str, Any]:
-    steps = manifest.get("finished_steps", "not finished")
+def _steps(manifest: _Manifest, checkpoint: Path | None) -> dict[str, Any]:
+    steps = manifest.finished_steps
     if checkpoint is not None and step_of(checkpoint) != steps:
-        steps = f"{step_of(checkpoint)} (a checkpoint on the way)"
-    return {"optimizer steps": steps}
+        return {"optimizer steps": f"{step_of(checkpoint)} (a checkpoint on the way)"}
+    return {"optimizer steps": "not finished" if steps is None else steps}
 
 
 def _last_name(name: str) -> str:
@@ -128,30 +198,27 @@ def _results(run: Path, checkpoint: Path | None) -> Iterator[str]:
         yield f"- held-out loss, unweighted, before and after: {' → '.join(losses)} nats a token"
         yield from _shares(last)
     for path in sorted(run.glob(f"evaluations/{checkpoint.name if checkpoint else '*'}/results.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        dataset = found["evaluation"]["dataset"]
-        yield f"- evaluated on {_last_name(dataset['name'] or 'a mixture')} ({dataset['split']}):"
+        results, found = _read(path, _Results)
+        dataset = results.evaluation.dataset
+        yield f"- evaluated on {_last_name(dataset.name or 'a mixture')} ({dataset.split}):"
         yield from (f"  {line}" for line in _shares(found))
 
 
 def _shares(found: Mapping[str, Any]) -> Iterator[str]:
-    for name, says in _SHOWN.items():
-        if name in found:
-            interval = f"95 %: {found[f'{name}_low']:.1%} to {found[f'{name}_high']:.1%}"
-            yield f"- {says}: {found[name]:.1%} ({interval}) of {found['questions']} rows"
+    for title, share, low, high in shown_shares(found):
+        yield f"- {title}: {share} (95 %: {low} to {high}) of {found.get('questions', '?')} rows"
 
 
 def _certificate(run: Path) -> str:
     path = run / "certificate.json"
     if not path.is_file():
         return "The run's mathematics was not verified against the oracle (`seqaware verify`)."
-    found = json.loads(path.read_text(encoding="utf-8"))
-    verdicts = [item["verdict"] for item in found["items"]]
-    held = sum(verdict == "holds" for verdict in verdicts)
-    steps = ", ".join(map(str, found["steps"]))
+    found, _ = _read(path, _Certificate)
+    held = sum(item.verdict == "holds" for item in found.items)
+    steps = ", ".join(map(str, found.steps))
     return (
-        f"Loss and gradients **{found['verdict']}**: {held} of {len(verdicts)} comparisons with the oracle "
-        f"({found['oracle']}) over the steps {steps}."
+        f"Loss and gradients **{found.verdict}**: {held} of {len(found.items)} comparisons with the oracle "
+        f"({found.oracle}) over the steps {steps}."
     )
 
 

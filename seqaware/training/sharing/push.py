@@ -16,7 +16,7 @@ from huggingface_hub.utils._validators import validate_repo_id
 from seqaware.config.model import ModelConfig
 from seqaware.engine.model_source import check_model_source
 from seqaware.errors import ConfigError, SeqawareError
-from seqaware.files import read_json
+from seqaware.files import JSON_BYTES, MalformedError, read_json, read_text
 from seqaware.masking import holds_secret
 from seqaware.training.sharing.card import bare_card, run_card
 from seqaware.training.whole_model import is_adapter, is_checkpoint, is_model, whole_model
@@ -27,6 +27,8 @@ _MODEL_FILES = (
     *("LICENSE*", "README.md"),
 )
 _RUN_FILES = ("config.yaml", "plan.json", "manifest.json", "metrics.jsonl", "certificate.json")
+# Of a line that is read at once, and of what of it is read again with the next piece.
+_PIECE, _LONGEST_SECRET = 2**20, 1000
 _TEXTS = (".json", ".jsonl", ".yaml", ".md", ".txt", ".jinja", "")
 
 
@@ -82,7 +84,7 @@ def pack(source: Path, *, title: str, say: Callable[[str], None]) -> Parcel:
         files |= {f"training/{path.relative_to(run).as_posix()}": path for path in found}
         card = run_card(run, title=title, sent=list(files), checkpoint=checkpoint)
     else:
-        card = own.read_text(encoding="utf-8") if own is not None else bare_card(title)
+        card = _own_card(own) if own is not None else bare_card(title)
     _check_secrets(files, card)
     return Parcel(files, card)
 
@@ -100,6 +102,13 @@ def _check_weights(model: Path, say: Callable[[str], None]) -> None:
     check_model_folder(model)
 
 
+def _own_card(path: Path) -> str:
+    try:
+        return read_text(path, limit=JSON_BYTES)
+    except MalformedError as error:
+        raise ConfigError("the model's README.md cannot be shared", got=f"{path}: {error}") from error
+
+
 def _check_secrets(files: Mapping[str, Path], card: str) -> None:
     texts = {name: path for name, path in files.items() if path.suffix in _TEXTS and "tokenizer" not in name}
     told = [name for name, path in texts.items() if _holds_secret(path)]
@@ -109,8 +118,13 @@ def _check_secrets(files: Mapping[str, Path], card: str) -> None:
 
 
 def _holds_secret(path: Path) -> bool:
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        return any(holds_secret(line) for line in lines)
+    before = ""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        while text := file.readline(_PIECE):
+            if holds_secret(before + text):
+                return True
+            before = "" if text.endswith("\n") else text[-_LONGEST_SECRET:]
+    return False
 
 
 def check_repository(name: str) -> None:

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from seqaware.files import read_text
 from seqaware.report.progress import duration
 from seqaware.training.watch.card import Card
 from seqaware.training.watch.hang import Standing
@@ -129,8 +130,8 @@ def going_on(shared: Path | None) -> str:
     if shared is None:
         return "Once this is mended, the same command goes on from the newest checkpoint, if there is one."
     try:
-        newest = (shared.parent.parent / "checkpoints" / "latest").read_text(encoding="utf-8").strip()
-        step = int(newest.removeprefix("step-"))
+        newest = read_text(shared.parent.parent / "checkpoints" / "latest", limit=2**10)
+        step = int(newest.strip().removeprefix("step-"))
     except (OSError, ValueError):
         return "Nothing is saved yet: the same command begins anew."
     return f"The same command goes on after step {step}, the newest that is saved."

@@ -35,6 +35,8 @@ def test_a_hostfile_is_read_as_deepspeed_reads_it(tmp_path: Path) -> None:
         ("node1 slots=0\n", r"line 1: not a host"),
         ("node1 slot=8\n", r"line 1: not a host"),
         ("node1 slots=8x\n", r"line 1: not a host"),
+        (f"node1 slots={'9' * 5000}\n", r"line 1: not a host"),
+        ("node1 \0 slots=1\n" * 2**20, r"cannot be read; got .*larger than"),
         ("# nothing\n\n", r"names no host"),
         (None, r"cannot be read; got .*No such file"),
     ],
