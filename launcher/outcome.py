@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import NoReturn
 
 import typer
 
-from seqaware.errors import USER_ERROR, SeqawareError
+from seqaware.errors import USER_ERROR, ConfigError, SeqawareError
 from seqaware.files import MalformedError
 from seqaware.masking import escaped
 from seqaware.training.watch.heartbeat import WatchedHeartbeat
@@ -51,6 +52,20 @@ def person_errors(rank: int = 0) -> Iterator[None]:
         if error.errno not in _OF_A_PATH:
             raise
         _end(error, rank)
+
+
+@contextmanager
+def writing(option: str, path: Path) -> Iterator[None]:
+    """Inside, what keeps the file of an option from being written becomes an error that names the option.
+
+    Raises:
+        ConfigError: no such folder, no permission, or a suffix of no known kind of picture.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        got = f"{path} ({error.strerror if isinstance(error, OSError) else error})"
+        raise ConfigError(f"{option} cannot be written", got=got, do="name another file") from error
 
 
 def _end(error: Exception, rank: int) -> NoReturn:

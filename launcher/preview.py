@@ -13,7 +13,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.options import Overrides, bounded, bounded_ranks
-from launcher.outcome import person_errors, say
+from launcher.outcome import person_errors, say, writing
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import prepare_environment
 
@@ -58,7 +58,8 @@ def preview(
 
         found = lay_out(settings, training_rows(settings), PreviewRequest(step, rows, ranks))
         if html is not None:
-            html.write_text(preview_html(found), encoding="utf-8")
+            with writing("--html", html):
+                html.write_text(preview_html(found), encoding="utf-8")
             say(f"preview     {html}")
         else:
             show_preview(found, console=Console(highlight=False), documents=documents)

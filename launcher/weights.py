@@ -15,7 +15,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.options import Overrides, bounded
-from launcher.outcome import person_errors, say
+from launcher.outcome import person_errors, say, writing
 from seqaware.config.load import load_config
 from seqaware.engine.ranks import prepare_environment
 from seqaware.errors import ConfigError
@@ -66,9 +66,11 @@ def weights(
             if str(json_file) == "-":
                 say(text)
                 return
-            json_file.write_text(text + "\n", encoding="utf-8")
+            with writing("--json", json_file):
+                json_file.write_text(text + "\n", encoding="utf-8")
         if png is not None:
-            draw_weights(view, png, title=f"γ = {settings.training.sft.discount:.6g}")
+            with writing("--png", png):
+                draw_weights(view, png, title=f"γ = {settings.training.sft.discount:.6g}")
         show_weights(view, list(weight_lines(view, settings)), console=Console(highlight=False))
 
 

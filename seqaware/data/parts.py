@@ -20,6 +20,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from seqaware.locks import acquire
 _FORMAT = "seqaware part of a token store"
 _PART = "part.json"
 _ROWS = "rows.json"
+_TROUBLES_SHOWN = 20
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,13 @@ def _read_counts(note: Path, sources: int) -> list[list[int]]:
 
 
 def _check_complete(job: Job, parts: Sequence[PartNumber], command: str) -> None:
-    troubles = {part: trouble for part in parts if (trouble := _trouble(job, part)) is not None}
+    found = ((part, trouble) for part in parts if (trouble := _trouble(job, part)) is not None)
+    troubles = dict(islice(found, _TROUBLES_SHOWN))
     if not troubles:
         return
     first, *others = troubles
-    also = f", and the same for {', '.join(map(str, others))}" if others else ""
+    more = ", and perhaps others" if next(found, None) else ""
+    also = f", and the same for {', '.join(map(str, others))}{more}" if others else ""
     raise DataError(
         f"the {len(parts)} parts cannot be put together",
         got="; ".join(f"part {part} {trouble}" for part, trouble in troubles.items()),

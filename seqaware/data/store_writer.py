@@ -81,7 +81,7 @@ def disk_errors(path: Path) -> Iterator[None]:
         match error.errno:
             case errno.ENOSPC | errno.EDQUOT:
                 what, do = f"no disk space left while writing {path}", "free some, or set dataset.store_dir elsewhere"
-            case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOTDIR | errno.EEXIST:
+            case errno.EACCES | errno.EPERM | errno.EROFS | errno.ENOTDIR | errno.EEXIST | errno.ENOENT:
                 what, do = f"{path} cannot be written", "correct the permission, or set dataset.store_dir elsewhere"
             case _:
                 raise

@@ -30,6 +30,7 @@ from seqaware.training.evaluation.generate import write_answers
 from seqaware.training.evaluation.questions import Question
 from seqaware.training.evaluation.rounds import BatchSize, rounds
 from seqaware.training.evaluation.sampling import Decoding, Trace
+from seqaware.training.folder import check_writable
 from seqaware.training.process import Say
 from seqaware.training.whole_model import whole_model
 
@@ -67,6 +68,7 @@ def analyse(request: AnalyseRequest, *, address: RankAddress, say: Say) -> dict[
     """
     if address.size > 1:
         raise ConfigError("analyse looks at one model in one process", got=f"{address.size} ranks", do="start it alone")
+    check_writable(request.out, name="--out")
     config = ModelConfig(base_name=whole_model(request.model, say=say))
     check_model_source(config)
     tokenizer = load_tokenizer(config)

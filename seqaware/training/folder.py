@@ -145,7 +145,7 @@ def _check_adoption(folder: RunFolder, resume: str) -> None:
     )
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, *, name: str = "output.dir") -> None:
     """Refuse a folder in which, or as which, nothing can be written.
 
     Raises:
@@ -154,17 +154,14 @@ def check_writable(path: Path) -> None:
     existing = _nearest_existing(path)
     if not existing.is_dir():
         got = str(path) if existing == path else f"{path}, where {existing} is a file"
-        raise ConfigError("output.dir is not a folder", got=got, do="choose another output.dir")
+        raise ConfigError(f"{name} is not a folder", got=got, do=f"choose another {name}")
     try:
         # Tried, not asked: rights, read-only mounts and full disks all answer the same way.
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
-        raise ConfigError(
-            "output.dir cannot be written",
-            got=f"{path} ({error.strerror})",
-            do="choose another output.dir, or mend its rights",
-        ) from error
+        got, do = f"{path} ({error.strerror})", f"choose another {name}, or mend its rights"
+        raise ConfigError(f"{name} cannot be written", got=got, do=do) from error
 
 
 def _nearest_existing(path: Path) -> Path:

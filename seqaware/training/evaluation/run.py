@@ -26,6 +26,7 @@ from seqaware.training.evaluation.measure import answer_questions, write_answers
 from seqaware.training.evaluation.questions import check_lengths, read_questions
 from seqaware.training.evaluation.scores import scores
 from seqaware.training.evaluation.source import default_folder, with_model
+from seqaware.training.folder import check_writable
 from seqaware.training.prepare import resolve_model_config
 from seqaware.training.process import Say
 from seqaware.training.whole_model import whole_model
@@ -59,6 +60,8 @@ def evaluate(request: EvaluateRequest, *, address: RankAddress, say: Say) -> dic
     if asked.dataset is None or asked.metric == "none":
         do = "write evaluation.dataset and evaluation.metric (exact_match, squad, choice or choice_likelihood)"
         raise ConfigError("the config has no held-out rows, or no metric to judge answers by", do=do)
+    if request.out is not None:
+        check_writable(request.out, name="--out")
     config = with_model(request.config, whole_model(request.model, say=say))
     check_model_source(config.model)
     tokenizer = load_tokenizer(config.model)

@@ -240,6 +240,11 @@ def test_all_parts_that_miss_are_in_one_message(wanted: Job) -> None:
         merge_parts(wanted, 4, command=COMMAND)
 
 
+def test_of_many_parts_that_miss_the_first_are_named(wanted: Job) -> None:
+    with pytest.raises(DataError, match=r"part 20/400000 is missing; run.*, and perhaps others$"):
+        merge_parts(wanted, 400_000, command=COMMAND)
+
+
 def test_a_part_is_made_once(wanted: Job) -> None:
     rows: list[int] = []
     first = prepare_part(wanted, PartNumber(1, 3), progress=rows.append)
