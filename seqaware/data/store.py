@@ -189,12 +189,16 @@ class TokenStore:
             with inside(self.path, name).open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != written.sha256:
                     raise self._corrupt(f"{name} is not what was written (SHA-256 differs)")
-        self._check_documents()
+        self.check_documents()
         for begin in range(0, self._count, _DOCUMENTS_AT_ONCE):
             self._check_tokens(begin, min(self._count, begin + _DOCUMENTS_AT_ONCE))
 
-    def _check_documents(self) -> None:
-        """Checksums detect accidents only: offsets or counts that contradict each other would read other tokens."""
+    def check_documents(self) -> None:
+        """Check all that need not read tokens: checksums detect accidents only, and anybody can sign a store again.
+
+        Raises:
+            DataError: offsets, lengths or counts contradict each other.
+        """
         lengths = np.diff(self._offsets)
         if lengths.min() < 1 or not np.array_equal(lengths, self.lengths):
             raise self._corrupt("offsets.bin and lengths.bin contradict each other")
@@ -244,7 +248,7 @@ class TokenStore:
         if self._is_verified():
             return
         if size > _VERIFIED_BYTES:
-            self._check_documents()
+            self.check_documents()
             return
         if not os.access(self.path, os.W_OK):
             self.verify()

@@ -97,13 +97,13 @@ class Alerts:
     def _slow(self, line: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """Whether one rank's device is slower than the others', in a line of `engine.pace`."""
         seconds = [float(value) for value in line["seconds"]]
-        slowest = max(seconds)
-        if len(seconds) < 2 or slowest < _SLOW_FACTOR * median_low(seconds):
+        slowest, usual = max(seconds), median_low(seconds)
+        if len(seconds) < 2 or usual == 0.0 or slowest < _SLOW_FACTOR * usual:
             return
         rank = seconds.index(slowest)
         yield (
             _SLOW,
-            f"rank {rank} on {line['hosts'][rank]} computes {slowest / median_low(seconds):.1f} times slower than the "
+            f"rank {rank} on {line['hosts'][rank]} computes {slowest / usual:.1f} times slower than the "
             "others, which wait for it; look at its clock, its temperature and other processes there",
         )
 

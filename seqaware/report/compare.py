@@ -152,7 +152,8 @@ def _labels(first: Sequence[RunRecord]) -> list[str]:
 
 
 def _says(name: str, value: Any) -> str:
-    return f"γ = {value:g}" if name == "objective.gamma" else f"{name.rpartition('.')[2]} {_shown(value)}"
+    is_gamma = name == "objective.gamma" and value is not None
+    return f"γ = {value:g}" if is_gamma else f"{name.rpartition('.')[2]} {_shown(value)}"
 
 
 def _settings(run: RunRecord) -> dict[str, Any]:

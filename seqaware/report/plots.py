@@ -202,7 +202,7 @@ def _weights(axes: Axes, groups: Sequence[Group]) -> bool:
         if objective.get("weighting") == "log_suffix" and objective.get("scale") == "raw":
             longest = int((run.plan.get("data") or {}).get("longest") or 128)
             ks = sorted({round(2 ** (i / 8)) for i in range(int(8 * math.log2(max(2, longest))) + 1)})
-            axes.plot(ks, [_suffix_weight(k, float(objective["gamma"])) for k in ks], color=colour, lw=1.2)
+            axes.plot(ks, [_suffix_weight(k, float(objective.get("gamma", 0.0))) for k in ks], color=colour, lw=1.2)
             drawn = True
     axes.set_xscale("log", base=2)
     return _finish(axes, drawn, x="position k", y="weight w", log=True)

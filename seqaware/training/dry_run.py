@@ -38,5 +38,6 @@ def _known_data(config: Config, *, draft: Plan) -> DataFacts | None:
     if found is None:
         return rows_of_local_file(config.dataset)
     store = TokenStore.open(found)
+    store.check_documents()
     order = step_order(store, draft) if needs_order(store.facts(), draft) else None
     return data_facts(store, order, config.training.schedule)

@@ -99,6 +99,7 @@ def _packing(plan: Plan) -> Packing | None:
     from seqaware.data.packing import layout_step
 
     store = TokenStore.open(found)
+    store.check_documents()
     order = step_order(store, plan)
     count = min(_STEPS_LAID_OUT, plan.total_steps)
     layouts = []

@@ -57,8 +57,11 @@ values = st.one_of(
 )
 
 
+ABSENT = object()
+
+
 def mutated(base: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A copy with other values at dotted paths; what stands in the way of a path is replaced."""
+    """A copy with other values at dotted paths, or without them (ABSENT); what stands in the way is replaced."""
     result = copy.deepcopy(dict(base))
     for path, value in changes:
         inner = result
@@ -67,7 +70,10 @@ def mutated(base: Mapping[str, Any], changes: Sequence[tuple[str, Any]]) -> dict
             if not isinstance(inner.get(name), dict):
                 inner[name] = {}
             inner = inner[name]
-        inner[last] = value
+        if value is ABSENT:
+            inner.pop(last, None)
+        else:
+            inner[last] = value
     return result
 
 

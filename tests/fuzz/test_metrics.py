@@ -51,7 +51,7 @@ BUCKETS = st.lists(
     ),
     max_size=3,
 )
-VALUES = st.one_of(hostile.values, HUGE, HUGE, KINDS, BUCKETS, st.lists(HUGE, max_size=3))
+VALUES = st.one_of(st.just(hostile.ABSENT), hostile.values, HUGE, HUGE, KINDS, BUCKETS, st.lists(HUGE, max_size=3))
 PIECES = [
     *("\0", "\ufeff", "\ud800", "\\ud800", "\r", "\n", "\n\n", "{", "}", "[", "]", '"', ",", ":", "NaN", "-Infinity"),
     *("[" * 5000, '{"a":' * 2000, "9" * 400, "9" * 5000, "1e999", '"step": 1,', "x" * 2**20, "\n" * 5000, "1e308"),
@@ -101,7 +101,7 @@ def lines(draw: st.DrawFn) -> bytes:
 def changes_of_records(draw: st.DrawFn) -> Changes:
     """Other values in the files beside the metrics."""
     names = draw(st.lists(st.sampled_from(sorted(RECORDS)), max_size=2, unique=True))
-    values = hostile.values | HUGE
+    values = hostile.values | HUGE | st.just(hostile.ABSENT)
     return {n: draw(st.lists(st.tuples(st.sampled_from(RECORDS[n]), values), min_size=1, max_size=2)) for n in names}
 
 

@@ -157,12 +157,16 @@ class Shards:
             self._open_whole()
 
     def _check_pieces(self) -> None:
-        """Every piece lies in its vectors, which have one dimension: nothing is read from beside them.
+        """Every parameter has pieces, which lie in their vectors of one dimension: nothing is read from beside them.
 
         Raises:
             ValueError: one does not.
         """
         for name, parameter in self._parameters.items():
+            if not parameter.pieces:
+                raise ValueError(f"no file holds a piece of {name}")
+            if any(isinstance(value, dict | list | tuple | str) for value in parameter.scalars.values()):
+                raise ValueError(f"the optimizer's state of {name} holds more than numbers")
             for piece in parameter.pieces:
                 end = piece.offset + piece.stop - piece.start
                 sizes = {vector.numel() for vector in piece.vectors.values()}

@@ -55,7 +55,9 @@ def read_questions(config: Config, *, tokenizer: PreTrainedTokenizerFast, max_se
     assert dataset is not None, "the schema asks for rows where a metric does"
     prepared = prepared_store(dataset)
     if prepared is not None:
-        return list(_of_store(TokenStore.open(prepared), tokenizer, config))
+        store = TokenStore.open(prepared)
+        store.verify_once()
+        return list(_of_store(store, tokenizer, config))
     _check_no_leak(config, dataset)
     recipe = recipe_of(dataset, config=config, tokenizer=tokenizer, max_seq_length=max_seq_length)
     questions: list[Question] = []

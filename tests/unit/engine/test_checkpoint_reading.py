@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils.tensor_fragment import fragment_address
 
 from seqaware.engine.checkpoint.reading import read_tensors
 from seqaware.engine.checkpoint.retention import Retention
@@ -135,6 +136,7 @@ def test_a_damaged_table_is_a_clear_error(tmp_path: Path) -> None:
         {"exp_avg": torch.zeros(7)},
         {"exp_avg": "x"},
         {"state": 3},
+        {"state": [{"step": "x"}]},
         {"loss_scaler": 1},
         {"groups": "x"},
     ],
@@ -159,3 +161,23 @@ def test_a_universal_checkpoint_of_other_contents_is_a_clear_error(tmp_path: Pat
         shards.check({"w": torch.Size([2, 3])})
         for key in shards.keys("w"):
             shards.read("w", key)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "step", "said"), [({}, 1, "no file holds a piece of w"), (None, [1], "w holds more than numbers")]
+)
+def test_a_shard_without_a_parameter_or_with_other_counts_is_a_clear_error(
+    tmp_path: Path, mapping: dict[str, Any] | None, step: Any, said: str
+) -> None:
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(6), "step": step}}, "param_groups": [{}]}
+    shard = {
+        "single_partition_of_fp32_groups": [torch.zeros(6)],
+        "param_slice_mappings": [{"w": fragment_address(numel=6, start=0)} if mapping is None else mapping],
+        "group_paddings": [0],
+        "base_optimizer_state": optimizer,
+        "partition_count": 1,
+    }
+    torch.save({"module": {}, "param_shapes": [{"w": [2, 3]}]}, tmp_path / "mp_rank_00_model_states.pt")
+    torch.save({"optimizer_state_dict": shard}, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    with pytest.raises(CheckpointError, match=said):
+        Shards(tmp_path)

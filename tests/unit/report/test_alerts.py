@@ -50,6 +50,7 @@ def test_a_rank_that_is_slower_than_the_rest_is_named_until_it_is_not() -> None:
     assert len(heard) == 1 and "rank 3 on b computes 2.0 times slower" in heard[0]
     assert len(_heard([slow, pace(0.01, 0.01, 0.01, 0.01), slow])) == 2
     assert _heard([pace(0.010, 0.015)]) != []  # of two, the faster one is what a rank can do
+    assert _heard([pace(0.0, 0.0), pace(0.0, 1.0)]) == []  # a damaged line
 
 
 def test_one_step_without_clipping_is_enough() -> None:

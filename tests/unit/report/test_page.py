@@ -72,6 +72,15 @@ def test_runs_that_never_began_and_titles_that_would_be_markup(tmp_path: Path) -
     assert "has not begun to train" in _text(page)
 
 
+def test_an_objective_without_gamma_is_shown(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "known"), write_run(tmp_path / "unknown", loss=2.0)]
+    for name in ("manifest.json", "plan.json"):
+        content = json.loads((runs[1] / name).read_text())
+        del content["mathematics"]["objective"]["gamma"]
+        (runs[1] / name).write_text(json.dumps(content))
+    assert "gamma —" in _text(write_report(runs, out=tmp_path / "report"))
+
+
 def test_groups_differ_in_more_than_their_seed(tmp_path: Path) -> None:
     runs = [read_run(write_run(tmp_path / str(i), gamma=g, seed=s)) for i, (g, s) in enumerate([(0.9, 1), (0.9, 2)])]
     (group,) = groups_of(runs)

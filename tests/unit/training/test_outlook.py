@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from seqaware.config.load import REPOSITORY, load_config
-from seqaware.errors import ConfigError
+from seqaware.errors import ConfigError, DataError
 from seqaware.plan.hardware import DEVICES
 from seqaware.plan.known_models import known_facts
 from seqaware.plan.outlook import outlook, overridden
@@ -138,3 +138,7 @@ def test_packing_is_laid_out_where_the_data_is_tokenised(tmp_path: Path) -> None
     assert told["run"].startswith("6 steps, 3 epoch(s) of 16 documents, 9,600 tokens an epoch")
     assert told["packing"].startswith(f"packed: micro-batches of 1,024 tokens are {600 / 1024:.1%} full")
     assert "1.000 × the mean (first 6 steps)" in told["packing"]
+    lengths = store / "lengths.bin"
+    lengths.write_bytes(bytes(lengths.stat().st_size))
+    with pytest.raises(DataError, match=r"offsets\.bin and lengths\.bin contradict each other"):
+        lines("llama8b_node", 8, *changes, *sizes, "training.schedule.global_batch_size=8")
