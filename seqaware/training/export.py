@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Mapping, Set
 from contextlib import suppress
 from functools import partial as partial_call
@@ -10,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from seqaware.config.load import load_config
+from seqaware.config.model import ModelConfig
 from seqaware.config.schema import Config
 from seqaware.data.chat import InferenceTokenizer
 from seqaware.data.tokenize import load_tokenizer
@@ -29,8 +32,10 @@ from seqaware.engine.model import (
     local_or_hub,
     set_dropout,
 )
+from seqaware.engine.model_source import ADAPTER_CONFIG, check_model_source
 from seqaware.engine.model_weights import WeightDifferences
 from seqaware.errors import CheckpointError, ConfigError
+from seqaware.files import local_path, read_json
 from seqaware.training.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -39,6 +44,11 @@ if TYPE_CHECKING:
 # The engine's model is wrapped once, peft's twice.
 _WRAPPED = "model."
 _ADAPTED = "base_model.model."
+# What peft raises at values of other types than it writes: it checks few of them.
+_UNEXPECTED = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError, pickle.UnpicklingError, re.error),
+)
 
 
 def export_checkpoint(checkpoint: Path, folder: Path, *, run: Path | None = None, lora: str | None = None) -> int:
@@ -106,27 +116,60 @@ def merge_adapter(adapter: Path, folder: Path) -> None:
 
     _check_free(folder)
     try:
+        written = _adapter_settings(adapter)
         settings = PeftConfig.from_pretrained(str(adapter))
         base, where = str(settings.base_model_name_or_path), {"revision": settings.revision}
+        brings_own = (adapter / "tokenizer_config.json").is_file()
+        model = ModelConfig(base_name=base, revision=settings.revision, tokenizer=str(adapter) if brings_own else None)
+        if local_path(base).is_dir():
+            check_model_source(model)
         dtype = AutoConfig.from_pretrained(base, **where).dtype or torch.float32
         stored = load_peft_weights(str(adapter), device="cpu")
+        _check_ranks(written, stored)
         # In float32, as a run merges its own: the update is small beside the weights.
         whole = tuple(name.removeprefix(_ADAPTED) for name in stored if "lora_" not in name)
         options = LoadOptions(torch.float32, None, settings.revision, False, {}, allow_missing=whole)
         adapted = PeftModel.from_pretrained(load_model(base, options), str(adapter))
         _check_adapter(adapter, adapted, stored.keys())
         merged: Any = adapted.merge_and_unload()
-        brings_own = (adapter / "tokenizer_config.json").is_file()
-        tokenizer = AutoTokenizer.from_pretrained(str(adapter) if brings_own else base)
-    except (OSError, ValueError, RuntimeError, TypeError, SafetensorError) as error:
+        tokenizer = load_tokenizer(model)
+    except (*_UNEXPECTED, SafetensorError) as error:
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        do = "see base_model_name_or_path in its adapter_config.json"
+        do = f"see base_model_name_or_path and the other values in its {ADAPTER_CONFIG}"
         raise ConfigError(
             "the adapter and its base model make no model", got=f"{adapter}: {first_line}", do=do
         ) from error
     merged.config.use_cache = True
     inference = InferenceTokenizer.of(tokenizer, None)
     put_in_place(folder, inference, lambda partial: merged.to(dtype).save_pretrained(partial))
+
+
+def _adapter_settings(adapter: Path) -> dict[str, Any]:
+    """The values of adapter_config.json, without those that peft takes without bounds.
+
+    Raises:
+        OSError, ValueError: it cannot be read, or is not supported.
+    """
+    written = read_json(adapter / ADAPTER_CONFIG)
+    if not isinstance(written, dict):
+        raise ValueError(f"{ADAPTER_CONFIG} is not a mapping")
+    # megatron_config imports the module that it names; layer_replication makes any number of layers.
+    for name in ("megatron_config", "layer_replication"):
+        if written.get(name) is not None:
+            raise ValueError(f"{name} is not supported")
+    return written
+
+
+def _check_ranks(written: Mapping[str, Any], stored: Mapping[str, Tensor]) -> None:
+    """peft makes weights of the rank that is written before it compares them with those that are stored.
+
+    Raises:
+        ValueError: the rank is larger than any stored weight.
+    """
+    most = max((size for weight in stored.values() for size in weight.shape), default=0)
+    ranks = [written.get("r", 0), *dict(written.get("rank_pattern") or {}).values()]
+    if (largest := max(ranks)) > most:
+        raise ValueError(f"rank {largest} does not fit its weights, none of which has more than {most} rows or columns")
 
 
 def _check_free(folder: Path) -> None:

@@ -28,7 +28,7 @@ CORPUS = Path(__file__).parent / "corpus"
 # Of 2,000 examples in `make test`; `make fuzz FUZZ_EXAMPLES=…` draws more, with another seed each time.
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
 SHARES = {
-    "config": 0.24,
+    "config": 0.23,
     "commands": 0.04,
     "deepspeed": 0.14,
     "model": 0.06,
@@ -42,6 +42,7 @@ SHARES = {
     "manifests": 0.04,
     "stores": 0.04,
     "shards": 0.02,
+    "adapters": 0.01,
     "metrics": 0.04,
     "cards": 0.016,
     "reports": 0.004,
