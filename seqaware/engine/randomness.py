@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+_NUMPY_KEYS = 624
+
 
 def begin_randomness(seed: int, *, step: int, rank: int) -> None:
     """Begin all generators anew: dropout then follows from the run's seed, whatever was drawn before in this process.
@@ -38,11 +40,20 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` has taken."""
+    """Put back what `random_state` has taken.
+
+    Raises:
+        ValueError, TypeError, LookupError, RuntimeError and others: it is something else.
+    """
     torch.set_rng_state(state["cpu"])
     version, internal, gauss = state["python"]
+    if not isinstance(gauss, float | None):
+        raise ValueError("Python's generator has an odd state")
     random.setstate((version, tuple(internal), gauss))
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    kind, keys, place, has_gauss, gauss = state["numpy"]
+    # numpy does not check the place, and reads beyond its memory at a large one.
+    if type(place) is not int or not 0 <= place <= _NUMPY_KEYS or keys.shape != (_NUMPY_KEYS,):
+        raise ValueError("numpy's generator has an odd state")
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), place, has_gauss, gauss))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
