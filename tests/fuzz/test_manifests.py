@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import launcher.plan
 import launcher.train
 from seqaware.data.store import Counted, TokenStore
 from seqaware.data.store_format import MANIFEST as STORE_MANIFEST
@@ -32,11 +33,12 @@ from seqaware.engine.checkpoint.manifest import (
     survey,
 )
 from seqaware.engine.checkpoint.retention import Evaluations, Retention, forget_old, set_aside_later
+from seqaware.training.batches import RowFormat, rank_batches
 from seqaware.training.folder import RunFolder, allowed_before, attempts_before, check_claim, claim, is_finished
 from seqaware.training.resume import Wish, resume_points, unrecorded
 from tests.fakes import checkpoint_folder
 from tests.fuzz import hostile
-from tests.fuzz.bounds import ends_well, fuzzed, refuses_clearly
+from tests.fuzz.bounds import corpus, ends_well, fuzzed, refuses_clearly
 from tests.unit.data.test_store import document, write
 from tests.unit.plan.test_plan import plan
 
@@ -176,11 +178,22 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("written") / "store", documents)
 
 
+# Of the demo, as many steps as a small store has.
+SHORT_RUN = [
+    *("train_configs/demo.yaml", "--set=dataset.name=store", "--set=training.schedule.warmup_steps=0"),
+    "--set=training.schedule.global_batch_size=2",
+]
+
+
 def use(path: Path) -> None:
     """Read a store as a run does; nothing may be wrong with one that was verified."""
     opened = TokenStore.open(path)
     opened.verify_once()
-    opened.documents(range(len(opened)))
+    ids = np.arange(len(opened))
+    opened.documents(ids)
+    for positions in ("supervised", "sequence", "turn"):
+        rows = RowFormat(128, packed=True, positions=positions, on_split="continue", pad_id=0)
+        rank_batches(opened, ids, rows=rows, rank=0, size=2)
     for index in range(len(opened)):
         opened.document(index)
         opened.name(index)
@@ -224,4 +237,20 @@ def test_a_hostile_store_is_read_or_refused(
     shutil.copytree(store, path)
     change_store(path, written, changes, cut=cut)
     refuses_clearly(lambda: use(path))
-    ends_well(launcher.train.app, ["train_configs/demo.yaml", "--dry-run", "--set=dataset.name=store"])
+    ends_well(launcher.train.app, [*SHORT_RUN, "--dry-run"])
+    ends_well(launcher.plan.app, [*SHORT_RUN, "--gpus=2"])
+
+
+@pytest.mark.parametrize("changes", [None, *corpus("stores")], ids=lambda path: path.stem if path else "as written")
+def test_stores_that_once_failed(place: Path, store: Path, changes: Path | None) -> None:
+    """A plan lays documents out without reading their tokens; the store as it was written is planned and read."""
+    path = place / "store"
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.copytree(store, path)
+    change_store(path, [] if changes is None else json.loads(changes.read_text()), [], cut=None)
+    assert refuses_clearly(lambda: use(path)) == (changes is None)
+    for shown in (
+        ends_well(launcher.train.app, [*SHORT_RUN, "--dry-run"]),
+        ends_well(launcher.plan.app, [*SHORT_RUN, "--gpus=2"]),
+    ):
+        assert ("is corrupt" in shown) == ("error: " in shown) == (changes is not None), shown
