@@ -70,29 +70,6 @@ make_venv() {
         "Debian and Ubuntu: apt-get install python3-venv"
 }
 
-# Its shared-memory operator is compiled on first use, one to two minutes. Here rather than in the first run, where
-# every rank would wait for it. A machine where it does not build runs all the same, a little slower.
-build_operators() {
-    say "building DeepSpeed's CPU operators, unless they are built already (one to two minutes)"
-    if ! "$VENV/bin/python" - >"$VENV/operators.log" 2>&1 <<'PY'
-from seqaware.engine.ranks import prepare_environment
-
-prepare_environment()
-import deepspeed
-from seqaware.engine.operator_cache import build_each_once
-
-build_each_once()
-from deepspeed.accelerator import get_accelerator
-
-builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-if builder is not None and deepspeed.ops.__compatible_ops__.get(builder.NAME, False):
-    builder.load(verbose=False)
-PY
-    then
-        say "warning: they did not build; see $VENV/operators.log"
-    fi
-}
-
 # pip would do it one file after the other, a third of the whole time. Some packages carry a file that is broken on purpose.
 compile_packages() {
     "$VENV/bin/python" -m compileall -qq -j 0 "$VENV"/lib/python3*/site-packages || true
@@ -120,6 +97,5 @@ say "installing torch (pinned by constraints.txt)"
 say "installing seqaware and what it needs (pinned by constraints.txt)"
 "${pip[@]}" install --quiet --no-compile -c constraints.txt -e ".[dev,gguf]"
 compile_packages
-build_operators
 state "$VENV/bin/python" >"$STAMP"
 say "done; now: source $VENV/bin/activate"

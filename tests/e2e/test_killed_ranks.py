@@ -199,6 +199,26 @@ def test_a_run_survives_kills_at_random_moments(workshop: tiny.Workshop, whole: 
     print(f"{kills} kills: {places}; the launch ended after {min(seconds):.1f} to {max(seconds):.1f} s")
 
 
+CONNECTED = """
+from seqaware.engine.ranks import connect, disconnect, find_address, prepare_environment
+
+prepare_environment()
+connect(find_address())
+from deepspeed.comm import comm
+
+print("operator:", comm.cdb.shm_comm_op)
+disconnect()
+"""
+
+
+def test_no_rank_waits_for_a_killed_one_in_shared_memory(workshop: tiny.Workshop) -> None:
+    """DeepSpeed's operator waits for all ranks where no other thread of a rank can run, the watchdog's neither."""
+    script = workshop.folder / "connected.py"
+    script.write_text(CONNECTED)
+    done = launch.forked(str(script), ranks=2)
+    assert done.returncode == 0 and done.stdout.count("operator: None") == 2, done.stdout + done.stderr
+
+
 def test_a_rank_that_hangs_is_named_with_its_line(hanging: Launch) -> None:
     assert hanging.finish() != 0
     screen = hanging.stderr.read_text()
