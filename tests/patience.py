@@ -10,8 +10,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Of a launch, or of one of several runs that share one. On two idle cores these take a minute at most.
-LAUNCH_SECONDS = 900.0
+# Of a launch, or of one of several runs that share one, on an idle machine. There they take half a minute at most.
+LAUNCH_SECONDS = 300.0
 # The work of `slowness`, and its time on one idle core of a common server (3 GHz).
 _WORK = "sum(range(10_000_000))"
 _IDLE_SECONDS = 0.25

@@ -66,7 +66,7 @@ def _fill(engine: Engine, checkpoint: Path) -> None:
 def _load(engine: Engine, checkpoint: Path) -> None:
     try:
         load_through(engine, checkpoint)
-    except (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, TypeError, ValueError) as error:
         # DeepSpeed checks little: a state of another shape fails wherever it is first looked into.
         got = f"{checkpoint} on rank {engine.ranks.rank}: {error!r}"
         raise CheckpointError("the checkpoint does not fit the model or its optimizer", got=got, do=_ANOTHER) from error
