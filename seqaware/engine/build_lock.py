@@ -136,9 +136,11 @@ class KernelLock:
             return False
         except OSError:
             return self._has_lease()
-        # Its last holder may have removed it since we opened it.
-        path = Path(self.lock_file_path)
-        return path.exists() and path.stat().st_ino == os.fstat(file).st_ino
+        # Its last holder may have removed it since we opened it, and the next one may remove its own at any moment.
+        try:
+            return Path(self.lock_file_path).stat().st_ino == os.fstat(file).st_ino
+        except FileNotFoundError:
+            return False
 
     def _has_lease(self) -> bool:
         if self._lease is None:
@@ -205,6 +207,8 @@ class _Pulse(threading.Thread):
             with suppress(OSError):  # a full disk: the build will say so
                 content = json.dumps(asdict(self._holder)).encode()
                 os.pwrite(self._file, content, 0)
+                # A holder that was killed may have left a longer text.
+                os.ftruncate(self._file, len(content))
 
     def stop(self) -> None:
         self._stopping.set()

@@ -71,6 +71,37 @@ def test_a_file_that_its_holder_has_removed_meanwhile_is_not_held(
     assert not lock.take()
 
 
+def test_a_file_that_is_removed_while_it_is_compared_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of another process, on the file that has taken the place of the one that was opened here."""
+    file = tmp_path / "lock"
+    real = Path.stat
+
+    def removed_between(path: Path, **how: bool) -> os.stat_result:
+        found = real(path, **how)
+        file.unlink(missing_ok=True)
+        return found
+
+    def removed_first(number: int, how: int) -> None:
+        file.unlink()
+        file.touch()
+
+    monkeypatch.setattr(Path, "stat", removed_between)
+    monkeypatch.setattr(build_lock.fcntl, "flock", removed_first)
+    assert not KernelLock(str(file)).take()
+
+
+def test_a_longer_text_of_a_killed_holder_does_not_hide_the_new_holder(tmp_path: Path) -> None:
+    file = tmp_path / "lock"
+    killed = Holder(pid=4_000_000, parent=3_999_999, host="host." * 20, moves=1_000)
+    file.write_text(json.dumps(asdict(killed)))
+    lock = KernelLock(str(file))
+    lock.try_acquire()
+    assert Holder(**json.loads(file.read_text())).pid == os.getpid()
+    lock.release()
+
+
 def test_on_a_disk_without_locks_a_lease_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(number: int, how: int) -> None:
         raise OSError("no locks available")
