@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,9 @@ def communicate(process: subprocess.Popen[str], seconds: float = LAUNCH_SECONDS)
         except subprocess.TimeoutExpired:
             if patience.is_over():
                 process.kill()
-                output = "\n".join(text or "" for text in process.communicate())
+                output = ""
+                with suppress(subprocess.TimeoutExpired):  # those that it has started may hold its outputs open
+                    output = "\n".join(text or "" for text in process.communicate(timeout=10.0))
                 raise AssertionError(f"{process.args!r} hangs: {output[-6000:]}") from None
 
 

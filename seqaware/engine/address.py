@@ -22,6 +22,7 @@ from seqaware.errors import ConfigError
 LAUNCHERS = ("torchrun", "deepspeed", "variables", "srun", "mpirun", "none")
 _MPI_SIZE_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _DEFAULT_PORT = 29500
+_LAST_PORT = 65_535
 _SIOCGIFADDR = 0x8915  # linux/sockios.h: the address of an interface
 _SCONTROL_SECONDS = 10.0
 
@@ -77,7 +78,7 @@ def check_variables(env: Mapping[str, str], address: RankAddress) -> None:
     `WORLD_SIZE=8` without `RANK` is the common case: every process would take itself for the only one.
 
     Raises:
-        ConfigError: RANK or WORLD_SIZE differs from the rank or size in `address`.
+        ConfigError: RANK or WORLD_SIZE differs from the rank or size in `address`, or MASTER_PORT is not a port.
         ValueError: one of them is no number.
     """
     for name, value in (("WORLD_SIZE", address.size), ("RANK", address.rank)):
@@ -96,6 +97,10 @@ def check_variables(env: Mapping[str, str], address: RankAddress) -> None:
             got=f"{name}={env[name]} on rank {address.rank} of {address.size}",
             do=f"unset {name}",
         )
+    # 0: rank 0 takes a free one and tells the others.
+    if not 0 <= address.master_port <= _LAST_PORT:
+        do = f"set it to a free port of the first host, at most {_LAST_PORT:,}"
+        raise ConfigError("MASTER_PORT is not a port", got=address.master_port, do=do)
 
 
 def why_alone(env: Mapping[str, str], address: RankAddress) -> str | None:

@@ -104,7 +104,7 @@ def _build_once(build: Any, wanted: dict[str, Any]) -> None:
     folder = Path(wanted["build_directory"])
     library, record = folder / f"{wanted['name']}.so", folder / f"{wanted['name']}.built"
     inputs = _digest(_inputs(wanted))
-    if library.exists() and record.exists() and record.read_text(encoding="ascii") == inputs:
+    if library.exists() and record.exists() and record.read_bytes() == inputs.encode():
         return
     record.unlink(missing_ok=True)
     listener().builds(f"compiling DeepSpeed's {wanted['name']} operator (once, about 2 min)")

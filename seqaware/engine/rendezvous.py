@@ -92,7 +92,7 @@ class Waiting:
     def __init__(self, address: RankAddress, patience: Patience) -> None:
         self.address = address
         self.patience = patience
-        self.cause = ""
+        self.cause = f"no answer yet about the address {address.master_address}"
         self._begun = time.monotonic()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._report, name="connecting", daemon=True)

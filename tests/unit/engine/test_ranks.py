@@ -119,6 +119,13 @@ def test_variables_that_contradict_each_other_are_refused(env: dict[str, str]) -
     assert find_address(env, check=False).size == (4 if "SLURM_STEP_ID" in env else 1)
 
 
+@pytest.mark.parametrize("port", ["-1", "65536", "99999"])
+def test_a_port_beyond_the_last_one_is_refused(port: str) -> None:
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    with pytest.raises(ConfigError, match="MASTER_PORT is not a port"):
+        find_address({**ranks, "MASTER_PORT": port})
+
+
 def test_variables_that_agree_with_the_launcher_are_let_through() -> None:
     assert find_address({**SRUN, "WORLD_SIZE": "4", "RANK": "3"}).size == 4
     assert find_address({**SRUN, "WORLD_SIZE": "4"}).launcher == "srun"
