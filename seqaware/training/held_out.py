@@ -72,6 +72,16 @@ class HeldOut:
         owed = ranks.is_first and not _was_evaluated(metrics, done)
         return bool(ranks.agree(owed))
 
+    def was_reported(self, step: int, *, metrics: Path, answers: Path) -> bool:
+        """Whether an earlier launch has reported the last evaluation, of `step`, and was ended before the run was.
+
+        Args:
+            metrics, answers: the run's metrics.jsonl and answers.jsonl, as rank 0 sees them.
+        """
+        ranks = self.engine.ranks
+        reported = ranks.is_first and _was_evaluated(metrics, step) and (not self.questions or answers.exists())
+        return bool(ranks.agree(reported))
+
     def evaluate(self, step: int, *, answers: Path | None, leaving: Leaving) -> dict[str, Any] | None:
         """A line for `metrics.jsonl`: the loss, and what the answers are worth where the config asks.
 

@@ -144,10 +144,11 @@ class Session:
         if self.plan.config.output.save_model:
             self.process.heartbeat.phase("exporting", self.total)
             export_model(self.engine, self.folder.model, tokenizer=self.prepared.inference, lora=self.plan.config.lora)
-        if self.held_out is None:
+        held_out, metrics = self.held_out, self.folder.metrics
+        if held_out is None or held_out.was_reported(self.total, metrics=metrics, answers=self.folder.answers):
             return
         self.process.heartbeat.phase("evaluating", self.total)
-        line = self.held_out.evaluate(self.total, answers=self.folder.answers, leaving=self.leaving)
+        line = held_out.evaluate(self.total, answers=self.folder.answers, leaving=self.leaving)
         if line is None:
             raise self._left(self.total)
         self.reporter.event(line)

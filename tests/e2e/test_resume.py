@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,28 @@ def test_a_rank_that_cannot_write_is_heard_by_all(tmp_path: Path) -> None:
     for rank in (0, 1):
         assert f"rank {rank} heard: the checkpoint of step 1 could not be written; got rank 1 on " in done.stderr
     assert not list((run / "checkpoints").glob("step-*[0-9]"))
+
+
+def test_a_run_that_was_ended_after_its_last_evaluation_does_not_report_it_again(tmp_path: Path) -> None:
+    workshop = tiny.build(tmp_path)
+    held_out = {"dataset": {"name": str(workshop.rows)}, "metric": "exact_match", "max_new_tokens": 2}
+    held_out["answer_pattern"] = r"(?P<answer>\w+)"
+    config = workshop.config(output__dir=str(tmp_path / "run"), evaluation=held_out)
+    path = str(workshop.write("ended", config))
+    first = launch.forked("launcher/train.py", path, ranks=1)
+    assert first.returncode == 0, first.stderr[-4000:]
+    run = tmp_path / "run"
+    expected = _evaluations(run)
+    for reported, lost in ((True, "model"), (False, "answers.jsonl")):
+        # As if it had been killed then: it does not know that it has finished.
+        manifest = json.loads((run / "manifest.json").read_text())
+        del manifest["finished_steps"]
+        (run / "manifest.json").write_text(json.dumps(manifest))
+        shutil.rmtree(run / lost) if lost == "model" else (run / lost).unlink()
+        again = launch.forked("launcher/train.py", path, ranks=1)
+        assert again.returncode == 0, again.stderr[-4000:]
+        assert (run / "model" / "model.safetensors").exists() and (run / "answers.jsonl").exists()
+        assert not reported or _evaluations(run) == expected
 
 
 def test_a_finished_run_is_left_alone_and_an_earlier_checkpoint_can_be_gone_back_to(tmp_path: Path) -> None:
