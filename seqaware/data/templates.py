@@ -16,12 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from seqaware.config.values import LARGEST
 from seqaware.errors import ConfigError, DataError
 
 FINAL_MARK = "####"
 _CHOICES = "wanted: choices as a list of texts, or as {text: […], label: […]}; dataset.columns renames"
 SHAPES = "messages; prompt and completion; question and answer; text; or any columns with format.prompt_template"
+
+# Of float32, in which weights are kept.
+_LARGEST_WEIGHT = 3.4e38
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,9 +233,9 @@ def checked_weight(value: object, name: str) -> float:
             weight = float(value)
         except (ValueError, OverflowError):
             weight = math.nan
-        if 0 <= weight <= LARGEST:  # nor NaN; sums of weighted losses stay within float32
+        if 0 <= weight <= _LARGEST_WEIGHT:  # nor NaN
             return weight
-    raise DataError(f"{name}: a weight must be a number from 0 to {LARGEST:.0e}", got=repr(value)[:80])
+    raise DataError(f"{name}: a weight must be a number from 0 to {_LARGEST_WEIGHT:.1e}", got=repr(value)[:80])
 
 
 def _default_prompt(fields: Mapping[str, Any]) -> Template:

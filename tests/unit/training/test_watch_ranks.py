@@ -23,6 +23,8 @@ from tests.unit.training.watched_ranks import Launch, launch
 # Long beside the pauses that a busy machine makes.
 HANG_SECONDS = 6.0 * slowness()
 HANG_MINUTES = HANG_SECONDS / 60
+# Until ranks have seen each other, also in the files of their hosts.
+SEEN_SECONDS = HANG_SECONDS / 2
 # What takes a second or two; far less than the hang of a rank that waits.
 SOON = 8.0 * slowness()
 
@@ -184,7 +186,7 @@ def an_earlier_launch_in_the_same_folder_alarms_nobody(tmp_path: Path) -> None:
     (left,) = (tmp_path / "ranks").glob("seqaware-*/*")
     assert (left / "told").exists() and (left / "rank-0001.json").exists()
     with launch(tmp_path / "ranks", 2) as again:
-        time.sleep(2.5)
+        time.sleep(SEEN_SECONDS)
         for rank in range(2):
             assert again.ask(rank, "dead?") == "False"
             again.order(rank, "end 0")
@@ -277,13 +279,13 @@ def a_job_that_is_stopped_and_goes_on_does_not_hang(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {seconds / 60}", "phase forward 4")
-        time.sleep(2.5)  # each has looked at the other
+        time.sleep(SEEN_SECONDS)  # each has looked at the other
         for number in (signal.SIGSTOP, signal.SIGCONT):
             for rank in range(2):
                 ranks.send(rank, number)
             if number == signal.SIGSTOP:
                 time.sleep(2 * seconds)
-        time.sleep(2.5)
+        time.sleep(SEEN_SECONDS)
         for rank in range(2):
             ranks.tell(rank, "phase backward 4")
             ranks.order(rank, "end 0")
@@ -450,7 +452,7 @@ def a_host_that_is_gone_is_named_by_who_lost_it(tmp_path: Path) -> None:
     with launch(tmp_path / "ranks", 2, options=_two_hosts(1)) as ranks:
         for rank in range(2):
             ranks.tell(rank, f"hang {HANG_MINUTES}", f"settle {tmp_path / 'run'}", "say alive", "phase backward 8")
-        time.sleep(2.5)
+        time.sleep(SEEN_SECONDS)
         ranks.send(1, signal.SIGKILL)
         ranks.order(0, "lose")
         assert ranks.codes(0) == [1]
