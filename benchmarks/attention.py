@@ -32,9 +32,9 @@ from torch import Tensor
 from benchmarks.machine import machine
 from benchmarks.timing import seconds as seconds_between
 from seqaware.config.packages import FLASH_MODULES
-from seqaware.engine.attention import BACKENDS, AttentionCall, Documents
-from seqaware.engine.attention_choice import choose_backend
 from seqaware.errors import ConfigError
+from seqaware.models.attention import BACKENDS, AttentionCall, Documents
+from seqaware.models.attention_choice import choose_backend
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"
 LEAST_RATIO = 20.0

@@ -26,9 +26,9 @@ from seqaware.config.schema import Config
 from seqaware.data.encode import ExampleEncoder
 from seqaware.data.encode_pool import CHUNK_RECORDS
 from seqaware.data.sources import Record
-from seqaware.data.store import StoreWriter, TokenStore
-from seqaware.data.store_writer import Block
-from seqaware.data.tokenize import prepare_store, recipe_of
+from seqaware.data.store.store_writer import Block
+from seqaware.data.store.token_store import StoreWriter, TokenStore
+from seqaware.data.tokenization import prepare_store, recipe_of
 
 DOCUMENTS = 300_000
 MEAN_TOKENS = 188  # GSM8K's mean with GPT-2's tokenizer

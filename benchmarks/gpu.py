@@ -266,7 +266,7 @@ def _imports(name: str) -> None:
 
 
 def _child(name: str, place: Place) -> int:
-    from seqaware.engine.ranks import prepare_environment
+    from seqaware.distributed.process_group import prepare_environment
 
     prepare_environment()
     _imports(name)

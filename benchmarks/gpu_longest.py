@@ -15,13 +15,13 @@ import torch
 
 from benchmarks.gpu_training import Found, Work, batches_of, plan_device, synchronize
 from benchmarks.timing import first_line
-from seqaware.data.batch import Batch
-from seqaware.engine.ranks import connect, find_address
-from seqaware.plan.hardware import Device
-from seqaware.plan.layout import Layout, layout_of
-from seqaware.plan.memory import memory
-from seqaware.plan.search import largest_micro_batch
-from seqaware.plan.throughput import step_time
+from seqaware.data.collate import Batch
+from seqaware.distributed.process_group import connect, find_address
+from seqaware.estimate.hardware import Device
+from seqaware.estimate.layout import Layout, layout_of
+from seqaware.estimate.memory import memory
+from seqaware.estimate.search import largest_micro_batch
+from seqaware.estimate.step_time import step_time
 from seqaware.training.assembly import build_engine
 from seqaware.training.prepare import Prepared
 

@@ -23,7 +23,7 @@ def minimal_loop(work: Work, found: Found, *, attention: str = "sdpa") -> None:
     """deepspeed.initialize, transformers' attention with its mask for packed rows, weighted naive cross-entropy."""
     import deepspeed
 
-    from seqaware.engine.ranks import connect, find_address
+    from seqaware.distributed.process_group import connect, find_address
 
     ranks = connect(find_address())
     settings = json.loads((Path(__file__).parent.parent / "ds_configs" / f"zero{work.stage}.json").read_text())

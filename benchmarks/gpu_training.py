@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from seqaware.plan import hardware
-from seqaware.plan.hardware import DEVICES, Device
+from seqaware.estimate import hardware
+from seqaware.estimate.hardware import DEVICES, Device
 
 ROOT = Path(__file__).parent.parent
 TOKENIZER = ROOT / "demo" / "tokenizer"
@@ -256,10 +256,10 @@ def synchronize(device: str) -> None:
 
 def batches_of(work: Work, row: int, **model: Any) -> tuple[Any, Iterator[list[Any]]]:
     """What our data pipeline makes of the rows: what is known before the ranks meet, and each step's micro-batches."""
-    from seqaware.config.load import load_config
-    from seqaware.engine.ranks import find_address
+    from seqaware.config.loading import load_config
+    from seqaware.data.batch_loader import StepBatches
+    from seqaware.distributed.process_group import find_address
     from seqaware.training.assembly import row_format, world_of
-    from seqaware.training.batches import StepBatches
     from seqaware.training.prepare import prepare
 
     yaml, zero = run_files(work, row, **model)
@@ -270,7 +270,7 @@ def batches_of(work: Work, row: int, **model: Any) -> tuple[Any, Iterator[list[A
 
 def ours(work: Work, found: Found) -> None:
     """The run's own assembly on one rank; the engine is built once and steps over rows of every length."""
-    from seqaware.engine.ranks import connect, find_address
+    from seqaware.distributed.process_group import connect, find_address
     from seqaware.training.assembly import build_engine
 
     said: list[str] = []
@@ -288,7 +288,7 @@ def ours(work: Work, found: Found) -> None:
 
 def kept_of_a_layer(work: Work, found: Found) -> None:
     """Time and memory of a step by what is kept of a layer for the backward; an engine for each, nothing compiled."""
-    from seqaware.engine.ranks import connect, find_address
+    from seqaware.distributed.process_group import connect, find_address
     from seqaware.training.assembly import build_engine
 
     row, ranks = work.rows[0], connect(find_address())

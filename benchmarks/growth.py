@@ -26,9 +26,9 @@ import torch
 from benchmarks.machine import machine
 from benchmarks.memory import MODEL, Case, build_counter, compared, planned, prepare, train
 from benchmarks.timing import seconds
-from seqaware.engine.device_figures import seconds_of_product
-from seqaware.plan.hardware import GIB, Device
-from seqaware.plan.throughput import step_time
+from seqaware.engine.device_metrics import seconds_of_product
+from seqaware.estimate.hardware import GIB, Device
+from seqaware.estimate.step_time import step_time
 
 RESULTS = Path(__file__).parent / "results" / "growth.json"
 STEPS, WARM_UP = 8, 2

@@ -57,12 +57,12 @@ def _status(name: str) -> int:
 
 def measure(folder: Path, *, turns: int, policies: list[str]) -> dict[str, Any]:
     from benchmarks import peers
-    from seqaware.config.load import load_config
-    from seqaware.engine.ranks import connect, disconnect, find_address, prepare_environment
+    from seqaware.config.loading import load_config
+    from seqaware.distributed.process_group import connect, disconnect, find_address, prepare_environment
 
     prepare_environment()
+    from seqaware.data.batch_loader import StepBatches
     from seqaware.training.assembly import build_engine, row_format, world_of
-    from seqaware.training.batches import StepBatches
     from seqaware.training.prepare import prepare
 
     peers.SHAPE, peers.VOCABULARY = SHAPE, 1024

@@ -30,11 +30,11 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.machine import machine
-from seqaware.config.load import load_config
-from seqaware.plan.layout import Layout, layout_of
-from seqaware.plan.memory import UPDATE, MemoryEstimate, memory
-from seqaware.plan.throughput import collectives
-from seqaware.training.dry_run import plan_without_torch
+from seqaware.config.loading import load_config
+from seqaware.estimate.layout import Layout, layout_of
+from seqaware.estimate.memory import UPDATE, MemoryEstimate, memory
+from seqaware.estimate.step_time import collectives
+from seqaware.tools.dry_run import plan_without_torch
 
 HERE = Path(__file__).parent
 TOKENIZER = HERE.parent / "demo" / "tokenizer"

@@ -134,12 +134,12 @@ def main() -> None:
     arguments = parser.parse_known_args()[0]
     counter, collectives = Counter64(arguments.library), count_collectives()
 
-    from seqaware.config.load import load_config
+    from seqaware.config.loading import load_config
+    from seqaware.distributed.process_group import disconnect, find_address, prepare_environment
     from seqaware.engine.engine import Engine
-    from seqaware.engine.ranks import disconnect, find_address, prepare_environment
 
     prepare_environment()
-    from seqaware.training.run import RunRequest, run
+    from seqaware.training.launch import RunRequest, run
 
     measured = MeasuredStep(counter, collectives, Engine.train_step)
     Engine.train_step = lambda self, batches, **rest: measured(self, batches, **rest)  # type: ignore[method-assign]

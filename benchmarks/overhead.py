@@ -54,7 +54,7 @@ def steps_of_bare(engine: Any, made: list[Any]) -> Callable[[int], None]:
     import torch
     import torch.distributed as dist
 
-    from seqaware.engine.layers import torchs_linear
+    from seqaware.models.layers import torchs_linear
 
     model = engine.wrapped
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -80,12 +80,12 @@ def steps_of_bare(engine: Any, made: list[Any]) -> Callable[[int], None]:
 
 def measure_here(config: Path, model: str, stage: int, *, turns: int) -> dict[str, Any]:
     """On every rank; what the first one returns holds for all."""
-    from seqaware.config.load import load_config
-    from seqaware.engine.ranks import connect, disconnect, find_address, prepare_environment
+    from seqaware.config.loading import load_config
+    from seqaware.distributed.process_group import connect, disconnect, find_address, prepare_environment
 
     prepare_environment()
+    from seqaware.data.batch_loader import StepBatches
     from seqaware.training.assembly import build_engine, row_format, world_of
-    from seqaware.training.batches import StepBatches
     from seqaware.training.prepare import prepare
 
     address = find_address()

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from seqaware.data.order import Permutation, StepOrder
 from seqaware.data.packing import layout_step, pack
+from seqaware.data.sampler import Permutation, StepSampler
 
 LENGTHS = 1_000_000
 ORDERED = 10_000_000
@@ -124,8 +124,8 @@ def measure_order() -> dict[str, Any]:
     every = np.arange(ORDERED)
     permutation = Permutation.keyed(ORDERED, "benchmark", 0, 0)
 
-    def new_order() -> StepOrder:
-        return StepOrder(lengths, fingerprint="benchmark", seed=0, global_batch_tokens=1 << 18)
+    def new_order() -> StepSampler:
+        return StepSampler(lengths, fingerprint="benchmark", seed=0, global_batch_tokens=1 << 18)
 
     order = new_order()
     return {

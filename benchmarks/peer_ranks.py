@@ -25,12 +25,12 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from seqaware.config.load import load_config
-from seqaware.engine.layers import torchs_linear
-from seqaware.engine.ranks import connect, disconnect, find_address, prepare_environment
+from seqaware.config.loading import load_config
+from seqaware.data.batch_loader import StepBatches
+from seqaware.distributed.process_group import connect, disconnect, find_address, prepare_environment
+from seqaware.models.layers import torchs_linear
 from seqaware.objective.weighting import Weighting
 from seqaware.training.assembly import build_engine, row_format, world_of
-from seqaware.training.batches import StepBatches
 from seqaware.training.prepare import Prepared, prepare
 
 WARM, MEASURED = 2, 3

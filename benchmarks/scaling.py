@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 
 from seqaware.config.schema import ScheduleConfig
-from seqaware.data.order import StepOrder
 from seqaware.data.packing import layout_step
-from seqaware.data.store import StoreWriter, TokenStore
-from seqaware.data.store_writer import Block
-from seqaware.training.facts import data_facts
+from seqaware.data.sampler import StepSampler
+from seqaware.data.store.store_specs import data_facts
+from seqaware.data.store.store_writer import Block
+from seqaware.data.store.token_store import StoreWriter, TokenStore
 
 RESULTS = Path(__file__).parent / "results" / "scaling.json"
 SIZES = (10**5, 10**6, 10**7)
@@ -89,7 +89,7 @@ def plan_and_read(path: Path) -> dict[str, Any]:
     parts = Parts()
     store = TokenStore.open(path)
     parts.done("open")
-    by_size = StepOrder(store.lengths, fingerprint=store.fingerprint, seed=0, global_batch_size=STEP_DOCUMENTS)
+    by_size = StepSampler(store.lengths, fingerprint=store.fingerprint, seed=0, global_batch_size=STEP_DOCUMENTS)
     facts = data_facts(store, by_size, ScheduleConfig(global_batch_size=STEP_DOCUMENTS))
     parts.done("figures of the plan")
     steps = np.random.default_rng(1).integers(0, by_size.steps_in_epoch(0), STEPS_READ).tolist()
@@ -102,7 +102,7 @@ def plan_and_read(path: Path) -> dict[str, Any]:
         store.documents(ids)
     parts.done(f"reading {STEPS_READ * STEP_DOCUMENTS} documents")
     without_budget = parts.memory()
-    by_tokens = StepOrder(store.lengths, fingerprint=store.fingerprint, seed=0, global_batch_tokens=STEP_TOKENS)
+    by_tokens = StepSampler(store.lengths, fingerprint=store.fingerprint, seed=0, global_batch_tokens=STEP_TOKENS)
     found = by_tokens.steps_in_epoch(0)
     parts.done("where an epoch's steps begin, by a budget of tokens")
     return {

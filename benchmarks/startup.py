@@ -56,9 +56,9 @@ def start(settings: list[str], *, heavy: bool) -> None:
     """One run of one rank in this process; its parts are printed as JSON."""
     parts = Parts()
     from launcher.imports import quick_imports
-    from seqaware.config.load import load_config
-    from seqaware.engine.ranks import disconnect, find_address, prepare_environment
-    from seqaware.training.watch.heartbeat import Heartbeat
+    from seqaware.config.loading import load_config
+    from seqaware.distributed.process_group import disconnect, find_address, prepare_environment
+    from seqaware.watchdog.heartbeat import Heartbeat
 
     class Recorded(Heartbeat):
         def phase(self, name: str, step: int | None = None) -> None:
@@ -69,7 +69,7 @@ def start(settings: list[str], *, heavy: bool) -> None:
     config = load_config(ROOT / COMMAND[1], settings)
     parts.turn_to("imports")
     with nullcontext() if heavy else quick_imports():
-        from seqaware.training.run import RunRequest, run
+        from seqaware.training.launch import RunRequest, run
     if heavy:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
     run(RunRequest(config, resume="never"), address=find_address(), say=lambda text: None, heartbeat=Recorded())

@@ -29,10 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.machine import machine
-from seqaware.data.order import StepOrder
-from seqaware.data.packing import layout_step
-from seqaware.engine.address import RankAddress
-from seqaware.engine.checkpoint.manifest import (
+from seqaware.checkpoint.manifest import (
     MANIFEST,
     Listing,
     first_wrong_hash,
@@ -40,10 +37,13 @@ from seqaware.engine.checkpoint.manifest import (
     named_checkpoints,
     sealed,
 )
-from seqaware.training.watch.card import Stuck, write_cards
-from seqaware.training.watch.launch_folder import host_file, open_launch_folder
-from seqaware.training.watch.monitor import Monitor
-from seqaware.training.watch.own_rank import OwnRank
+from seqaware.data.packing import layout_step
+from seqaware.data.sampler import StepSampler
+from seqaware.distributed.launch_environment import LaunchEnvironment
+from seqaware.watchdog.launch_directory import host_file, open_launch_directory
+from seqaware.watchdog.monitor import Monitor
+from seqaware.watchdog.own_rank import OwnRank
+from seqaware.watchdog.rank_card import Stuck, write_cards
 
 RANKS = (64, 256, 1024, 4096)
 RANKS_OF_HOST = 8
@@ -120,7 +120,7 @@ def step_layout(ranks: int, *, packed: bool) -> dict[str, float]:
     documents = ranks * DOCUMENTS_PER_RANK
     draws = np.random.default_rng(0).lognormal(6.2, 1.0, 2 * documents)
     lengths = np.clip(draws, 8, CAPACITY).astype(np.int32)
-    order = StepOrder(lengths, fingerprint="worlds", seed=0, global_batch_size=documents)
+    order = StepSampler(lengths, fingerprint="worlds", seed=0, global_batch_size=documents)
 
     def lay_out() -> None:
         ids = order.documents(0, 0)
@@ -194,8 +194,8 @@ def watchdog(ranks: int, *, stuck: bool) -> dict[str, float]:
 def _monitor(rank: int, ranks: int, *, base: Path, shared: Path) -> Monitor:
     base.mkdir(exist_ok=True)
     hosts = ranks // RANKS_OF_HOST
-    address = RankAddress(rank, ranks, rank, RANKS_OF_HOST, hosts, "test", "127.0.0.1", 29500)
-    own = OwnRank(address, open_launch_folder(address, base))
+    address = LaunchEnvironment(rank, ranks, rank, RANKS_OF_HOST, hosts, "test", "127.0.0.1", 29500)
+    own = OwnRank(address, open_launch_directory(address, base))
     own.hang_seconds = HANG_SECONDS
     own.settle(shared)
     return Monitor(own)

@@ -11,7 +11,7 @@ import typer
 from launcher.imports import quick_imports
 from launcher.options import bounded, bounded_seed
 from launcher.outcome import person_errors, say
-from seqaware.engine.ranks import disconnect, find_address, prepare_environment
+from seqaware.distributed.process_group import disconnect, find_address, prepare_environment
 
 app = typer.Typer(add_completion=False)
 
@@ -62,9 +62,9 @@ def analyse(
     with person_errors(address.rank):
         prepare_environment()
         with quick_imports():
-            from seqaware.training.analyse import AnalyseRequest
-            from seqaware.training.analyse import analyse as analyse_here
-            from seqaware.training.evaluation.sampling import Decoding
+            from seqaware.evaluation.sampling import Decoding
+            from seqaware.tools.analyse import AnalyseRequest
+            from seqaware.tools.analyse import analyse as analyse_here
 
         decoding = Decoding(max_new_tokens, temperature, top_p, seed)
         request = AnalyseRequest(model, prompt, samples, decoding, dtype.value, out)

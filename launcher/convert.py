@@ -9,7 +9,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.outcome import person_errors, say
-from seqaware.engine.ranks import prepare_environment
+from seqaware.distributed.process_group import prepare_environment
 
 app = typer.Typer(add_completion=False)
 
@@ -31,7 +31,7 @@ def convert(
     with person_errors():
         prepare_environment()
         with quick_imports():
-            from seqaware.engine.checkpoint.universal import convert as convert_checkpoint
+            from seqaware.checkpoint.universal import convert as convert_checkpoint
         parameters, size = convert_checkpoint(checkpoint, folder)
         say(f"converted   {parameters} parameters, {size / 1e9:.2f} GB, to {folder}")
 

@@ -15,7 +15,7 @@ import typer
 
 from launcher.options import DeepSpeedJson, LocalRank, Overrides, bounded_ranks
 from launcher.outcome import person_errors, say
-from seqaware.engine.ranks import environment, find_address, prepare_environment
+from seqaware.distributed.process_group import environment, find_address, prepare_environment
 from seqaware.errors import USER_ERROR
 
 app = typer.Typer(add_completion=False)
@@ -52,9 +52,9 @@ def doctor(
         address = find_address(check=False)
     from rich.console import Console
 
-    from seqaware.training.doctor.doctor import DoctorRequest, diagnose
-    from seqaware.training.doctor.findings import Level, some_hang
-    from seqaware.training.doctor.table import show
+    from seqaware.doctor.checks import DoctorRequest, diagnose
+    from seqaware.doctor.findings import Level, some_hang
+    from seqaware.doctor.findings_table import show
 
     request = DoctorRequest(config, overrides or [], deepspeed, hostfile, ranks, found)
     diagnosis = diagnose(request, address)

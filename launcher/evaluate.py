@@ -14,10 +14,10 @@ import typer
 from launcher.imports import quick_imports
 from launcher.options import LocalRank, Overrides
 from launcher.outcome import person_errors, say
-from seqaware.config.load import load_config
+from seqaware.config.loading import load_config
 from seqaware.config.schema import Config
-from seqaware.engine.address import RankAddress
-from seqaware.engine.ranks import disconnect, find_address, prepare_environment
+from seqaware.distributed.launch_environment import LaunchEnvironment
+from seqaware.distributed.process_group import disconnect, find_address, prepare_environment
 
 app = typer.Typer(add_completion=False)
 
@@ -53,11 +53,13 @@ def evaluate(
         _evaluate(load_config(config, overrides or []), model, deepspeed=deepspeed, out=out, address=address)
 
 
-def _evaluate(config: Config, model: str, *, deepspeed: Path | None, out: Path | None, address: RankAddress) -> None:
+def _evaluate(
+    config: Config, model: str, *, deepspeed: Path | None, out: Path | None, address: LaunchEnvironment
+) -> None:
     prepare_environment()
     with quick_imports():
-        from seqaware.training.evaluation.run import EvaluateRequest
-        from seqaware.training.evaluation.run import evaluate as evaluate_here
+        from seqaware.tools.evaluate_model import EvaluateRequest
+        from seqaware.tools.evaluate_model import evaluate as evaluate_here
 
     request = EvaluateRequest(config, model, deepspeed, out)
     evaluate_here(request, address=address, say=say if address.rank == 0 else _silence)

@@ -9,7 +9,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.outcome import person_errors, say
-from seqaware.engine.ranks import prepare_environment
+from seqaware.distributed.process_group import prepare_environment
 from seqaware.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
@@ -45,8 +45,8 @@ def export(
             raise ConfigError("--lora takes merged or adapter", got=lora)
         prepare_environment()
         with quick_imports():
-            from seqaware.training.export import export_checkpoint, merge_adapter
-            from seqaware.training.whole_model import is_adapter
+            from seqaware.tools.export_model import export_checkpoint, merge_adapter
+            from seqaware.tools.whole_model import is_adapter
         if is_adapter(checkpoint):
             if run is not None or lora is not None:
                 raise ConfigError("--run and --lora are for checkpoints, not for an adapter", got=checkpoint)

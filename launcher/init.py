@@ -89,12 +89,12 @@ def _gamma(written: float | None) -> float:
 
 
 def _write(path: Path, asked: dict[str, Any]) -> None:
-    from seqaware.config.load import load_config
-    from seqaware.plan.hardware import device_named
-    from seqaware.plan.render import render_plan
-    from seqaware.training.dry_run import plan_without_torch
-    from seqaware.training.outlook import Gpus
-    from seqaware.training.starter import Answers, starter
+    from seqaware.config.loading import load_config
+    from seqaware.estimate.hardware import device_named
+    from seqaware.estimate.render_plan import render_plan
+    from seqaware.tools.dry_run import plan_without_torch
+    from seqaware.tools.init_config import Answers, starter
+    from seqaware.tools.plan_estimate import Gpus
 
     gpus = Gpus(asked["gpus"], asked.pop("per_node"))
     batch = asked["batch"] or max(16, 2 * gpus.all)

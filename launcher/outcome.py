@@ -21,8 +21,8 @@ import typer
 from seqaware.errors import USER_ERROR, ConfigError, SeqawareError
 from seqaware.files import MalformedError
 from seqaware.masking import escaped
-from seqaware.training.watch.heartbeat import WatchedHeartbeat
-from seqaware.training.watch.monitor import FAILURE
+from seqaware.watchdog.heartbeat import WatchedHeartbeat
+from seqaware.watchdog.monitor import FAILURE
 
 _PATIENCE_SECONDS = 5.0
 _INTERRUPTED = 130

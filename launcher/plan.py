@@ -16,7 +16,7 @@ import typer
 
 from launcher.options import DeepSpeedJson, Overrides, bounded_ranks
 from launcher.outcome import person_errors, say
-from seqaware.config.load import load_config
+from seqaware.config.loading import load_config
 
 app = typer.Typer(add_completion=False)
 
@@ -44,9 +44,9 @@ def plan(
         seqaware plan train_configs/llama70b_8nodes.yaml --gpus 64 --device h100
     """
     with person_errors():
-        from seqaware.plan.hardware import device_named
-        from seqaware.plan.outlook import outlook, overridden
-        from seqaware.training.outlook import Gpus, ask
+        from seqaware.estimate.hardware import device_named
+        from seqaware.estimate.run_estimate import outlook, overridden
+        from seqaware.tools.plan_estimate import Gpus, ask
 
         chosen = overridden(device_named(device), memory_gib=memory, link_gb=nvlink, network_gb=network)
         settings = load_config(config, overrides or [])

@@ -15,9 +15,9 @@ import typer
 from launcher.imports import quick_imports
 from launcher.options import Overrides, bounded_ranks
 from launcher.outcome import person_errors, say
-from seqaware.config.load import load_config
+from seqaware.config.loading import load_config
 from seqaware.config.schema import Config
-from seqaware.engine.ranks import prepare_environment
+from seqaware.distributed.process_group import prepare_environment
 from seqaware.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
@@ -63,7 +63,7 @@ def prepare(
 
 
 def _whole(settings: Config) -> None:
-    from seqaware.report.progress import RowCounter
+    from seqaware.metrics.progress import RowCounter
 
     with quick_imports():
         from seqaware.training.prepare import prepare_data
@@ -73,19 +73,19 @@ def _whole(settings: Config) -> None:
 
 
 def _part(settings: Config, text: str) -> None:
-    from seqaware.data.parts import PartNumber
-    from seqaware.report.progress import RowCounter
+    from seqaware.data.store.store_parts import PartNumber
+    from seqaware.metrics.progress import RowCounter
 
     with quick_imports():
-        from seqaware.training.prepare_parts import prepare_one_part
+        from seqaware.tools.prepare_parts import prepare_one_part
 
     part = PartNumber.parse(text)
     say(f"part {part}    {prepare_one_part(settings, part, progress=RowCounter(say))}")
 
 
 def _merge(settings: Config, count: int, *, command: str) -> None:
-    from seqaware.report.progress import RowCounter
-    from seqaware.training.prepare_parts import merge_all_parts
+    from seqaware.metrics.progress import RowCounter
+    from seqaware.tools.prepare_parts import merge_all_parts
 
     for store in merge_all_parts(settings, count, command=command, progress=RowCounter(say)):
         say(f"prepared    {store}")

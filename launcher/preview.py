@@ -14,8 +14,8 @@ import typer
 from launcher.imports import quick_imports
 from launcher.options import Overrides, bounded, bounded_ranks
 from launcher.outcome import person_errors, say, writing
-from seqaware.config.load import load_config
-from seqaware.engine.ranks import prepare_environment
+from seqaware.config.loading import load_config
+from seqaware.distributed.process_group import prepare_environment
 
 app = typer.Typer(add_completion=False)
 
@@ -52,9 +52,9 @@ def preview(
 
             from seqaware.report.preview import show_preview
             from seqaware.report.preview_html import preview_html
-            from seqaware.training.inspect import training_rows
-            from seqaware.training.preview import PreviewRequest
-            from seqaware.training.preview import preview as lay_out
+            from seqaware.tools.inspect_rows import training_rows
+            from seqaware.tools.preview_rows import PreviewRequest
+            from seqaware.tools.preview_rows import preview as lay_out
 
         found = lay_out(settings, training_rows(settings), PreviewRequest(step, rows, ranks))
         if html is not None:

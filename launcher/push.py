@@ -9,7 +9,7 @@ import typer
 
 from launcher.imports import quick_imports
 from launcher.outcome import person_errors, say
-from seqaware.engine.ranks import environment, prepare_environment
+from seqaware.distributed.process_group import environment, prepare_environment
 
 app = typer.Typer(add_completion=False)
 
@@ -39,8 +39,8 @@ def push(
 def _push(source: Path, repository: str, *, public: bool, dry_run: bool) -> None:
     prepare_environment()
     with quick_imports():
-        from seqaware.training.sharing.push import check_repository, pack, token_in
-        from seqaware.training.sharing.push import push as push_parcel
+        from seqaware.tools.push import check_repository, pack, token_in
+        from seqaware.tools.push import push as push_parcel
 
     check_repository(repository)
     token = "" if dry_run else token_in(environment())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import typer
 
-from seqaware.config.load import DEFAULT_CONFIG, load_config
+from seqaware.config.loading import DEFAULT_CONFIG, load_config
 from seqaware.plan.slurm import SlurmJob, sbatch_script
 
 # These say what is printed; every other option that was typed goes into the script.

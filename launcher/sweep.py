@@ -13,8 +13,8 @@ import typer
 
 from launcher.options import DeepSpeedJson, Overrides
 from launcher.outcome import person_errors, say
-from seqaware.engine.ranks import environment
-from seqaware.training.sweep import Sweep, folders, gammas_of, run_sweep, seeds_of, submit
+from seqaware.distributed.process_group import environment
+from seqaware.tools.sweep import Sweep, folders, gammas_of, run_sweep, seeds_of, submit
 
 app = typer.Typer(add_completion=False)
 

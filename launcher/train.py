@@ -14,9 +14,9 @@ import typer
 from launcher.imports import quick_imports
 from launcher.options import DeepSpeedJson, LocalRank, Overrides, bounded_ranks
 from launcher.outcome import Watched, person_errors, say
-from seqaware.config.load import load_config
-from seqaware.engine.address import RankAddress
-from seqaware.engine.ranks import disconnect, find_address, gpu_is_visible, prepare_environment
+from seqaware.config.loading import load_config
+from seqaware.distributed.launch_environment import LaunchEnvironment
+from seqaware.distributed.process_group import disconnect, find_address, gpu_is_visible, prepare_environment
 from seqaware.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
@@ -89,26 +89,26 @@ def train(
 
 
 def _dry_run(path: Path | None, deepspeed: Path | None, overrides: list[str], ranks: int) -> None:
-    from seqaware.plan.render import render_plan
-    from seqaware.training.dry_run import plan_without_torch
+    from seqaware.estimate.render_plan import render_plan
+    from seqaware.tools.dry_run import plan_without_torch
 
     config = load_config(path, overrides)
     plan = plan_without_torch(config, deepspeed_path=deepspeed, ranks=ranks, gpu=gpu_is_visible())
     say(render_plan(plan))
 
 
-def _train(path: Path | None, overrides: list[str], *, address: RankAddress, **settings: Any) -> None:
+def _train(path: Path | None, overrides: list[str], *, address: LaunchEnvironment, **settings: Any) -> None:
     """settings: those of a `RunRequest`, whose module is slow to import."""
     prepare_environment()
-    from seqaware.training.interrupt import LEFT, Left, Signals
-    from seqaware.training.watch.heartbeat import start_heartbeat
+    from seqaware.training.preemption import LEFT, PreemptedExit, Signals
+    from seqaware.watchdog.heartbeat import start_heartbeat
 
     with Watched(start_heartbeat(address)) as heartbeat, Signals(abandoned=heartbeat.sibling_is_dead) as signals:
         config = load_config(path, overrides)
         heartbeat.watch_hangs(config.faults.hang_minutes)
         # The slow imports of torch and DeepSpeed.
         with quick_imports():
-            from seqaware.training.run import RunRequest, run
+            from seqaware.training.launch import RunRequest, run
 
         def note_and_say(text: str) -> None:
             heartbeat.note(text)
@@ -118,7 +118,7 @@ def _train(path: Path | None, overrides: list[str], *, address: RankAddress, **s
         try:
             request = RunRequest(config, **settings)
             run(request, address=address, say=note_and_say, signals=signals, heartbeat=heartbeat)
-        except Left as left:
+        except PreemptedExit as left:
             if left.together:
                 # Told before the ranks part: mpirun ends the others the moment that one of them has left.
                 heartbeat.close(LEFT)

@@ -15,9 +15,9 @@ import typer
 from launcher.imports import quick_imports
 from launcher.options import DeepSpeedJson, LocalRank, Overrides, bounded
 from launcher.outcome import person_errors, say
-from seqaware.config.load import load_config
-from seqaware.engine.address import RankAddress
-from seqaware.engine.ranks import disconnect, find_address, prepare_environment
+from seqaware.config.loading import load_config
+from seqaware.distributed.launch_environment import LaunchEnvironment
+from seqaware.distributed.process_group import disconnect, find_address, prepare_environment
 
 app = typer.Typer(add_completion=False)
 
@@ -64,12 +64,12 @@ def _verify(
     *,
     steps: int,
     dtype: OracleDType,
-    address: RankAddress,
+    address: LaunchEnvironment,
 ) -> bool:
     config = load_config(path, overrides)
     prepare_environment()
     with quick_imports():
-        from seqaware.training.verify.run import VerifyRequest, verify
+        from seqaware.verify.verification import VerifyRequest, verify
 
     request = VerifyRequest(config, deepspeed, steps, dtype.value)
     certificate = verify(request, address=address, say=say if address.rank == 0 else _silence)

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.live import Live
 
 from launcher.outcome import person_errors
-from seqaware.report.watch import frame, is_over
+from seqaware.report.live_view import frame, is_over
 
 app = typer.Typer(add_completion=False)
 

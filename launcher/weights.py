@@ -16,8 +16,8 @@ import typer
 from launcher.imports import quick_imports
 from launcher.options import Overrides, bounded
 from launcher.outcome import person_errors, say, writing
-from seqaware.config.load import load_config
-from seqaware.engine.ranks import prepare_environment
+from seqaware.config.loading import load_config
+from seqaware.distributed.process_group import prepare_environment
 from seqaware.errors import ConfigError
 
 app = typer.Typer(add_completion=False)
@@ -56,9 +56,9 @@ def weights(
         with quick_imports():
             from rich.console import Console
 
-            from seqaware.report.weights import draw_weights, show_weights, weight_lines
-            from seqaware.training.inspect import training_rows
-            from seqaware.training.weights import weights_view
+            from seqaware.report.weight_text import draw_weights, show_weights, weight_lines
+            from seqaware.tools.inspect_rows import training_rows
+            from seqaware.tools.weight_distribution import weights_view
 
         view = weights_view(settings, training_rows(settings), documents=documents, find_lost=lost)
         if json_file is not None:

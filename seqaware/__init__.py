@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from seqaware.data.packing import MicroBatch, StepLayout, layout_step, pack
-    from seqaware.engine.model import output_head
     from seqaware.errors import CheckpointError, ConfigError, DataError, SeqawareError
     from seqaware.library.targets import Targets, targets_of
     from seqaware.library.trainer_loss import TrainerLoss
+    from seqaware.models.model import output_head
     from seqaware.objective.cross_entropy import Head, cross_entropy_from_logits, plain_cross_entropy
     from seqaware.objective.fused import fused_cross_entropy
     from seqaware.objective.sums import StepSums
@@ -38,7 +38,7 @@ _HOME = {
     "fused_cross_entropy": "seqaware.objective.fused",
     "layout_step": "seqaware.data.packing",
     "log_suffix_weight": "seqaware.objective.weighting",
-    "output_head": "seqaware.engine.model",
+    "output_head": "seqaware.models.model",
     "pack": "seqaware.data.packing",
     "plain_cross_entropy": "seqaware.objective.cross_entropy",
     "targets_of": "seqaware.library.targets",

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from seqaware.data.store import Counted, Document, Documents
-from seqaware.engine.checkpoint.manifest import MANIFEST, sealed
+from seqaware.checkpoint.manifest import MANIFEST, sealed
+from seqaware.data.store.token_store import Counted, Document, StoredDocuments
 
 
 def document(
@@ -53,11 +53,11 @@ class MemoryStore:
     def name(self, index: int) -> str:
         return self._documents[index].name
 
-    def documents(self, indices: Sequence[int]) -> Documents:
+    def documents(self, indices: Sequence[int]) -> StoredDocuments:
         chosen = [self._documents[index] for index in indices]
         weighted = any(each.weights is not None for each in self._documents)
         split = any(each.counted != Counted() for each in self._documents)
-        return Documents(
+        return StoredDocuments(
             tokens=np.concatenate([each.tokens for each in chosen]),
             supervised=np.concatenate([each.supervised for each in chosen]),
             turn_start=np.concatenate([each.turn_start for each in chosen]),

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, model_validator
 
-from seqaware.config.data import DatasetConfig, EvaluationConfig, FormatConfig, MixturePart, Source
-from seqaware.config.model import LoraConfig, ModelConfig, ParallelConfig
-from seqaware.config.output import FaultsConfig, LoggingConfig, OutputConfig
-from seqaware.config.profile import ProfileConfig
+from seqaware.config.dataset_config import DatasetConfig, EvaluationConfig, FormatConfig, MixturePart, Source
+from seqaware.config.model_config import LoraConfig, ModelConfig, ParallelConfig
+from seqaware.config.output_config import FaultsConfig, LoggingConfig, OutputConfig
+from seqaware.config.profile_config import ProfileConfig
 from seqaware.config.values import (
     Count,
     CountOrZero,

@@ -12,7 +12,7 @@ import heapq
 import numpy as np
 from numpy.typing import NDArray
 
-from seqaware.data.compiled import compiled
+from seqaware.data.jit import compiled
 
 
 def costs(tokens: NDArray[np.int64], squares: NDArray[np.int64]) -> NDArray[np.int64]:

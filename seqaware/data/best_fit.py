@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from seqaware.data.compiled import compiled
+from seqaware.data.jit import compiled
 
 _ONE = np.uint64(1)
 _WORD = 64

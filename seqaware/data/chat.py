@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from seqaware.data.read_files import ROW_CHARACTERS
+from seqaware.data.readers import ROW_CHARACTERS
 from seqaware.data.templates import Example, Segment, checked_weight
 from seqaware.errors import ConfigError, DataError
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from seqaware.data.pieces import split_document
 from seqaware.data.sources import Record
-from seqaware.data.store_format import COUNTED_FIELDS
-from seqaware.data.store_writer import Block
+from seqaware.data.splitting import split_document
+from seqaware.data.store.store_format import COUNTED_FIELDS
+from seqaware.data.store.store_writer import Block
 from seqaware.data.templates import Example, Format, Renderer, Segment, fields_of
 from seqaware.errors import ConfigError, DataError, SeqawareError
 

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from seqaware.data.locate import HubId
-from seqaware.data.stored_rows import stored_rows
+from seqaware.data.arrow_rows import stored_rows
+from seqaware.data.resolve_source import HubId
 from seqaware.errors import DataError
 
 

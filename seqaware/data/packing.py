@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from seqaware.data.balance import costs, deal, halve_fullest, imbalance, share, spread
 from seqaware.data.best_fit import best_fit, falling_order
-from seqaware.data.compiled import compiled
+from seqaware.data.jit import compiled
 from seqaware.errors import ConfigError
 
 # Single documents are shared out where whole bins leave a rank this far above the mean, and documents · bins, the time
@@ -51,6 +51,24 @@ def pack(lengths: NDArray[np.integer], capacity: int) -> NDArray[np.int32]:
         best_fit(flat[order], capacity, in_order)
         bin_of[order] = in_order
     return bin_of
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step computes, over all ranks.
+
+    Attributes:
+        tokens: of its documents. squares: Σ length² of them. places: computed, padding too.
+    """
+
+    tokens: int
+    squares: int
+    places: int
+
+    @property
+    def padding_share(self) -> float:
+        """Places that hold no token, of those that are computed."""
+        return round(1.0 - self.tokens / self.places, 6)
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ def layout_step(
     """
     assert len(ids) == len(lengths) > 0, "a step holds at least one document"
     flat, order = _sorted(lengths, capacity)
-    step = _Step(np.asarray(ids, dtype=np.int64), order, flat[order], capacity, ranks, packed)
+    step = _StepDocuments(np.asarray(ids, dtype=np.int64), order, flat[order], capacity, ranks, packed)
     bin_of, bins = step.filled_evenly()
     layout = step.laid_out(bin_of)
     if not packed or layout.balance <= _SPREAD_ABOVE or len(ids) * bins > _SPREAD_AT_MOST:
@@ -126,7 +144,7 @@ def layout_step(
 
 
 @dataclass(frozen=True)
-class _Step:
+class _StepDocuments:
     """What is to be arranged: ids in the step's order; order: their places by falling length; lengths in that order.
 
     bin_of, wherever it appears below, goes by falling length too.

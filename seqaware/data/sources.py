@@ -6,10 +6,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from seqaware.data.inside import inside
-from seqaware.data.locate import Located, SourceSpec, SplitSlice, locate
-from seqaware.data.read_files import count_rows, read_file
-from seqaware.data.stored_rows import stored_rows
+from seqaware.data.arrow_rows import stored_rows
+from seqaware.data.file_records import inside
+from seqaware.data.readers import count_rows, read_file
+from seqaware.data.resolve_source import Located, SourceSpec, SplitSlice, locate
 from seqaware.errors import DataError
 from seqaware.files import read_json
 
@@ -31,7 +31,7 @@ class Record(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class RowSource:
     """A source that was found. `records` may be called again."""
 
     name: str
@@ -137,7 +137,7 @@ class Source:
         yield from _numbered(found, f"{self.name}/{rows.split}", rows.begin)
 
 
-def open_source(source: SourceSpec, *, streaming: bool | None = None) -> Source:
+def open_source(source: SourceSpec, *, streaming: bool | None = None) -> RowSource:
     """Find a source by what is written about it.
 
     Args:
@@ -153,7 +153,7 @@ def open_source(source: SourceSpec, *, streaming: bool | None = None) -> Source:
     if located.kind == "hub":
         located = Located("hub", hub=located.hub, rows=SplitSlice(source.split))
     assert source.name is not None, "a mixture has no name of its own"
-    return Source(source.name, located, source.max_examples, streaming)
+    return RowSource(source.name, located, source.max_examples, streaming)
 
 
 def _numbered(rows: Iterable[dict[str, Any]], prefix: str, first: int) -> Iterator[Record]:

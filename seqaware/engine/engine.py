@@ -23,16 +23,16 @@ import deepspeed
 import torch
 from torch import Tensor
 
-from seqaware.data.batch import Batch
-from seqaware.engine.attention import Documents
-from seqaware.engine.model import DTYPES, ModelInput, Targets, WeightedCausalLM
-from seqaware.engine.module_trace import ModuleTrace
-from seqaware.engine.muon import clip_before_muon, import_muon, marking, orthogonalize_for
+from seqaware.compat.module_trace import ModuleTrace
+from seqaware.compat.muon import clip_before_muon, import_muon, marking, orthogonalize_for
+from seqaware.data.collate import Batch
+from seqaware.distributed.process_group import Ranks
 from seqaware.engine.optimizer import build_optimizer, mark_for_muon, parameter_groups
-from seqaware.engine.ranks import Ranks
+from seqaware.estimate.layout import ZeroSettings
+from seqaware.models.attention import Documents
+from seqaware.models.model import DTYPES, LossTargets, ModelInput, WeightedCausalLM
 from seqaware.objective.sums import StepSums
 from seqaware.objective.weighting import Weighting
-from seqaware.plan.layout import ZeroSettings
 from seqaware.plan.plan import Plan
 
 _LOSS_SCALES = 40  # from 2^16 down to 2^-24, far below anything that is still of use
@@ -187,7 +187,7 @@ class Engine:
         # be asked.
         positive = self.weighting.is_positive
         k = batch.k if by_position else None
-        targets = Targets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive, k=k)
+        targets = LossTargets(batch.labels, weights_RT, batch.loss_rows, weights_are_positive=positive, k=k)
         with nullcontext() if self._trace is None else self._trace.any_forward():
             loss: tuple[Tensor, Tensor] = self.deepspeed(self._model_input(batch), targets)
         return loss

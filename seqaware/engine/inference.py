@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from seqaware.distributed.process_group import Ranks
 from seqaware.engine.engine import Engine
-from seqaware.engine.model import LoadOptions, load_model
-from seqaware.engine.ranks import Ranks
 from seqaware.errors import ConfigError
+from seqaware.models.model import LoadOptions, load_model
 
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory")
 # DeepSpeed's keys that matter to a model that is not trained.

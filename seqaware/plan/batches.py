@@ -18,7 +18,7 @@ from seqaware.config.schema import (
     TrainingConfig,
 )
 from seqaware.errors import ConfigError
-from seqaware.plan.facts import DataFacts, ModelFacts, World
+from seqaware.plan.specs import DataFacts, ModelFacts, World
 
 DEFAULT_MAX_SEQ_LENGTH = 2048
 WHEN_TOKENISED = "not known before the data is tokenised; run `python launcher/prepare.py CONFIG`"

@@ -15,7 +15,7 @@ from typing import Any
 from seqaware.config.packages import FLASH_MODULES
 from seqaware.config.schema import SCHEMES, Config
 from seqaware.errors import ConfigError
-from seqaware.plan.facts import World
+from seqaware.plan.specs import World
 
 AXES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {

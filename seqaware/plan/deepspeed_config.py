@@ -15,9 +15,9 @@ from seqaware.config.messages import nearest, show
 from seqaware.config.schema import Config, OptimizerConfig
 from seqaware.errors import ConfigError
 from seqaware.files import MalformedError, read_json
-from seqaware.plan.facts import World
 from seqaware.plan.offload import with_own_swap_folder
-from seqaware.plan.zero_keys import check_communication_keys, check_zero_keys
+from seqaware.plan.specs import World
+from seqaware.plan.zero_schema import check_communication_keys, check_zero_keys
 
 # What a person's JSON may hold. DeepSpeed ignores a key it does not know, so a misspelt one must not get that far.
 COMMUNICATION_KEYS = (

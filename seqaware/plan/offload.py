@@ -16,7 +16,7 @@ from typing import Any
 
 from seqaware.errors import ConfigError
 from seqaware.files import MalformedError, checked_path
-from seqaware.plan.facts import World
+from seqaware.plan.specs import World
 
 # The weight, two moments and the gradient of a sub-group are in memory at once; a pipeline also has the next one's.
 _BUFFERS, _PIPELINED_BUFFERS = 4, 8

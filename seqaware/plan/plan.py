@@ -9,17 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from seqaware.config.load import REPOSITORY
+from seqaware.config.loading import REPOSITORY
 from seqaware.config.schema import Config
 from seqaware.plan.batches import BatchPlan, derive_batches
-from seqaware.plan.contradictions import (
+from seqaware.plan.deepspeed_config import build_deepspeed_config, read_deepspeed_json
+from seqaware.plan.offload import offload_device
+from seqaware.plan.specs import DataFacts, ModelFacts, World
+from seqaware.plan.validation import (
     check_contradictions,
     check_sequence_parallelism,
     stage_of,
 )
-from seqaware.plan.deepspeed_config import build_deepspeed_config, read_deepspeed_json
-from seqaware.plan.facts import DataFacts, ModelFacts, World
-from seqaware.plan.offload import offload_device
 from seqaware.plan.weighting_source import weighting_source
 
 DEFAULT_DEEPSPEED = REPOSITORY / "ds_configs" / "zero2.json"

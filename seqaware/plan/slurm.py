@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from seqaware.config.load import REPOSITORY
+from seqaware.config.loading import REPOSITORY
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
 from seqaware.masking import escaped
-from seqaware.plan.facts import World, model_facts
 from seqaware.plan.plan import make_plan
+from seqaware.plan.specs import World, model_facts
 
 FORM = REPOSITORY / "slurm" / "train.sbatch"
 # As the run itself reckons: where the limit is short, most of it is for training.

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from seqaware.report.intervals import Mean, mean
-from seqaware.report.record import RunRecord
+from seqaware.metrics.intervals import Mean, mean
+from seqaware.report.run_record import RunRecord
 
 Figure = Callable[[RunRecord], float | None]
 

@@ -13,13 +13,13 @@ from matplotlib.figure import Figure
 
 from seqaware import __version__
 from seqaware.errors import DataError
+from seqaware.metrics.alerts import limits_of, standing_alerts
 from seqaware.report import tables
-from seqaware.report.alerts import limits_of, standing_alerts
 from seqaware.report.compare import Group, baseline_of, cautions, groups_of, last_evaluation, paired
+from seqaware.report.page_template import PAGE, as_shown
 from seqaware.report.plots import figures, runs_of
-from seqaware.report.record import Line, RunRecord, read_run
-from seqaware.report.tables import Section
-from seqaware.report.template import PAGE, as_shown
+from seqaware.report.run_record import Line, RunRecord, read_run
+from seqaware.report.tables import ReportSection
 
 _EVALUATION_FIGURES = ("evaluation", "exact_match", "position_end", "position_differences", "position_time", "weights")
 _PNG_DPI = 150
@@ -53,8 +53,8 @@ def _render(groups: Sequence[Group], out: Path) -> str:
     sections = [
         tables.outcomes(groups),
         tables.positions(groups),
-        Section("Evaluation", figures=evaluation),
-        Section("Training", figures=others),
+        ReportSection("Evaluation", figures=evaluation),
+        ReportSection("Training", figures=others),
         tables.results(runs),
         tables.runs_table(groups),
         *(_of_each(runs)),
@@ -119,17 +119,17 @@ def _subtitle(runs: Sequence[RunRecord]) -> str:
     return f"{run.path} · {run.state()} · step {run.done} of {run.total_steps or '?'} · {what}"
 
 
-def _of_each(runs: Sequence[RunRecord]) -> list[Section | None]:
+def _of_each(runs: Sequence[RunRecord]) -> list[ReportSection | None]:
     """The sections about single runs; of many runs only the first's plan, which is the others' too."""
     plans = [tables.plan_against_run(run) for run in (runs if len(runs) <= 3 else runs[:1]) if run.plan]
     return [*plans, *(tables.certificate(run) for run in runs)]
 
 
-def _problems(runs: Sequence[RunRecord]) -> Section | None:
+def _problems(runs: Sequence[RunRecord]) -> ReportSection | None:
     rows = [[run.name, note] for run in runs for note in run.notes]
     for run in runs:
         rows += [[run.name, _event(line)] for line in run.troubles]
-    return Section("What went wrong, or could not be read", (), ["run", ""], rows, prose=True) if rows else None
+    return ReportSection("What went wrong, or could not be read", (), ["run", ""], rows, prose=True) if rows else None
 
 
 def _event(line: Line) -> str:

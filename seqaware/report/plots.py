@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from seqaware.masking import escaped
+from seqaware.metrics.intervals import wilson
 from seqaware.report.compare import Group, baseline_of, bucket_name, buckets, last_evaluation, paired, position_loss
-from seqaware.report.intervals import wilson
-from seqaware.report.record import Line, RunRecord
+from seqaware.report.run_record import Line, RunRecord
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 _SIZE = (6.4, 3.6)

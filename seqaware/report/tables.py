@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from seqaware.metrics.intervals import Mean
+from seqaware.metrics.progress import duration
 from seqaware.report.compare import (
     Group,
     baseline_of,
@@ -18,9 +20,7 @@ from seqaware.report.compare import (
     paired,
     position_loss,
 )
-from seqaware.report.intervals import Mean
-from seqaware.report.progress import duration
-from seqaware.report.record import RunRecord
+from seqaware.report.run_record import RunRecord
 
 _OUTCOMES = (
     ("unweighted_loss", "held-out nats a token, unweighted"),
@@ -30,7 +30,7 @@ _OUTCOMES = (
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A heading, sentences, a table, figures. prose: the cells are words, not numbers."""
 
     title: str
@@ -41,7 +41,7 @@ class Section:
     figures: Sequence[Mapping[str, str]] = field(default=())
 
 
-def outcomes(groups: Sequence[Group]) -> Section:
+def outcomes(groups: Sequence[Group]) -> ReportSection:
     """Every group's results, and their differences from the baseline's."""
     baseline = baseline_of(groups)
     names = [(name, says) for name, says in _OUTCOMES if any(_has(group, name) for group in groups)]
@@ -63,10 +63,10 @@ def outcomes(groups: Sequence[Group]) -> Section:
             "Differences are taken seed by seed; * marks those whose interval excludes 0. Each is one test at 95 %: of "
             "twenty differences that are none, one is marked."
         )
-    return Section("Results of the last evaluation", text, head, rows if names else ())
+    return ReportSection("Results of the last evaluation", text, head, rows if names else ())
 
 
-def positions(groups: Sequence[Group]) -> Section:
+def positions(groups: Sequence[Group]) -> ReportSection:
     """Held-out loss by position, and each group's difference from the baseline's."""
     baseline = baseline_of(groups)
     others = [group for group in groups if group is not baseline] if baseline else []
@@ -79,14 +79,14 @@ def positions(groups: Sequence[Group]) -> Section:
         row += [_difference(paired(group, baseline, figure)) for group in others if baseline]
         rows.append(row)
     text = ["Nats a token, unweighted; k counts the tokens as the objective does."]
-    return Section("Held-out loss by position", text, head, rows)
+    return ReportSection("Held-out loss by position", text, head, rows)
 
 
-def runs_table(groups: Sequence[Group]) -> Section:
+def runs_table(groups: Sequence[Group]) -> ReportSection:
     """Where each run stands."""
     head = ["run", "objective", "seed", "state", "steps", "ranks", "training loss", "held-out", "tokens/s", "time"]
     rows = [_run_row(group, run) for group in groups for run in group.runs]
-    return Section("Runs", (), head, rows)
+    return ReportSection("Runs", (), head, rows)
 
 
 def _run_row(group: Group, run: RunRecord) -> list[str]:
@@ -108,7 +108,7 @@ def _run_row(group: Group, run: RunRecord) -> list[str]:
     ]
 
 
-def plan_against_run(run: RunRecord) -> Section:
+def plan_against_run(run: RunRecord) -> ReportSection:
     """What was planned and what came of it."""
     plan, steps = run.plan, run.steps
     batches, data = plan.get("batches") or {}, plan.get("data") or {}
@@ -128,10 +128,10 @@ def plan_against_run(run: RunRecord) -> Section:
     rows.append(["steps passed over, saves that failed, …", "0", str(len(run.troubles))])
     rows.append(["attempts", "1", str(len(run.manifest.get("attempts") or []))])
     note = "What is planned of the data is the share of it that the steps so far go over."
-    return Section(f"The plan and what happened: {run.name}", [note], ["", "planned", "happened"], rows)
+    return ReportSection(f"The plan and what happened: {run.name}", [note], ["", "planned", "happened"], rows)
 
 
-def certificate(run: RunRecord) -> Section | None:
+def certificate(run: RunRecord) -> ReportSection | None:
     """What `seqaware verify` found, if it was asked."""
     found = run.certificate
     if not found:
@@ -142,10 +142,10 @@ def certificate(run: RunRecord) -> Section | None:
         text.append("It was made for another config, data or objective than this run's.")
     items = found.get("items") or []
     rows = [[str(item.get(name, "")) for name in ("item", "step", "expected", "seen", "verdict")] for item in items]
-    return Section(f"Certificate: {run.name}", text, ["item", "step", "expected error", "seen", "verdict"], rows)
+    return ReportSection(f"Certificate: {run.name}", text, ["item", "step", "expected error", "seen", "verdict"], rows)
 
 
-def results(runs: Sequence[RunRecord]) -> Section | None:
+def results(runs: Sequence[RunRecord]) -> ReportSection | None:
     """What `seqaware evaluate` found of the runs' models: every share that has an interval."""
     rows = [
         [run.name, name, figure.replace("_", " "), f"{share:.1%}", f"{low:.1%} to {high:.1%}"]
@@ -157,16 +157,16 @@ def results(runs: Sequence[RunRecord]) -> Section | None:
         and isinstance(high := content.get(f"{figure}_high"), float)
     ]
     head = ["run", "model", "figure", "share", "95 %"]
-    return Section("Evaluations of the trained models", (), head, rows) if rows else None
+    return ReportSection("Evaluations of the trained models", (), head, rows) if rows else None
 
 
-def config_differences(runs: Sequence[RunRecord]) -> Section | None:
+def config_differences(runs: Sequence[RunRecord]) -> ReportSection | None:
     """The keys that are not the same in all runs."""
     found = differences(runs) if len(runs) > 1 else []
     if not found:
         return None
     rows = [[name, *values] for name, values in found]
-    return Section("What differs between the configs", (), ["", *(run.name for run in runs)], rows)
+    return ReportSection("What differs between the configs", (), ["", *(run.name for run in runs)], rows)
 
 
 def write_csv(folder: Path, groups: Sequence[Group]) -> None:

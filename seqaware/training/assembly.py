@@ -5,26 +5,26 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
-from seqaware.engine.address import RankAddress
-from seqaware.engine.attention_choice import attention_of
-from seqaware.engine.checkpoint.export import end_answers
+from seqaware.checkpoint.engine_export import end_answers
+from seqaware.data.batch_loader import RowFormat
+from seqaware.distributed.launch_environment import LaunchEnvironment
+from seqaware.distributed.process_group import Ranks, gpu_is_visible
 from seqaware.engine.engine import Engine
-from seqaware.engine.layers import arrange_layers
-from seqaware.engine.lora import Adapters
-from seqaware.engine.model import DTYPES, LoadOptions, WeightedCausalLM, build_initial_model, load_model, local_or_hub
-from seqaware.engine.probe import Probe
-from seqaware.engine.ranks import Ranks, gpu_is_visible
+from seqaware.models.attention_choice import attention_of
+from seqaware.models.isolation_check import IsolationProbe
+from seqaware.models.layers import arrange_layers
+from seqaware.models.lora import Adapters
+from seqaware.models.model import DTYPES, LoadOptions, WeightedCausalLM, build_initial_model, load_model, local_or_hub
 from seqaware.objective.products import wide_dtype
 from seqaware.objective.softmax_pass import choose_kernel
-from seqaware.plan.facts import World
 from seqaware.plan.plan import Plan
-from seqaware.training.batches import RowFormat
-from seqaware.training.folder import RunFolder
+from seqaware.plan.specs import World
 from seqaware.training.prepare import Prepared
 from seqaware.training.process import Say
+from seqaware.training.run_directory import RunDirectory
 
 
-def world_of(address: RankAddress) -> World:
+def world_of(address: LaunchEnvironment) -> World:
     """The ranks as the Plan counts them."""
     cuda = gpu_is_visible()
     bf16 = True
@@ -33,7 +33,7 @@ def world_of(address: RankAddress) -> World:
     return World(address.size, address.local_size, address.nodes, "cuda" if cuda else "cpu", bf16)
 
 
-def model_source(prepared: Prepared, folder: RunFolder) -> str:
+def model_source(prepared: Prepared, folder: RunDirectory) -> str:
     """The folder or hub id that every rank loads; a model from scratch is made first, in the run's folder."""
     model = prepared.plan.config.model
     if model.from_scratch is None:
@@ -85,11 +85,11 @@ def _loss_words(kernel: str, device: torch.device, dtype: torch.dtype) -> str:
     return f"fused with its head, softmax by {choice.kernel} ({choice.reason})"
 
 
-def probe_of(engine: Engine, plan: Plan) -> Probe:
+def probe_of(engine: Engine, plan: Plan) -> IsolationProbe:
     """What the start-up probes need to know of this run."""
     vocabulary = engine.wrapped.model.config.get_text_config().vocab_size
     assert plan.data is not None, "the data of a run is prepared by now"
-    return Probe(
+    return IsolationProbe(
         engine.attention_backend,
         vocabulary,
         engine.ranks.device,

@@ -9,11 +9,11 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from seqaware.config.output import FaultsConfig
-from seqaware.data.batch import Batch
+from seqaware.config.output_config import FaultsConfig
+from seqaware.data.batch_loader import StepBatches
+from seqaware.data.collate import Batch
 from seqaware.engine.engine import Engine, StepResult
 from seqaware.errors import SeqawareError
-from seqaware.training.batches import StepBatches
 
 _TRIED_ALONE = 64
 _NAMED = 8
@@ -33,7 +33,7 @@ class SpikeError(Exception):
         self.usual = usual
 
 
-class SpikeWatch:
+class SpikeDetector:
     """Holds each step's loss against the median of those before it. Every rank has one and sees the same losses."""
 
     def __init__(self, faults: FaultsConfig) -> None:
@@ -77,7 +77,7 @@ class SpikeWatch:
         return self._factor * usual
 
 
-def documents_to_blame(
+def suspect_documents(
     engine: Engine, result: StepResult, micro_batches: Sequence[Batch], *, batches: StepBatches, step: int
 ) -> list[str]:
     """Which documents make the loss of a step not finite, by name. Collective: the weights are those before the step.

@@ -7,17 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from seqaware.data.batch import Batch
+from seqaware.data.batch_loader import StepBatches, StepComing
+from seqaware.data.collate import Batch
+from seqaware.distributed.process_group import Votes
 from seqaware.engine.engine import Engine, StepResult
-from seqaware.engine.ranks import Votes
+from seqaware.metrics.step_metrics import PendingStep, StepReporter
 from seqaware.plan.plan import Plan
-from seqaware.report.steps import PendingStep, StepReporter
 from seqaware.schedule import learning_rate
-from seqaware.training.batches import StepBatches, StepComing
-from seqaware.training.divergence import SpikeError, SpikeWatch
-from seqaware.training.interrupt import Asked, Interrupts, Left
-from seqaware.training.profile import ProfileWindow
-from seqaware.training.watch.heartbeat import Heartbeat
+from seqaware.training.divergence import SpikeDetector, SpikeError
+from seqaware.training.preemption import PreemptedExit, PreemptionMonitor, ShutdownRequest
+from seqaware.training.profiler import ProfileWindow
+from seqaware.watchdog.heartbeat import Heartbeat
 
 # The ranks' devices are compared now and then, first once they are warm.
 _PACE_STEPS = 100
@@ -27,7 +27,7 @@ Done = TypeVar("Done")
 
 
 @dataclass
-class Course:
+class TrainState:
     """Where a run stands.
 
     Attributes:
@@ -57,9 +57,9 @@ class Due:
     evaluate: Callable[[int], bool]
     pace: Callable[[int], None]
     not_finite: Callable[[int, StepResult, Sequence[Batch]], None]
-    interrupts: Interrupts
+    interrupts: PreemptionMonitor
     votes: Votes
-    spikes: SpikeWatch
+    spikes: SpikeDetector
     hear_of_saving: Callable[[], None]
     profile: ProfileWindow
     heartbeat: Heartbeat
@@ -69,7 +69,7 @@ class TrainingLoop:
     """Runs the optimizer steps from course.done + 1 to the last, but for those that are passed over."""
 
     def __init__(
-        self, plan: Plan, *, engine: Engine, batches: StepBatches, reporter: StepReporter, due: Due, course: Course
+        self, plan: Plan, *, engine: Engine, batches: StepBatches, reporter: StepReporter, due: Due, course: TrainState
     ) -> None:
         assert plan.total_steps is not None, "the plan of a run knows its steps"
         self._plan = plan
@@ -96,43 +96,43 @@ class TrainingLoop:
                 with profile.named(coming.step):
                     asked = self._step(coming)
                 self._after(coming.step, asked)
-        except (Left, SpikeError):
+        except (PreemptedExit, SpikeError):
             profile.close()
             raise
         except BaseException:
             profile.drop()  # the word about what went wrong does not wait for a trace
             raise
 
-    def _after(self, step: int, asked: Asked) -> None:
+    def _after(self, step: int, asked: ShutdownRequest) -> None:
         """What is due between this step and the next."""
         due, output, evaluation = self._due, self._plan.config.output, self._plan.config.evaluation
         due.hear_of_saving()
         if due.profile.ends(step):
             self._between_steps(lambda step: due.profile.close(), step)
         is_last = step == self._total
-        evaluate = Asked.EVALUATE in asked or (evaluation.every_steps and step % evaluation.every_steps == 0)
+        evaluate = ShutdownRequest.EVALUATE in asked or (evaluation.every_steps and step % evaluation.every_steps == 0)
         best = bool(evaluate) and not is_last and self._between_steps(due.evaluate, step)
         if step % _PACE_STEPS == _PACE_FIRST:
             self._between_steps(due.pace, step)
-        if Asked.LEAVE in asked and not is_last:
+        if ShutdownRequest.LEAVE in asked and not is_last:
             self._between_steps(due.leave, step)
-        elif is_last or best or Asked.SAVE in asked or (output.save_every and step % output.save_every == 0):
+        elif is_last or best or ShutdownRequest.SAVE in asked or (output.save_every and step % output.save_every == 0):
             self._between_steps(due.save, step)
         if due.profile.begins(step + 1):
             self._between_steps(due.profile.start, step + 1)
 
-    def _step(self, coming: StepComing) -> Asked:
+    def _step(self, coming: StepComing) -> ShutdownRequest:
         """One step, and what the ranks are asked to do after it."""
         due, course, step, micro_batches = self._due, self._course, coming.step, coming.micro_batches
         due.heartbeat.phase("batches", step)
         due.votes.cast(due.interrupts.asked())
         if step in course.passed_over:
             course.done = step
-            return Asked(due.votes.result())
+            return ShutdownRequest(due.votes.result())
         rate = scheduled_rate(self._plan, step)
         begun = time.perf_counter()
         result = self._engine.train_step(micro_batches, learning_rate=rate)
-        asked = Asked(due.votes.result())
+        asked = ShutdownRequest(due.votes.result())
         if result.applied:
             course.done = step
             epoch = self._batches.epoch_after(step)

@@ -13,14 +13,19 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from seqaware.compat.operators import check_operators
 from seqaware.config.schema import Config, ModelConfig
 from seqaware.data.chat import InferenceTokenizer
-from seqaware.data.order import StepOrder
-from seqaware.data.store import TokenStore
-from seqaware.data.tokenize import load_tokenizer, prepare_store, refuse_custom_code
-from seqaware.engine.layers import check_layers
-from seqaware.engine.lora_targets import find_targets
-from seqaware.engine.model import (
+from seqaware.data.questions import Question, check_lengths, read_questions
+from seqaware.data.sampler import StepSampler
+from seqaware.data.store.store_specs import data_facts, step_order
+from seqaware.data.store.token_store import TokenStore
+from seqaware.data.tokenization import load_tokenizer, prepare_store, refuse_custom_code
+from seqaware.errors import ConfigError
+from seqaware.estimate.layout import BYTES
+from seqaware.models.layers import check_layers
+from seqaware.models.lora_targets import find_targets
+from seqaware.models.model import (
     CONFIG_ERRORS,
     check_new_are_trained,
     check_vocabulary,
@@ -28,18 +33,13 @@ from seqaware.engine.model import (
     initial_config,
     local_or_hub,
 )
-from seqaware.engine.model_source import check_model_source, refuse_adapter
-from seqaware.engine.model_weights import check_weights
-from seqaware.engine.operators import check_operators
-from seqaware.errors import ConfigError
+from seqaware.models.model_source import check_model_source, refuse_adapter
+from seqaware.models.model_weights import check_weights
 from seqaware.objective.weighting import Weighting
 from seqaware.plan.batches import max_seq_length
-from seqaware.plan.facts import World, facts_from_dict
-from seqaware.plan.layout import BYTES
 from seqaware.plan.offload import SwapSizes, check_swap_space
 from seqaware.plan.plan import Plan, make_plan
-from seqaware.training.evaluation.questions import Question, check_lengths, read_questions
-from seqaware.training.facts import data_facts, step_order
+from seqaware.plan.specs import World, facts_from_dict
 
 Progress = Callable[[int], None]
 
@@ -58,7 +58,7 @@ class Prepared:
     plan: Plan
     tokenizer: PreTrainedTokenizerFast
     store: TokenStore
-    order: StepOrder
+    order: StepSampler
     held_out: TokenStore | None
     questions: list[Question]
     weighting: Weighting

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from seqaware.engine.address import RankAddress
+from seqaware.distributed.launch_environment import LaunchEnvironment
 from seqaware.masking import escaped_lines
-from seqaware.training.interrupt import Signals
-from seqaware.training.watch.heartbeat import Heartbeat
+from seqaware.training.preemption import Signals
+from seqaware.watchdog.heartbeat import Heartbeat
 
 Say = Callable[[str], None]
 
@@ -23,7 +23,7 @@ class Process:
         signals: those this process has caught. heartbeat: hears what the process turns to.
     """
 
-    address: RankAddress
+    address: LaunchEnvironment
     say: Say
     signals: Signals = field(default_factory=Signals)
     heartbeat: Heartbeat = field(default_factory=Heartbeat)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from seqaware.engine.checkpoint.manifest import (
+from seqaware.checkpoint.manifest import (
     MANIFEST,
     Listing,
     RunState,
@@ -19,11 +19,11 @@ from seqaware.engine.checkpoint.manifest import (
     named_checkpoints,
     read_listing,
 )
-from seqaware.engine.ranks import Ranks
+from seqaware.distributed.process_group import Ranks
 from seqaware.errors import CheckpointError, ConfigError
 from seqaware.plan.plan import MATHEMATICS, Plan
 from seqaware.training.process import Say
-from seqaware.training.watch.host import HostProcess
+from seqaware.watchdog.host_process import HostProcess
 
 _SOURCE = "weighting_source"  # of `Plan.mathematics()["objective"]`
 _NOT_CUT = {
@@ -52,7 +52,7 @@ class ResumePoints:
 
 
 @dataclass(frozen=True)
-class Wish:
+class ResumeRequest:
     """What `--resume` says, and whose start it is.
 
     Attributes:
@@ -66,7 +66,7 @@ class Wish:
     start: int = 0
 
     @classmethod
-    def of(cls, resume: str, environment: Mapping[str, str]) -> Wish:
+    def of(cls, resume: str, environment: Mapping[str, str]) -> ResumeRequest:
         if "TORCHELASTIC_RUN_ID" in environment:
             agent = HostProcess.of(os.getppid())
             return cls(resume, f"torchrun {agent.pid} since {agent.started} on {socket.gethostname()}", os.getpid())
@@ -125,7 +125,7 @@ def _check(listing: Listing, plan: Plan, *, anyway: Collection[str], allowed: Co
         raise CheckpointError(
             "the checkpoint belongs to another run",
             got=f"{checkpoint}, where {listed(refused)}",
-            do=how_to_go_on(refused, plan),
+            do=resume_advice(refused, plan),
         )
     _refuse_reshard(listing, plan)
     if plan.total_steps is not None and state.step > plan.total_steps:
@@ -150,7 +150,7 @@ def _refuse_reshard(listing: Listing, plan: Plan) -> None:
     )
 
 
-def first_whole(points: ResumePoints, plan: Plan, ranks: Ranks, *, say: Say) -> Listing | None:
+def first_valid(points: ResumePoints, plan: Plan, ranks: Ranks, *, say: Say) -> Listing | None:
     """The first checkpoint whose files are what was written, by their hashes. Collective: each rank reads its share.
 
     Rank 0 alone reads a manifest and stats its files; the other ranks receive the listing.
@@ -284,7 +284,7 @@ def listed(differences: Mapping[str, Change]) -> str:
     return "; ".join(_difference(change.was, change.now, name) for name, change in differences.items())
 
 
-def how_to_go_on(differences: Mapping[str, Change], plan: Plan) -> str:
+def resume_advice(differences: Mapping[str, Change], plan: Plan) -> str:
     """Return what allows the changes, and what undoes the one that a user did not write."""
     allow = f"to resume all the same, write --resume-anyway {','.join(differences)}"
     if _was_one_epoch(differences.get("schedule"), plan):

@@ -6,34 +6,41 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
-from seqaware.data.batch import Batch
-from seqaware.engine.checkpoint.checkpoints import Checkpoints
-from seqaware.engine.checkpoint.export import export_model
-from seqaware.engine.checkpoint.manifest import Listing, RunState, inspect, named_checkpoints, step_of
+from seqaware.checkpoint.checkpointer import Checkpoints
+from seqaware.checkpoint.engine_export import export_model
+from seqaware.checkpoint.manifest import Listing, RunState, inspect, named_checkpoints, step_of
+from seqaware.data.batch_loader import StepBatches
+from seqaware.data.collate import Batch
+from seqaware.distributed.collective_errors import not_written, raise_collectively
+from seqaware.distributed.process_group import Votes, environment
 from seqaware.engine.engine import Engine, StepResult
-from seqaware.engine.first_step import check_losses
-from seqaware.engine.pace import pace_of_ranks
-from seqaware.engine.ranks import Votes, environment
-from seqaware.engine.together import not_written, together
+from seqaware.engine.loss_check import check_losses
 from seqaware.errors import CheckpointError
-from seqaware.report.alerts import Alerts, Limits
-from seqaware.report.metrics import MetricsFile, read_metrics
-from seqaware.report.progress import ProgressDisplay
-from seqaware.report.services import TrackedRun, openings
-from seqaware.report.speed import Speedometer
-from seqaware.report.steps import StepReporter
-from seqaware.report.told import ToldMetricsFile
-from seqaware.report.trackers import Trackers, secrets_in
+from seqaware.evaluation.evaluator import Evaluator
+from seqaware.metrics.alerts import Alerts, Limits
+from seqaware.metrics.metrics_file import MetricsWriter, read_metrics
+from seqaware.metrics.progress import ProgressDisplay
+from seqaware.metrics.sinks import ReportingMetricsWriter
+from seqaware.metrics.step_metrics import StepReporter
+from seqaware.metrics.throughput import Speedometer
+from seqaware.metrics.tracker_services import TrackedRun, openings
+from seqaware.metrics.trackers import Trackers, secrets_in
 from seqaware.training.assembly import row_format
-from seqaware.training.batches import StepBatches
-from seqaware.training.divergence import DivergenceError, SpikeError, SpikeWatch, documents_to_blame, not_finite
-from seqaware.training.folder import RunFolder
-from seqaware.training.held_out import HeldOut
-from seqaware.training.interrupt import Asked, Interrupts, Left, Minutes, clock_ahead_of_job, seconds_until_leaving
-from seqaware.training.loop import Course, Due, TrainingLoop
+from seqaware.training.divergence import DivergenceError, SpikeDetector, SpikeError, not_finite, suspect_documents
+from seqaware.training.loop import Due, TrainingLoop, TrainState
+from seqaware.training.preemption import (
+    Minutes,
+    PreemptedExit,
+    PreemptionMonitor,
+    ShutdownRequest,
+    clock_ahead_of_job,
+    seconds_until_shutdown,
+)
 from seqaware.training.prepare import Prepared
 from seqaware.training.process import Process, Say
-from seqaware.training.profile import ProfileWindow
+from seqaware.training.profiler import ProfileWindow
+from seqaware.training.run_directory import RunDirectory
+from seqaware.watchdog.stragglers import measure_stragglers
 
 _NAMED = 8
 
@@ -50,8 +57,8 @@ class Session:
         prepared: Prepared,
         engine: Engine,
         *,
-        folder: RunFolder,
-        course: Course,
+        folder: RunDirectory,
+        course: TrainState,
         checkpoints: Checkpoints,
         process: Process,
     ) -> None:
@@ -73,11 +80,13 @@ class Session:
             size=self.ranks.size,
             pinned=self.ranks.device.type == "cuda",
         )
-        self.held_out = HeldOut.of(prepared, engine, rows=rows)
+        self.held_out = Evaluator.of(prepared, engine, rows=rows)
         self.votes = Votes(self.ranks)
-        self.spikes = SpikeWatch(plan.config.faults)
+        self.spikes = SpikeDetector(plan.config.faults)
         self._metrics_error = not_written(str(folder.metrics))
-        reporter = together(self.ranks, lambda: _reporter(self), on_first_only=False, error=self._metrics_error)
+        reporter = raise_collectively(
+            self.ranks, lambda: _reporter(self), on_first_only=False, error=self._metrics_error
+        )
         assert reporter is not None, "every rank has made one"
         self.reporter = reporter
         self.interrupts = _interrupts(self)
@@ -168,20 +177,20 @@ class Session:
         self._finish_saving()
         raise self._left(step)
 
-    def _left(self, step: int) -> Left:
+    def _left(self, step: int) -> PreemptedExit:
         """All is saved that is to be: tell that the run leaves, and take back what has asked for it. Collective."""
         reason = self._reason()
         self.interrupts.left()
         self.reporter.event({"kind": "left", "step": step, "reason": reason})
         where = f"after step {step} ({reason}); it is saved, and" if step else f"before the first step ({reason});"
         self.process.say(f"left        {where} the same command goes on from there")
-        return Left(reason, together=True)
+        return PreemptedExit(reason, together=True)
 
     def leaving(self) -> bool:
         """Whether a rank was asked to leave meanwhile: asked between the parts of a long evaluation."""
         self.process.heartbeat.pulse()
         self.votes.cast(self.interrupts.asked())
-        return self.votes.result() == Asked.LEAVE
+        return self.votes.result() == ShutdownRequest.LEAVE
 
     def evaluate(self, step: int) -> bool:
         """Evaluate the held-out rows; a shutdown request meanwhile ends the run here, and the next one evaluates.
@@ -202,7 +211,7 @@ class Session:
     def pace(self, step: int) -> None:
         """How fast each rank's device computes, where there are several."""
         if self.ranks.size > 1:
-            self.reporter.event({"kind": "pace", "step": step, **pace_of_ranks(self.ranks)})
+            self.reporter.event({"kind": "pace", "step": step, **measure_stragglers(self.ranks)})
 
     def not_finite(self, step: int, result: StepResult, micro_batches: Sequence[Batch]) -> None:
         """A step was not applied: pass over it, or stop and name its documents.
@@ -211,7 +220,7 @@ class Session:
             DivergenceError: the config says stop, or there have been too many.
         """
         faults, course = self.plan.config.faults, self.course
-        documents = documents_to_blame(self.engine, result, micro_batches, batches=self.batches, step=step)
+        documents = suspect_documents(self.engine, result, micro_batches, batches=self.batches, step=step)
         if faults.nonfinite == "skip" and len(course.passed_over) < faults.max_skipped_steps:
             course.passed_over.append(step)
             self.reporter.event({"kind": "skipped", "step": step, "documents": documents})
@@ -256,7 +265,9 @@ class Session:
         course.passed_over.append(spike.step)
         course.done = step
         self.spikes.forget_after(step)
-        together(self.ranks, lambda: self.reporter.go_back(step), on_first_only=False, error=self._metrics_error)
+        raise_collectively(
+            self.ranks, lambda: self.reporter.go_back(step), on_first_only=False, error=self._metrics_error
+        )
         self.reporter.event(
             {"kind": "rewind", "step": step, "spike": spike.step, "loss": spike.loss, "median": spike.usual}
         )
@@ -315,7 +326,7 @@ def _profile(session: Session) -> ProfileWindow:
     return ProfileWindow(config, folder, last=session.total, device=session.ranks.device, say=say)
 
 
-def _reported_steps(folder: RunFolder) -> list[dict[str, object]]:
+def _reported_steps(folder: RunDirectory) -> list[dict[str, object]]:
     return [line for line in read_metrics(folder.metrics) if line["kind"] == "step"] if folder.metrics.exists() else []
 
 
@@ -331,11 +342,11 @@ def _reporter(session: Session) -> StepReporter:
     )
 
 
-def _metrics_file(session: Session, *, say: Say) -> MetricsFile:
+def _metrics_file(session: Session, *, say: Say) -> MetricsWriter:
     folder, config, done = session.folder, session.plan.config, session.course.done
     env = environment()
     run = TrackedRun(folder.path, done, config.model_dump(mode="json"))
-    return ToldMetricsFile(
+    return ReportingMetricsWriter(
         folder.metrics,
         from_step=done,
         trackers=Trackers(openings(run, config.logging, env), warn=say, secrets=secrets_in(env)),
@@ -344,16 +355,16 @@ def _metrics_file(session: Session, *, say: Say) -> MetricsFile:
     )
 
 
-def _interrupts(session: Session) -> Interrupts:
+def _interrupts(session: Session) -> PreemptionMonitor:
     process, config = session.process, session.plan.config
     now = time.time()
     if ahead := clock_ahead_of_job(process.address, now=now):
         off = f"{abs(ahead):,.0f} s {'ahead of' if ahead > 0 else 'behind'} the batch system's"
         process.say(f"warning     this host's clock is {off}: its signal alone tells that the time limit is near")
-    return Interrupts(
+    return PreemptionMonitor(
         process.signals,
         session.folder.path,
         first=session.ranks.is_first,
-        seconds_left=seconds_until_leaving(config.faults, process.address, now=now),
+        seconds_left=seconds_until_shutdown(config.faults, process.address, now=now),
         minutes=Minutes(save=config.output.save_every_minutes, evaluate=config.evaluation.every_minutes),
     )

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from seqaware.config.schema import LoraConfig
+from seqaware.metrics.metrics_file import read_metrics, shown_shares
+from seqaware.metrics.progress import duration
 from seqaware.plan.plan import Plan
-from seqaware.report.metrics import read_metrics, shown_shares
-from seqaware.report.progress import duration
-from seqaware.training.folder import RunFolder
+from seqaware.training.run_directory import RunDirectory
 
 
-def summary_lines(plan: Plan, folder: RunFolder, *, seconds: float) -> list[str]:
+def summary_lines(plan: Plan, folder: RunDirectory, *, seconds: float) -> list[str]:
     """Four lines, from what the run's metrics say: what was learnt, on what, and where it lies."""
     lines = list(read_metrics(folder.metrics))
     evaluations = [line for line in lines if line["kind"] == "evaluation"]

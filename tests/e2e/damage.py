@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from seqaware.engine.checkpoint.manifest import MANIFEST, read_manifest, sealed
+from seqaware.checkpoint.manifest import MANIFEST, read_manifest, sealed
 
 _locks: list[BinaryIO] = []
 

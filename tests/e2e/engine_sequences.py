@@ -13,9 +13,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from seqaware.config.load import load_config
-from seqaware.engine.address import RankAddress
-from seqaware.engine.ranks import Ranks, connect
+from seqaware.config.loading import load_config
+from seqaware.distributed.launch_environment import LaunchEnvironment
+from seqaware.distributed.process_group import Ranks, connect
 from tests.e2e.many_runs import do_each
 
 LEARNING_RATE = 1e-2
@@ -38,24 +38,24 @@ class Subject:
     @classmethod
     def of(cls, config: Path, wanted: dict[str, Any], ranks: Ranks) -> Subject:
         """A new engine, started as a run is: probed, then loaded."""
-        from seqaware.engine.checkpoint.checkpoints import Checkpoints
-        from seqaware.engine.checkpoint.retention import Retention
+        from seqaware.checkpoint.checkpointer import Checkpoints
+        from seqaware.checkpoint.retention import Retention
+        from seqaware.data.batch_loader import StepBatches
+        from seqaware.evaluation.evaluator import Evaluator
         from seqaware.training.assembly import build_engine, model_source, row_format, world_of
-        from seqaware.training.batches import StepBatches
-        from seqaware.training.folder import RunFolder
-        from seqaware.training.held_out import HeldOut
+        from seqaware.training.launch import _probe
         from seqaware.training.prepare import prepare
-        from seqaware.training.run import _probe
+        from seqaware.training.run_directory import RunDirectory
 
         settings, zero = load_config(config, wanted["set"]), Path(wanted["deepspeed"])
         prepared = prepare(settings, world=world_of(ranks.address), deepspeed_path=zero, progress=None)
-        folder = RunFolder(Path(wanted["folder"]))
+        folder = RunDirectory(Path(wanted["folder"]))
         folder.path.mkdir(parents=True, exist_ok=True)
         engine = build_engine(prepared, model_source(prepared, folder), ranks=ranks, say=_silent)
         _probe(engine, prepared.plan, say=_silent)
         rows = row_format(prepared.plan, prepared)
         batches = StepBatches(prepared.store, prepared.order, rows=rows, rank=ranks.rank, size=ranks.size)
-        held_out = HeldOut.of(prepared, engine, rows=rows)
+        held_out = Evaluator.of(prepared, engine, rows=rows)
         checkpoints = Checkpoints(engine, folder.checkpoints, keep=Retention(keep_last=99))
         subject = cls(ranks, engine, prepared, batches, held_out, checkpoints, folder.path, Path(wanted["checkpoints"]))
         if wanted["start"]:
@@ -63,8 +63,8 @@ class Subject:
         return subject
 
     def go_back(self, step: int = 1) -> None:
-        from seqaware.engine.checkpoint.load import load_checkpoint
-        from seqaware.engine.checkpoint.manifest import checkpoint_name, read_listing
+        from seqaware.checkpoint.manifest import checkpoint_name, read_listing
+        from seqaware.checkpoint.restore import load_checkpoint
 
         load_checkpoint(self.engine, read_listing(self.source / checkpoint_name(step)))
         self.step = step
@@ -82,14 +82,14 @@ class Subject:
         return [answer.generated for answer in self.held_out.answers(leaving=lambda: False)]
 
     def export(self) -> str:
-        from seqaware.engine.checkpoint.export import export_model
+        from seqaware.checkpoint.engine_export import export_model
 
         folder, lora = self.folder / "model", self.prepared.plan.config.lora
         export_model(self.engine, folder, tokenizer=self.prepared.inference, lora=lora)
         return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
     def save(self) -> None:
-        from seqaware.engine.checkpoint.manifest import RunState
+        from seqaware.checkpoint.manifest import RunState
 
         self.checkpoints.save(RunState.of(self.prepared.plan, step=self.step, epoch=0))
 
@@ -101,7 +101,7 @@ def _silent(text: str) -> None:
 _connect = cache(connect)
 
 
-def _act(wanted: dict[str, Any], address: RankAddress) -> list[list[Any]]:
+def _act(wanted: dict[str, Any], address: LaunchEnvironment) -> list[list[Any]]:
     subject = Subject.of(Path(wanted["config"]), wanted, _connect(address))
     found: list[list[Any]] = []
     for name in wanted["actions"]:

@@ -7,8 +7,8 @@ import resource
 import sys
 from pathlib import Path
 
-from seqaware.config.load import load_config
-from seqaware.engine.ranks import disconnect, find_address, prepare_environment
+from seqaware.config.loading import load_config
+from seqaware.distributed.process_group import disconnect, find_address, prepare_environment
 from seqaware.errors import CheckpointError
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     path = parser.parse_known_args()[0].config
     prepare_environment()
-    from seqaware.training.run import RunRequest, run
+    from seqaware.training.launch import RunRequest, run
 
     address = find_address()
     if address.rank == 1:

@@ -22,11 +22,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from seqaware.config.load import load_config
-from seqaware.engine.address import RankAddress
+from seqaware.config.loading import load_config
+from seqaware.distributed.launch_environment import LaunchEnvironment
 from seqaware.errors import SeqawareError
-from seqaware.training.interrupt import Left, Signals
-from seqaware.training.watch.heartbeat import Heartbeat
+from seqaware.training.preemption import PreemptedExit, Signals
+from seqaware.watchdog.heartbeat import Heartbeat
 from tests.e2e.many_runs import do_each
 
 
@@ -104,8 +104,8 @@ def fill(path: Path) -> None:
                 assert error.errno == errno.ENOSPC, error
 
 
-def _run(request: dict[str, Any], address: RankAddress) -> dict[str, Any]:
-    from seqaware.training.run import RunRequest, run
+def _run(request: dict[str, Any], address: LaunchEnvironment) -> dict[str, Any]:
+    from seqaware.training.launch import RunRequest, run
 
     config = load_config(Path(request["config"]), request["set"])
     said: list[str] = []
@@ -120,7 +120,7 @@ def _run(request: dict[str, Any], address: RankAddress) -> dict[str, Any]:
                 signals=signals,
                 heartbeat=disturbance,
             )
-        except Left as left:
+        except PreemptedExit as left:
             ending = {"how": "left", "text": left.reason}
         except SeqawareError as error:
             ending = {"how": type(error).__name__, "text": str(error)}

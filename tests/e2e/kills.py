@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from seqaware.training.watch.card import Card, read_card
-from seqaware.training.watch.dial import Place, read_place
-from seqaware.training.watch.host import Life
+from seqaware.watchdog.host_process import Life
+from seqaware.watchdog.rank_card import RankCard, read_card
+from seqaware.watchdog.shared_status import RankPosition, read_position
 from tests import launch
 from tests.patience import Patience, wait_for
 
@@ -25,7 +25,7 @@ _FORKED = "forked"
 
 _LAUNCHERS_OWN = re.compile(r"[WE]\d{4} \d\d:\d\d:\d\d\.\d+ |\[\d{4}-\d\d-\d\d ")
 
-Wanted = Callable[[Place], bool]
+Wanted = Callable[[RankPosition], bool]
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Ending:
         screen: what came on standard error from then on. card: of the killed rank.
     """
 
-    card: Card
-    place: Place
+    card: RankCard
+    place: RankPosition
     seconds: float
     code: int
     screen: str
@@ -73,11 +73,11 @@ class Launch:
             env = launch.environment(TMPDIR=str(temporary), **extra)
             self.launcher = subprocess.Popen(command, cwd=launch.ROOT, env=env, stdout=out, stderr=err)
 
-    def card(self, rank: int) -> Card | None:
+    def card(self, rank: int) -> RankCard | None:
         return next(map(read_card, self._files(f"rank-{rank:04d}.json")), None)
 
-    def place(self, rank: int) -> Place | None:
-        return next(map(read_place, self._files(f"rank-{rank:04d}.dial")), None)
+    def place(self, rank: int) -> RankPosition | None:
+        return next(map(read_position, self._files(f"rank-{rank:04d}.dial")), None)
 
     def _files(self, name: str) -> Iterator[Path]:
         folder, launches = self._dials
@@ -113,7 +113,7 @@ class Launch:
         code = self.launcher.poll()
         return None if code is None else f"exit code {code}: {self.stderr.read_text()[-3000:]}"
 
-    def _stop_in_place(self, rank: int, wanted: Wanted) -> Card:
+    def _stop_in_place(self, rank: int, wanted: Wanted) -> RankCard:
         patience = Patience()
         while not patience.is_over() and self.launcher.poll() is None:
             place, card = self.place(rank), self.card(rank)

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.worlds import counted
-from seqaware.config.load import load_config
-from seqaware.engine.address import RankAddress
-from seqaware.engine.ranks import disconnect, find_address, prepare_environment
+from seqaware.config.loading import load_config
+from seqaware.distributed.launch_environment import LaunchEnvironment
+from seqaware.distributed.process_group import disconnect, find_address, prepare_environment
 from tests import launch
 
 SCRIPT = "tests/e2e/many_runs.py"
@@ -80,7 +80,7 @@ def check_all(outcomes: Sequence[Outcome]) -> None:
     assert not problems, "\n\n".join(problems)
 
 
-def do_each(do: Callable[[Request, RankAddress], Any]) -> None:
+def do_each(do: Callable[[Request, LaunchEnvironment], Any]) -> None:
     """The main function of a script for `launch_all`: carry out every request and note what it returned."""
     listed = Path(sys.argv[1])
     prepare_environment()
@@ -96,8 +96,8 @@ def _notes(listed: Path, rank: int) -> Path:
     return listed.with_name(f"notes-{rank}.jsonl")
 
 
-def _train(request: Request, address: RankAddress) -> None:
-    from seqaware.training.run import RunRequest, run
+def _train(request: Request, address: LaunchEnvironment) -> None:
+    from seqaware.training.launch import RunRequest, run
 
     config = load_config(Path(request["config"]), request["set"])
     asked = RunRequest(config, Path(request["deepspeed"]), resume=request.get("resume", "auto"))

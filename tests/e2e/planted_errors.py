@@ -14,8 +14,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from seqaware.config.load import load_config
-from seqaware.engine.address import RankAddress
+from seqaware.config.loading import load_config
+from seqaware.distributed.launch_environment import LaunchEnvironment
 from seqaware.errors import ConfigError
 from tests.e2e.many_runs import do_each
 
@@ -142,10 +142,13 @@ def _after_a_long_document(lengths: list[int]) -> list[int]:
 
 def _places(plant: str) -> list[tuple[Any, str, Wrong]]:
     """Owners, attributes, and what is made of them."""
-    from seqaware.engine import attention, engine, first_step, model, optimizer
+    from seqaware.data import batch_loader as batches
+    from seqaware.engine import engine, loss_check, optimizer
     from seqaware.engine.engine import Engine
+    from seqaware.evaluation import evaluator
+    from seqaware.models import attention, model
     from seqaware.objective.weighting import Weighting
-    from seqaware.training import batches, held_out, loop
+    from seqaware.training import loop
 
     return {
         "unshifted weights": [(Weighting, "weights", _unshifted)],
@@ -161,8 +164,8 @@ def _places(plant: str) -> list[tuple[Any, str, Wrong]]:
         "clip of a rank": [(engine, "_initialize", _clip_of_a_rank)],
         "clipped update": [(engine, "clip_before_muon", lambda right: lambda zero, stage: None)],
         "rate one step late": [(loop, "scheduled_rate", _one_step_late)],
-        "mean of held-out parts": [(held_out, "held_out_loss", _mean_of_parts)],
-        "kernel without weights": [(module, "fused_cross_entropy", _unweighted) for module in (model, first_step)],
+        "mean of held-out parts": [(evaluator, "held_out_loss", _mean_of_parts)],
+        "kernel without weights": [(module, "fused_cross_entropy", _unweighted) for module in (model, loss_check)],
     }[plant]
 
 
@@ -179,9 +182,9 @@ def planted(plant: str | None) -> Iterator[None]:
             setattr(owner, name, right)
 
 
-def _carry_out(request: dict[str, Any], address: RankAddress) -> str:
-    from seqaware.training.run import RunRequest, run
-    from seqaware.training.verify.run import VerifyRequest, verify
+def _carry_out(request: dict[str, Any], address: LaunchEnvironment) -> str:
+    from seqaware.training.launch import RunRequest, run
+    from seqaware.verify.verification import VerifyRequest, verify
 
     config, zero = load_config(Path(request["config"]), []), Path(request["deepspeed"])
     with planted(request["plant"]):

@@ -10,14 +10,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from seqaware.config.load import load_config
-from seqaware.engine.address import RankAddress
+from seqaware.config.loading import load_config
+from seqaware.distributed.launch_environment import LaunchEnvironment
 from seqaware.errors import SeqawareError
 from tests.e2e.many_runs import do_each
 
 
-def _run(request: dict[str, Any], address: RankAddress) -> dict[str, Any]:
-    from seqaware.training.run import RunRequest, run
+def _run(request: dict[str, Any], address: LaunchEnvironment) -> dict[str, Any]:
+    from seqaware.training.launch import RunRequest, run
     from tests.e2e import damage
 
     for action, *arguments in request["before"] if address.rank == 0 else ():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from seqaware.data.order import StepOrder
-from seqaware.data.store import TokenStore
+from seqaware.data.sampler import StepSampler
+from seqaware.data.store.token_store import TokenStore
 from tests import launch, tiny
 from tests.patience import run
 
@@ -67,7 +67,7 @@ def test_the_steps_of_a_proportioned_mixture_and_of_tokens(tmp_path: Path) -> No
     about = round(13 * lengths[:13].mean() + 13 * lengths[13:].mean())
     assert f"26 sequences an epoch, about {about:,} tokens" in planned.stdout
 
-    order = StepOrder(
+    order = StepSampler(
         lengths, fingerprint=store.fingerprint, seed=42, global_batch_tokens=256, parts=store.facts().parts
     )
     steps = order.steps_per_epoch(1e9, 20)

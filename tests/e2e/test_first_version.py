@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from tests import launch
 from tests.hub import hub
 from tests.small_tokenizers import byte_level
-from tests.unit.config.test_load import FIRST_VERSION
+from tests.unit.config.test_loading import FIRST_VERSION
 
 ROWS = [{"question": f"What is {i} + 2?", "answer": f"{i} + 2 = {i + 2}\n#### {i + 2}"} for i in range(130)]
 

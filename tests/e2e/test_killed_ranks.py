@@ -200,7 +200,7 @@ def test_a_run_survives_kills_at_random_moments(workshop: tiny.Workshop, whole: 
 
 
 CONNECTED = """
-from seqaware.engine.ranks import connect, disconnect, find_address, prepare_environment
+from seqaware.distributed.process_group import connect, disconnect, find_address, prepare_environment
 
 prepare_environment()
 connect(find_address())

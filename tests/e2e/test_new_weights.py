@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from seqaware.errors import ConfigError
-from seqaware.training.export import merge_adapter
+from seqaware.tools.export_model import merge_adapter
 from tests import launch, tiny
 from tests.e2e.many_runs import check_all, launch_all
 

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from seqaware.engine.checkpoint.reading import read_tensors
-from seqaware.engine.checkpoint.shards import FP32, Shards
-from seqaware.engine.checkpoint.universal import convert
+from seqaware.checkpoint.shards import FP32, Shards
+from seqaware.checkpoint.tensor_files import read_tensors
+from seqaware.checkpoint.universal import convert
 from seqaware.errors import CheckpointError, ConfigError
-from seqaware.training.export import export_checkpoint
-from seqaware.training.whole_model import whole_model
+from seqaware.tools.export_model import export_checkpoint
+from seqaware.tools.whole_model import whole_model
 from tests import launch, tiny
 from tests.e2e.many_runs import check_all, launch_all
 

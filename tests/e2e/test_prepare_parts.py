@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.prepare import app
-from seqaware.config.load import load_config
-from seqaware.data.store_index import find_store
+from seqaware.config.loading import load_config
+from seqaware.data.store.store_index import find_store
 from tests import launch, tiny
 
 

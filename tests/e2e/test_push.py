@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
-from seqaware.training.sharing.push import pack
+from seqaware.tools.push import pack
 from tests import launch, patience, tiny
 from tests.hub import Hub, hub
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from launcher.prepare import app as prepare
 from launcher.train import app
-from seqaware.data.store_format import MANIFEST, manifest_checksum
+from seqaware.data.store.store_format import MANIFEST, manifest_checksum
 from tests import launch, tiny
 
 # Distinctive, so that any trace of them is found, and assembled, so that no scanner of sources takes them for real.

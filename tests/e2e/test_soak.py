@@ -23,7 +23,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from seqaware.training.watch.dial import Place, read_place
+from seqaware.watchdog.shared_status import RankPosition, read_position
 from tests import launch, tiny
 from tests.e2e.interrupted_runs import fill
 from tests.patience import Patience, usual_slowness, wait_for
@@ -56,14 +56,16 @@ class Ranks:
         self._forked = launch.Forked(["launcher/train.py", *arguments], ranks=2, folder=folder)
         self.processes = self._forked.processes
 
-    def place(self, rank: int) -> Place | None:
+    def place(self, rank: int) -> RankPosition | None:
         launches = Path(tempfile.gettempdir(), f"seqaware-{os.getuid()}")
-        return next((read_place(path) for path in launches.glob(f"*-{self._forked.port}/rank-{rank:04d}.dial")), None)
+        return next(
+            (read_position(path) for path in launches.glob(f"*-{self._forked.port}/rank-{rank:04d}.dial")), None
+        )
 
     def running(self) -> bool:
         return all(process.exitcode is None for process in self.processes)
 
-    def wait_for(self, rank: int, phases: Sequence[str], step: int) -> Place | None:
+    def wait_for(self, rank: int, phases: Sequence[str], step: int) -> RankPosition | None:
         """Wait until a rank is in one of the phases, at this step or later; None if the launch has ended before."""
         patience = Patience()
         while self.running():

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from seqaware.engine.checkpoint.manifest import read_manifest
+from seqaware.checkpoint.manifest import read_manifest
 from tests import launch, tiny
 from tests.e2e.damage import checkpoint, largest
 from tests.e2e.many_runs import Outcome, launch_all

@@ -14,7 +14,7 @@ import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from transformers import AutoModelForCausalLM
 
-from seqaware.engine.checkpoint.shards import FP32, Shards
+from seqaware.checkpoint.shards import FP32, Shards
 from seqaware.engine.optimizer import parameter_groups
 
 

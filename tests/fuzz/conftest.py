@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from seqaware.config.load import REPOSITORY
+from seqaware.config.loading import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -103,8 +103,8 @@ def offline(place: Path) -> Iterator[Path]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-        patch.setattr("seqaware.training.evaluation.run.connect", connect)
-        patch.setattr("seqaware.training.verify.run.connect", connect)
+        patch.setattr("seqaware.tools.evaluate_model.connect", connect)
+        patch.setattr("seqaware.verify.verification.connect", connect)
         yield place
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import launcher.plan
 import launcher.train
-from seqaware.config.load import REPOSITORY
+from seqaware.config.loading import REPOSITORY
 from seqaware.config.messages import config_paths
 from tests.fuzz import hostile
 from tests.fuzz.bounds import corpus, ends_well, fuzzed

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqaware.config.load import REPOSITORY
+from seqaware.config.loading import REPOSITORY
 from seqaware.config.schema import Config
+from seqaware.estimate.render_plan import render_plan
 from seqaware.plan.deepspeed_config import COMMUNICATION_KEYS, OWNED_KEYS
-from seqaware.plan.facts import World, model_facts
 from seqaware.plan.plan import make_plan
-from seqaware.plan.render import render_plan
-from seqaware.plan.zero_keys import COMMUNICATION_BLOCKS, DEPRECATED, REMOVED, ZERO_BLOCKS, ZERO_VALUES
+from seqaware.plan.specs import World, model_facts
+from seqaware.plan.zero_schema import COMMUNICATION_BLOCKS, DEPRECATED, REMOVED, ZERO_BLOCKS, ZERO_VALUES
 from tests.fuzz import hostile
 from tests.fuzz.bounds import corpus, fuzzed, refuses_clearly
 from tests.fuzz.test_config import DEMO

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launcher.init
-from seqaware.config.load import load_config
+from seqaware.config.loading import load_config
 from tests.fuzz import hostile
 from tests.fuzz.bounds import ends_well, fuzzed
 

@@ -17,11 +17,7 @@ from hypothesis import strategies as st
 
 import launcher.plan
 import launcher.train
-from seqaware.data.store import Counted, TokenStore
-from seqaware.data.store_format import MANIFEST as STORE_MANIFEST
-from seqaware.data.store_format import manifest_checksum
-from seqaware.engine.address import RankAddress
-from seqaware.engine.checkpoint.manifest import (
+from seqaware.checkpoint.manifest import (
     MANIFEST,
     Listing,
     RunState,
@@ -32,14 +28,25 @@ from seqaware.engine.checkpoint.manifest import (
     set_aside,
     survey,
 )
-from seqaware.engine.checkpoint.retention import Evaluations, Retention, forget_old, set_aside_later
-from seqaware.training.batches import RowFormat, rank_batches
-from seqaware.training.folder import RunFolder, allowed_before, attempts_before, check_claim, claim, is_finished
-from seqaware.training.resume import Wish, resume_points, unrecorded
+from seqaware.checkpoint.retention import Evaluations, Retention, forget_old, set_aside_later
+from seqaware.data.batch_loader import RowFormat, rank_batches
+from seqaware.data.store.store_format import MANIFEST as STORE_MANIFEST
+from seqaware.data.store.store_format import manifest_checksum
+from seqaware.data.store.token_store import Counted, TokenStore
+from seqaware.distributed.launch_environment import LaunchEnvironment
+from seqaware.training.resume import ResumeRequest, resume_points, unrecorded
+from seqaware.training.run_directory import (
+    RunDirectory,
+    allowed_before,
+    attempts_before,
+    check_claim,
+    claim,
+    is_finished,
+)
 from tests.fakes import checkpoint_folder
 from tests.fuzz import hostile
 from tests.fuzz.bounds import corpus, ends_well, fuzzed, refuses_clearly
-from tests.unit.data.test_store import document, write
+from tests.unit.data.store.test_token_store import document, write
 from tests.unit.plan.test_plan import plan
 
 PLAN = plan()
@@ -95,10 +102,10 @@ def sign(path: Path, manifest: dict[str, Any]) -> None:
 
 def resume(run: Path) -> None:
     """What `--resume auto` reads of a run's folder before it needs ranks, and how it clears the folder up."""
-    folder = RunFolder(run)
+    folder = RunDirectory(run)
     check_claim(folder, PLAN, resume="auto")
     is_finished(folder, PLAN)
-    Wish("auto", "job", 1).now(attempts_before(folder))
+    ResumeRequest("auto", "job", 1).now(attempts_before(folder))
     points = resume_points(folder.checkpoints, PLAN, resume="auto", allowed=allowed_before(folder))
     for path in points.older:
         inspect(path)
@@ -107,7 +114,7 @@ def resume(run: Path) -> None:
         first_wrong_hash(points.newest, rank=0, size=1)
         state = points.newest.state
         unrecorded(state, PLAN)
-    claim(folder, PLAN, address=RankAddress(0, 1, 0, 1, 1, "none", "localhost", 1), resumed=state)
+    claim(folder, PLAN, address=LaunchEnvironment(0, 1, 0, 1, 1, "none", "localhost", 1), resumed=state)
     set_aside_later(folder.checkpoints, 0 if state is None else state.step)
     set_aside(folder.checkpoints)
     forget_old(folder.checkpoints, Retention(1), Evaluations(folder.checkpoints).losses, trusted=set())
@@ -132,7 +139,7 @@ def test_hostile_manifests_end_a_resume_well(
     sign(newer / MANIFEST, hostile.mutated(json.loads((newer / MANIFEST).read_text()), changes))
     if damage is not None:
         (older / MANIFEST).write_bytes(damage.encode("utf-8", "surrogatepass"))
-    manifest = {"mathematics": STATE.mathematics, "attempts": [{"asked": asdict(Wish("auto", "job"))}]}
+    manifest = {"mathematics": STATE.mathematics, "attempts": [{"asked": asdict(ResumeRequest("auto", "job"))}]}
     (folder / "manifest.json").write_text(json.dumps(hostile.mutated(manifest, run)))
     (folder / "checkpoints" / "evaluations.json").write_text(json.dumps(losses))
     refuses_clearly(lambda: read_whole(newer))

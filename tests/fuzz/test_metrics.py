@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 import launcher.report
 import launcher.watch
 from seqaware.config.schema import Config
+from seqaware.metrics.metrics_file import MetricsWriter, read_metrics
 from seqaware.report import tables
 from seqaware.report.compare import groups_of
-from seqaware.report.metrics import MetricsFile, read_metrics
+from seqaware.report.live_view import frame
 from seqaware.report.page import findings
-from seqaware.report.record import read_run
-from seqaware.report.watch import frame
-from seqaware.training.folder import RunFolder
-from seqaware.training.sharing.card import run_card
+from seqaware.report.run_record import read_run
+from seqaware.tools.model_card import run_card
+from seqaware.training.run_directory import RunDirectory
 from seqaware.training.summary import summary_lines
 from tests.fuzz import hostile
 from tests.fuzz.bounds import corpus, ends_well, fuzzed, refuses_clearly
@@ -145,9 +145,9 @@ def hostile_copy(run: Path, metrics: bytes, changes: Changes) -> Path:
 
 def resume(metrics: Path) -> None:
     """What a run does with the lines of its earlier attempts."""
-    MetricsFile(metrics, from_step=2).close()
+    MetricsWriter(metrics, from_step=2).close()
     kept = [json.dumps(line) for line in read_metrics(metrics) if line["step"] <= 1]
-    file = MetricsFile(metrics, from_step=1)
+    file = MetricsWriter(metrics, from_step=1)
     file.write(step_line(2, loss=1.0))
     file.go_back(1)
     file.close()
@@ -182,7 +182,7 @@ def test_hostile_metrics_are_shown_and_resumed_from(run: Path, metrics: bytes, c
     folder = hostile_copy(run, metrics, changes)
     ends_well(launcher.watch.app, [str(folder), "--once"])
     refuses_clearly(lambda: frame(folder, width=100))
-    refuses_clearly(lambda: summary_lines(PLAN, RunFolder(folder), seconds=1.0))
+    refuses_clearly(lambda: summary_lines(PLAN, RunDirectory(folder), seconds=1.0))
     refuses_clearly(lambda: tabulate(folder, run))
     refuses_clearly(lambda: resume(folder / "metrics.jsonl"))
 
@@ -206,7 +206,7 @@ def test_metrics_that_once_failed(run: Path, path: Path) -> None:
     shown = ends_well(launcher.watch.app, [str(folder), "--once"])
     assert "lines cannot be read" in shown or "held out" in shown
     assert refuses_clearly(lambda: frame(folder, width=100))
-    assert refuses_clearly(lambda: summary_lines(PLAN, RunFolder(folder), seconds=1.0))
+    assert refuses_clearly(lambda: summary_lines(PLAN, RunDirectory(folder), seconds=1.0))
     # Two seeds of one setting are averaged.
     other = json.loads((run / "manifest.json").read_text())
     other["mathematics"]["seed"] = 2

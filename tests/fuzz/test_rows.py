@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launcher.preview
-from seqaware.config.load import load_config
-from seqaware.data.tokenize import load_tokenizer
-from seqaware.training.evaluation.questions import read_questions
+from seqaware.config.loading import load_config
+from seqaware.data.questions import read_questions
+from seqaware.data.tokenization import load_tokenizer
 from tests.fuzz import hostile
 from tests.fuzz.bounds import corpus, ends_well, fuzzed, refuses_clearly
 from tests.small_tokenizers import CHATML

@@ -19,14 +19,14 @@ from hypothesis import strategies as st
 
 import launcher.convert
 import launcher.export
+from seqaware.checkpoint.manifest import MANIFEST
+from seqaware.checkpoint.shards import FP32, Shards
+from seqaware.checkpoint.tensor_files import as_written, read_tensors
 from seqaware.config.schema import Config
-from seqaware.data.tokenize import load_tokenizer
-from seqaware.engine.checkpoint.manifest import MANIFEST
-from seqaware.engine.checkpoint.reading import as_written, read_tensors
-from seqaware.engine.checkpoint.shards import FP32, Shards
-from seqaware.engine.model import empty_causal_lm, initial_config
-from seqaware.engine.randomness import begin_randomness, random_state, restore_random_state
+from seqaware.data.tokenization import load_tokenizer
+from seqaware.engine.random_state import begin_randomness, random_state, restore_random_state
 from seqaware.errors import CheckpointError
+from seqaware.models.model import empty_causal_lm, initial_config
 from tests.fakes import checkpoint_folder
 from tests.fuzz import hostile
 from tests.fuzz.bounds import ends_well, fuzzed, refuses_clearly

@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import launcher.prepare
-from seqaware.config.load import REPOSITORY
+from seqaware.config.loading import REPOSITORY
 from seqaware.config.schema import ModelConfig
 from seqaware.data.chat import InferenceTokenizer
-from seqaware.data.tokenize import load_tokenizer
+from seqaware.data.tokenization import load_tokenizer
 from tests.fuzz import hostile
 from tests.fuzz.bounds import corpus, ends_well, fuzzed, refuses_clearly
 from tests.fuzz.test_deepspeed_json import PIECES

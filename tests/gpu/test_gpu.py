@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from seqaware.engine.attention import Documents, attention
-from seqaware.engine.attention_choice import choose_backend
+from seqaware.models.attention import Documents, attention
+from seqaware.models.attention_choice import choose_backend
 from seqaware.objective import fused
 from seqaware.objective.cross_entropy import Head
 from seqaware.objective.fused import fused_cross_entropy

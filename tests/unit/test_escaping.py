@@ -14,18 +14,18 @@ from rich.console import Console
 
 from launcher.outcome import say
 from seqaware.config.schema import Config
+from seqaware.doctor.findings import warning
+from seqaware.doctor.findings_table import show
 from seqaware.errors import ConfigError, DataError
 from seqaware.masking import escaped, escaped_lines
+from seqaware.metrics.progress import ProgressDisplay
 from seqaware.plan.slurm import SlurmJob, sbatch_script
+from seqaware.report.live_view import frame
 from seqaware.report.page import write_report
 from seqaware.report.preview import Preview, ShownDocument, ShownRow, ShownToken, show_preview
 from seqaware.report.preview_html import preview_html
-from seqaware.report.progress import ProgressDisplay
-from seqaware.report.watch import frame
-from seqaware.training.doctor.findings import warning
-from seqaware.training.doctor.table import show
-from seqaware.training.watch import word
-from seqaware.training.watch.rank_log import last_lines
+from seqaware.watchdog import first_error
+from seqaware.watchdog.rank_log import last_lines
 from tests.unit.report.runs import write_run
 
 ROOT = Path(__file__).parents[2]
@@ -109,8 +109,8 @@ def test_rank_logs_are_escaped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     lines = last_lines(tmp_path / "rank.log", 10)
     assert all(SAFE.fullmatch(line) for line in lines)
     screen = (tmp_path / "screen").open("wb")
-    monkeypatch.setattr(word, "_screen", screen.fileno())
-    word.show(f"rank 1 failed: {HOSTILE}\n\tat x")
+    monkeypatch.setattr(first_error, "_screen", screen.fileno())
+    first_error.show(f"rank 1 failed: {HOSTILE}\n\tat x")
     screen.close()
     assert (tmp_path / "screen").read_text().endswith("\n\tat x\n")
     assert SAFE.fullmatch((tmp_path / "screen").read_text().replace("\t", ""))
@@ -142,9 +142,9 @@ def test_no_output_bypasses_the_function() -> None:
         ("launcher/cli.py", "typer.echo"),  # the version
         ("launcher/sbatch.py", "typer.echo"),  # a script without control characters, as tested above
         ("seqaware/config/reference.py", "sys.stdout.write"),  # made of our own docstrings
-        ("seqaware/engine/build_lock.py", "print"),  # of an escaped text
-        ("seqaware/engine/rendezvous.py", "print"),  # as well
+        ("seqaware/compat/build_lock.py", "print"),  # of an escaped text
+        ("seqaware/distributed/rendezvous.py", "print"),  # as well
         ("seqaware/training/process.py", "print"),  # as well
-        ("seqaware/training/doctor/probe.py", "print"),  # JSON in ASCII, for another process
-        ("seqaware/training/doctor/table.py", "print"),  # of texts that were escaped
+        ("seqaware/doctor/host_probe.py", "print"),  # JSON in ASCII, for another process
+        ("seqaware/doctor/findings_table.py", "print"),  # of texts that were escaped
     }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from seqaware.config.load import load_config
+from seqaware.config.loading import load_config
 from seqaware.errors import ConfigError, DataError
 from seqaware.masking import holds_secret, masked
 

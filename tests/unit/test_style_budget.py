@@ -162,3 +162,23 @@ def test_arguments_are_counted_without_the_receiver() -> None:
     }
     assert (found["m"].arguments, found["m"].positional) == (2, 1)
     assert (found["s"].arguments, found["s"].positional) == (2, 2)
+
+
+def _repeated(named: Iterator[tuple[str, Path]]) -> dict[str, list[str]]:
+    places: dict[str, list[str]] = {}
+    for name, path in named:
+        places.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    return {name: paths for name, paths in places.items() if len(paths) > 1}
+
+
+def test_no_two_modules_share_a_name_and_no_two_classes() -> None:
+    """A reader who searches for a name finds one thing. The scripts of launcher/ are named after their commands."""
+    modules = [path for path in python_files() if path.is_relative_to(ROOT / "seqaware") and path.stem != "__init__"]
+    assert not _repeated((path.stem, path) for path in modules)
+    classes = (
+        (node.name, path)
+        for path in modules
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert not _repeated(classes)

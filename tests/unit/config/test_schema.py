@@ -12,7 +12,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from seqaware.config.load import REPOSITORY, load_config, read_yaml
+from seqaware.config.loading import REPOSITORY, load_config, read_yaml
 from seqaware.config.messages import config_paths
 from seqaware.config.schema import Config, LoraConfig, ModelConfig, ScheduleConfig, SftConfig, config_json_schema
 

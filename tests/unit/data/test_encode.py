@@ -15,7 +15,7 @@ from seqaware.config.schema import Config
 from seqaware.data.encode import ExampleEncoder, Outcome, Recipe
 from seqaware.data.encode_pool import encode_records
 from seqaware.data.sources import Record
-from seqaware.data.tokenize import recipe_of
+from seqaware.data.tokenization import recipe_of
 from seqaware.errors import DataError
 from tests.small_tokenizers import byte_level, with_dummy_space
 

@@ -18,12 +18,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from seqaware.config.data import DatasetConfig
+from seqaware.config.dataset_config import DatasetConfig
 from seqaware.data.chat import ChatRenderer
 from seqaware.data.chat_process import ChatProcess
 from seqaware.data.sources import open_source
-from seqaware.data.store import Counted, Document, StoreWriter, TokenStore
-from seqaware.data.store_format import MANIFEST, manifest_checksum
+from seqaware.data.store.store_format import MANIFEST, manifest_checksum
+from seqaware.data.store.token_store import Counted, Document, StoreWriter, TokenStore
 from seqaware.data.templates import Example
 from seqaware.errors import DataError
 from tests.small_tokenizers import CHATML, byte_level

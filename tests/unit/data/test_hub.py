@@ -24,7 +24,7 @@ SHARDS = 3
 # A process of its own: the libraries read the hub's address when they are imported.
 READ = """
 import json, sys
-from seqaware.config.data import DatasetConfig
+from seqaware.config.dataset_config import DatasetConfig
 from seqaware.data.sources import open_source
 from seqaware.errors import DataError
 try:
@@ -36,8 +36,8 @@ except DataError as error:
 PREPARE = """
 import sys
 from seqaware.config.schema import Config
-from seqaware.data.store import TokenStore
-from seqaware.data.tokenize import load_tokenizer, prepare_store
+from seqaware.data.store.token_store import TokenStore
+from seqaware.data.tokenization import load_tokenizer, prepare_store
 config = Config.model_validate_json(sys.argv[1])
 tokenizer = load_tokenizer(config.model)
 store = TokenStore.open(prepare_store(config.dataset, config=config, tokenizer=tokenizer, max_seq_length=64))
@@ -48,8 +48,8 @@ PARTS = """
 import json, sys
 from dataclasses import replace
 from seqaware.config.schema import Config
-from seqaware.data.parts import PartNumber, merge_parts, prepare_part
-from seqaware.data.tokenize import Job, load_tokenizer, prepare_store
+from seqaware.data.store.store_parts import PartNumber, merge_parts, prepare_part
+from seqaware.data.tokenization import Job, load_tokenizer, prepare_store
 from seqaware.errors import DataError
 written = json.loads(sys.argv[1])
 told = []

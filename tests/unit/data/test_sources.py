@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from seqaware.config.data import DatasetConfig
-from seqaware.data import read_files
-from seqaware.data.locate import SHORT_NAMES, _files_matching, locate
+from seqaware.config.dataset_config import DatasetConfig
+from seqaware.data import readers
+from seqaware.data.resolve_source import SHORT_NAMES, _files_matching, locate
 from seqaware.data.sources import Record, open_source
 from seqaware.errors import DataError
 
@@ -274,13 +274,13 @@ def test_a_row_that_is_too_long_is_refused_before_it_is_read(
     monkeypatch: pytest.MonkeyPatch, name: str, content: str, said: str
 ) -> None:
     """A compressed file of 6 MB may hold a line of 6 GB."""
-    monkeypatch.setattr(read_files, "ROW_CHARACTERS", 1000)
-    monkeypatch.setattr(read_files, "_CHUNK", 100)
-    monkeypatch.setattr(read_files, "_open", lambda path: Piecewise(content))
+    monkeypatch.setattr(readers, "ROW_CHARACTERS", 1000)
+    monkeypatch.setattr(readers, "_CHUNK", 100)
+    monkeypatch.setattr(readers, "_open", lambda path: Piecewise(content))
     with pytest.raises(DataError, match=said):
-        list(read_files.read_file(Path(name)))
+        list(readers.read_file(Path(name)))
     with pytest.raises(DataError, match=said):
-        read_files.count_rows(Path(name))
+        readers.count_rows(Path(name))
 
 
 def test_parquet_rows_are_read_few_at_a_time_and_long_ones_refused(
@@ -290,33 +290,33 @@ def test_parquet_rows_are_read_few_at_a_time_and_long_ones_refused(
     rows = [{"text": f"{number:03}" * 100} for number in range(20)]
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=7)
-    monkeypatch.setattr(read_files, "_PARQUET_BYTES_AT_ONCE", 1000)
+    monkeypatch.setattr(readers, "_PARQUET_BYTES_AT_ONCE", 1000)
     for begin, end in ((0, None), (5, 9), (8, 17), (20, None)):
         expected = list(enumerate(rows, 1))[begin:end]
-        assert list(read_files.read_file(path, begin=begin, end=end)) == [(row, number) for number, row in expected]
-        with read_files._parquet(path) as file:
-            assert all(len(batch) <= 3 for batch in read_files._batches_from(file, begin, path))
-    monkeypatch.setattr(read_files, "ROW_CHARACTERS", 100)
+        assert list(readers.read_file(path, begin=begin, end=end)) == [(row, number) for number, row in expected]
+        with readers._parquet(path) as file:
+            assert all(len(batch) <= 3 for batch in readers._batches_from(file, begin, path))
+    monkeypatch.setattr(readers, "ROW_CHARACTERS", 100)
     with pytest.raises(DataError, match=r"a\.parquet: its rows are longer than .* bytes on average"):
-        list(read_files.read_file(path))
+        list(readers.read_file(path))
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 1000])
 def test_an_array_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(read_files, "_CHUNK", chunk)
+    monkeypatch.setattr(readers, "_CHUNK", chunk)
     rows = [{"text": "a, ]é"}, {"n": 12345, "deep": [[{"x": None}]]}, {}, {"text": ""}]
     for number, indent in enumerate((None, 3)):
         path = tmp_path / f"{number}.json"
         path.write_text(" \n" + json.dumps(rows, indent=indent, ensure_ascii=False) + "\n ", encoding="utf-8")
-        assert list(read_files.read_file(path)) == [(row, place) for place, row in enumerate(rows, 1)]
-        assert list(read_files.read_file(path, begin=1, end=3)) == [(rows[1], 2), (rows[2], 3)]
-        assert read_files.count_rows(path) == 4
+        assert list(readers.read_file(path)) == [(row, place) for place, row in enumerate(rows, 1)]
+        assert list(readers.read_file(path, begin=1, end=3)) == [(rows[1], 2), (rows[2], 3)]
+        assert readers.count_rows(path) == 4
     (tmp_path / "empty.json").write_text(" [ ] ")
-    assert list(read_files.read_file(tmp_path / "empty.json")) == [] and read_files.count_rows(path) == 4
+    assert list(readers.read_file(tmp_path / "empty.json")) == [] and readers.count_rows(path) == 4
 
 
 def test_a_folder_with_too_many_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("seqaware.data.locate._MOST_ENTRIES", 3)
+    monkeypatch.setattr("seqaware.data.resolve_source._MOST_ENTRIES", 3)
     for number in range(4):
         jsonl(tmp_path / f"{number}.jsonl")
     for name in (tmp_path, tmp_path / "*.jsonl"):
@@ -327,7 +327,7 @@ def test_a_folder_with_too_many_files_is_refused(tmp_path: Path, monkeypatch: py
 def test_a_glob_that_matches_nothing_does_not_visit_any_number_of_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("seqaware.data.locate._MOST_ENTRIES", 30)
+    monkeypatch.setattr("seqaware.data.resolve_source._MOST_ENTRIES", 30)
     for number in range(10):
         (tmp_path / "a" / str(number)).mkdir(parents=True)
         jsonl(tmp_path / "a" / str(number) / "rows.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from seqaware.config.load import REPOSITORY
+from seqaware.config.loading import REPOSITORY
 from seqaware.engine.engine import _with_bucket_no_larger
 from tests.unit.plan.test_plan import plan
 

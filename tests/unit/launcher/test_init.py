@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from launcher.cli import app
-from seqaware.config.load import REPOSITORY, load_config
-from seqaware.plan.hardware import DEVICES
-from seqaware.plan.search import fits
-from seqaware.training.outlook import Gpus, ask
+from seqaware.config.loading import REPOSITORY, load_config
+from seqaware.estimate.hardware import DEVICES
+from seqaware.estimate.search import fits
+from seqaware.tools.plan_estimate import Gpus, ask
 
 DEMO = str(REPOSITORY / "demo" / "train.jsonl")
 

@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from seqaware.config.load import REPOSITORY
-from seqaware.plan.decoder import Decoder, decoder_of
-from seqaware.plan.facts import World
-from seqaware.plan.known_models import known_facts
-from seqaware.plan.layout import Layout, ZeroSettings
+from seqaware.config.loading import REPOSITORY
+from seqaware.estimate.decoder import Decoder, decoder_of
+from seqaware.estimate.known_models import known_facts
+from seqaware.estimate.layout import Layout, ZeroSettings
+from seqaware.plan.specs import World
 
 SMALL = Decoder("gated", 512, 1408, 4, 8, 4, 64, 8192, 2048, tied=False)
 

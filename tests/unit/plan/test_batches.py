@@ -10,7 +10,7 @@ import pytest
 from seqaware.config.schema import TrainingConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.batches import BatchPlan, derive_batches, steps_of_epochs
-from seqaware.plan.facts import DataFacts, ModelFacts, World
+from seqaware.plan.specs import DataFacts, ModelFacts, World
 
 SMALL = ModelFacts(vocab_size=100, max_positions=128, hidden_size=8, layers=1, parameters=None, model_type="llama")
 

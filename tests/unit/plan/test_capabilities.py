@@ -8,7 +8,7 @@ import pytest
 
 from seqaware.config.schema import Config, EvaluationConfig, ModelConfig, OptimizerConfig
 from seqaware.plan.capabilities import AXES, REFUSED, choices_of, refusals
-from seqaware.plan.facts import World
+from seqaware.plan.specs import World
 
 CPU = World(size=2, local_size=2, nodes=1, device="cpu", bf16=True)
 

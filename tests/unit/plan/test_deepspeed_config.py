@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from seqaware.config.load import REPOSITORY
+from seqaware.config.loading import REPOSITORY
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
 from seqaware.plan.deepspeed_config import OWNED_KEYS, build_deepspeed_config, check_owned_keys, read_deepspeed_json
-from seqaware.plan.facts import World
+from seqaware.plan.specs import World
 
 SHIPPED = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 CPU = World(size=2, local_size=2, nodes=1, device="cpu", bf16=True)

@@ -12,7 +12,6 @@ import pytest
 
 from seqaware.errors import ConfigError
 from seqaware.plan.deepspeed_config import check_owned_keys
-from seqaware.plan.facts import World
 from seqaware.plan.offload import (
     SwapSizes,
     check_swap_space,
@@ -21,6 +20,7 @@ from seqaware.plan.offload import (
     swap_folders,
     with_own_swap_folder,
 )
+from seqaware.plan.specs import World
 
 GPU = World(size=16, local_size=8, nodes=2, device="cuda", bf16=True)
 SIZES = SwapSizes(parameters=1000, trained=600, largest=320, itemsize=2)
@@ -94,7 +94,7 @@ def test_mics_is_refused_with_the_reason() -> None:
 def test_removed_keys_are_those_deepspeed_removed() -> None:
     from deepspeed.runtime.config import _REMOVED_ZERO_CONFIG_KEYS
 
-    from seqaware.plan.zero_keys import REMOVED
+    from seqaware.plan.zero_schema import REMOVED
 
     assert set(REMOVED) == set(_REMOVED_ZERO_CONFIG_KEYS)
 
@@ -102,7 +102,7 @@ def test_removed_keys_are_those_deepspeed_removed() -> None:
 def test_keys_of_aio_are_those_deepspeed_reads() -> None:
     from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
 
-    from seqaware.plan.zero_keys import AIO_VALUES
+    from seqaware.plan.zero_schema import AIO_VALUES
 
     assert set(AIO_VALUES) == set(AIO_DEFAULT_DICT)
     assert all(AIO_VALUES[name].takes(value) for name, value in AIO_DEFAULT_DICT.items())

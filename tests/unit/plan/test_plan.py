@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from seqaware.config.load import REPOSITORY, load_config
+from seqaware.config.loading import REPOSITORY, load_config
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
-from seqaware.plan.facts import DataFacts, ModelFacts, World, model_facts
+from seqaware.estimate.render_plan import render_plan
 from seqaware.plan.plan import MATHEMATICS as NAMES
 from seqaware.plan.plan import Plan, make_plan
-from seqaware.plan.render import render_plan
+from seqaware.plan.specs import DataFacts, ModelFacts, World, model_facts
 
 DS_CONFIGS = sorted((REPOSITORY / "ds_configs").glob("*.json"))
 TRAIN_CONFIGS = sorted((REPOSITORY / "train_configs").glob("*.yaml"))

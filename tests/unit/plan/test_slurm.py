@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from seqaware.config.load import REPOSITORY, load_config
-from seqaware.config.output import FaultsConfig
+from seqaware.config.loading import REPOSITORY, load_config
+from seqaware.config.output_config import FaultsConfig
 from seqaware.errors import ConfigError
 from seqaware.plan.slurm import FORM, SlurmJob, limit_seconds, sbatch_script
 from tests import launch

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from seqaware.metrics.intervals import mean, wilson
 from seqaware.report.compare import differences, groups_of, last_evaluation, paired
-from seqaware.report.intervals import mean, wilson
 from seqaware.report.page import write_report
-from seqaware.report.record import read_run
+from seqaware.report.run_record import read_run
 from tests.unit.report.runs import write_run
 
 

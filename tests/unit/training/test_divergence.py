@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from seqaware.config.output import FaultsConfig
-from seqaware.training.divergence import SpikeError, SpikeWatch
+from seqaware.config.output_config import FaultsConfig
+from seqaware.training.divergence import SpikeDetector, SpikeError
 
 
 def _lines(*losses: float, first: int = 1) -> list[dict[str, float]]:
     return [{"step": step, "loss": loss} for step, loss in enumerate(losses, start=first)]
 
 
-def _watch(factor: float | None = 2.0, window: int = 3) -> SpikeWatch:
-    return SpikeWatch(FaultsConfig(spike_factor=factor, spike_window=window))
+def _watch(factor: float | None = 2.0, window: int = 3) -> SpikeDetector:
+    return SpikeDetector(FaultsConfig(spike_factor=factor, spike_window=window))
 
 
 def test_a_jump_is_told_with_its_step_and_the_usual_loss() -> None:

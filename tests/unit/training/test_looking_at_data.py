@@ -12,15 +12,15 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from seqaware.config.load import load_config
+from seqaware.config.loading import load_config
 from seqaware.config.schema import Config
 from seqaware.errors import ConfigError
 from seqaware.report.preview import Preview, ShownDocument, ShownRow, ShownToken, marks, show_preview, visible
 from seqaware.report.preview_html import preview_html
-from seqaware.report.weights import draw_weights, show_weights, weight_lines
-from seqaware.training.inspect import training_rows
-from seqaware.training.preview import PreviewRequest, preview
-from seqaware.training.weights import WeightsView, weights_view
+from seqaware.report.weight_text import draw_weights, show_weights, weight_lines
+from seqaware.tools.inspect_rows import training_rows
+from seqaware.tools.preview_rows import PreviewRequest, preview
+from seqaware.tools.weight_distribution import WeightsView, weights_view
 from tests import tiny
 from tests.oracles import question_rows, suffix_weights
 
