@@ -17,7 +17,7 @@ settings.register_profile("lanes", deadline=None)
 settings.load_profile("lanes")
 
 TESTS = Path(__file__).parent
-# Seconds of each file. A lane that comes to a long file when the others are done goes on alone.
+# Seconds of each file. A lane that reaches a long file when the others are done runs alone.
 DURATIONS = TESTS / "durations.json"
 # Files of fewer seconds stay in the order of their names, behind the others.
 SHORT_SECONDS = 5

@@ -32,7 +32,7 @@ def usual_slowness() -> float:
 
 
 class Patience:
-    """A limit on a wait. It is measured anew, on the machine as it is, before it is found to be over.
+    """A limit on a wait. The speed of the machine is measured again before the limit counts as reached.
 
     Args:
         seconds: on an idle machine; far more than what is waited for takes there.
@@ -44,7 +44,7 @@ class Patience:
         self.renew()
 
     def renew(self) -> None:
-        """Something has moved: the wait begins anew."""
+        """Restart the wait, because something has moved."""
         self._begun = time.monotonic()
 
     def is_over(self) -> bool:
@@ -65,7 +65,7 @@ def wait_for(
     """Wait until `ready`.
 
     Args:
-        seconds: see `Patience`. every: seconds between two looks.
+        seconds: see `Patience`. every: seconds between two checks.
         problem: says why it will not come any more, as when a process has ended.
     """
     patience = Patience(seconds)

@@ -8,10 +8,7 @@ with quick_imports():
     import peft
     import torch._inductor.compile_fx
 
-    import seqaware.compat.operator_cache
     import seqaware.training.launch
     import seqaware.verify.verification
 
-# For scripts that use DeepSpeed without our engine.
-seqaware.compat.operator_cache.build_each_once()
 __all__ = ["peft", "seqaware", "torch"]

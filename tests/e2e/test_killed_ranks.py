@@ -179,7 +179,7 @@ def test_a_rank_killed_at_any_moment_is_named_and_the_rerun_goes_on(workshop: ti
 
 
 def test_a_run_survives_kills_at_random_moments(workshop: tiny.Workshop, whole: Run) -> None:
-    """Each launch starts the run in another way; the last one goes on without a launcher. test_soak.py kills more."""
+    """Each launch starts the run in another way; the last one resumes without a launcher. test_soak.py kills more."""
     kills = 3
     choose = random.Random(kills)
     run = Run(workshop, "random", (torchrun, mpirun))

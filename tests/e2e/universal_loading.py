@@ -15,6 +15,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_st
 from transformers import AutoModelForCausalLM
 
 from seqaware.checkpoint.shards import FP32, Shards
+from seqaware.distributed.process_group import connect, find_address
 from seqaware.engine.optimizer import parameter_groups
 
 
@@ -28,7 +29,7 @@ class Wrapped(torch.nn.Module):
 
 def main() -> None:
     source, checkpoints = sys.argv[1], Path(sys.argv[2])
-    deepspeed.init_distributed("gloo")
+    connect(find_address())
     for stage in (1, 2, 3):
         for path in sorted(child for child in checkpoints.iterdir() if child.is_dir()):
             engine = _load(source, path, stage)
